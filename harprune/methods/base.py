@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every pruning method is asked for: `Budget` says how much, `Method` says how."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import ceil, sqrt
+
+from torch import Tensor, nn
+
+from harprune.sparsity import masks
+from harprune.sparsity.allocation import Allocation, apportion, erk
+from harprune.sparsity.audit import budget_of
+from harprune.sparsity.costs import Cost, parameter_prices, weighted_cost
+from harprune.sparsity.density import Density, GivenDensity
+from harprune.sparsity.granularity import Granularity
+from harprune.sparsity.layers import Layer, prunable_layers, weights
+
+Prices = Callable[[nn.Module, Mapping[str, Layer]], dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be kept, and of what.
+
+    Attributes:
+        density: fraction of the cost that may be kept, in (0, 1).
+        allocation: how the density is shared among layers where a method does not learn it.
+        granularity: what is kept or dropped together.
+        include: name patterns of the layers to prune; None takes every weight layer.
+        exclude: name patterns taken away from these.
+        floor: least density of a layer, as a fraction of `density` (alpha in HARP).
+        prices: cost of one weight in each layer; parameters by default, multiply-adds through
+            `sparsity.costs.multiply_add_prices`.
+
+    Raises:
+        ValueError: density outside (0, 1) or floor outside [0, 1].
+    """
+
+    density: float
+    allocation: Allocation = erk
+    granularity: Granularity = Granularity.WEIGHT
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    floor: float = 0.1
+    prices: Prices = lambda model, layers: parameter_prices(layers)
+
+    def __post_init__(self):
+        if not 0.0 < self.density < 1.0:
+            raise ValueError(
+                f"density {self.density:g} must lie strictly between 0 and 1; it is the fraction "
+                "of the weights that is kept, so 0.01 keeps 1 %"
+            )
+        if not 0.0 <= self.floor <= 1.0:
+            raise ValueError(
+                f"floor {self.floor:g} must lie in [0, 1]; it is a fraction of density"
+            )
+
+    def layers(self, model: nn.Module) -> dict[str, Layer]:
+        """The layers of `model` under this budget."""
+        return prunable_layers(model, include=self.include, exclude=self.exclude)
+
+    def cost(self, model: nn.Module) -> Cost:
+        """densities -> fraction of the dense cost; call before masks are installed."""
+        layers = self.layers(model)
+        return weighted_cost(layers, self.prices(model, layers))
+
+    def allocate(self, model: nn.Module, density: float) -> dict[str, float]:
+        """`density` shared among the layers by the allocation."""
+        return self.allocation(weights(self.layers(model)), density)
+
+    def counts(self, model: nn.Module, densities: Mapping[str, float]) -> dict[str, int]:
+        """Integer units of each layer in proportion to `densities`, exactly within the budget."""
+        layers = self.layers(model)
+        grain = self.granularity
+        units = {name: grain.units(layer) for name, layer in layers.items()}
+        weight_price = self.prices(model, layers)
+        price = {name: weight_price[name] * grain.unit_size(layers[name]) for name in layers}
+        total = sum(units[name] * price[name] for name in layers)
+        least = self.floor * self.density
+        minimum = {name: max(1, ceil(least * n - 1e-9)) for name, n in units.items()}
+        budget = budget_of(self.density, total)
+        return apportion(densities, units, budget, price=price, minimum=minimum)
+
+
+class Method(ABC):
+    """A pruning method: what it installs, trains and adds to the loss. It never owns a loop.
+
+    The life of a method: `attach` once; then, while the model trains, `penalty` in every loss,
+    `step_ended` after every optimiser step and `epoch_ended` after every epoch; `settle` last.
+    """
+
+    @abstractmethod
+    def attach(self, model: nn.Module, budget: Budget) -> None:
+        """Install masks on `model`, or remember what `settle` will need."""
+
+    def trainable(self, model: nn.Module) -> list[dict]:
+        """What this stage trains, as parameter groups of a torch optimiser; none by default."""
+        return []
+
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        """Scalar added to the objective; zero by default."""
+        return 0.0
+
+    def step_ended(self, model: nn.Module, step: int) -> None:
+        """After optimiser step `step` (from 0); nothing by default."""
+
+    def epoch_ended(self, model: nn.Module, epoch: int) -> None:
+        """After epoch `epoch` (from 0); nothing by default."""
+
+    def budget_met(self, model: nn.Module) -> bool:
+        """Whether the network as it stands is worth selecting; always, by default."""
+        return True
+
+    def metrics(self, model: nn.Module) -> dict:
+        """What to log after an epoch, as plain values; nothing by default."""
+        return {}
+
+    @abstractmethod
+    def settle(self, model: nn.Module) -> None:
+        """Leave a `FixedMask` on every layer of the budget, exactly within it."""
+
+    def state_dict(self) -> dict:
+        """Plain values that a resumed stage needs beside the model's tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take back what `state_dict` gave."""
+
+
+def install_scores(
+    layers: Mapping[str, Layer],
+    densities: Mapping[str, Density],
+    granularity: Granularity,
+    scores: Callable[[Layer, Tensor], Tensor],
+) -> None:
+    """Put a `LearnedMask` on each layer: `scores(layer, magnitude)` are its first scores."""
+    for name, layer in layers.items():
+        magnitude = granularity.magnitude(layer, layer.parameter.detach())
+        masks.install(layer, masks.LearnedMask(scores(layer, magnitude), densities[name]))
+
+
+def given_densities(model: nn.Module, budget: Budget) -> dict[str, Density]:
+    """The budget's allocation at its density as fixed densities, exact to the unit.
+
+    Raises:
+        ValueError: the allocation leaves a layer empty and the budget has no floor.
+    """
+    shares = budget.allocate(model, budget.density)
+    empty = [name for name, share in shares.items() if share == 0.0]
+    if empty and budget.floor == 0.0:
+        raise ValueError(
+            f"layer collapse: the allocation keeps no weight of {empty[0]} ({len(empty)} layers in "
+            "all); set budget.floor above 0 or choose another allocation"
+        )
+    counts = budget.counts(model, {name: max(share, 1e-12) for name, share in shares.items()})
+    layers = budget.layers(model)
+    units = {name: budget.granularity.units(layer) for name, layer in layers.items()}
+    return {name: GivenDensity(counts[name] / units[name]) for name in layers}
+
+
+def scaled_magnitude(layer: Layer, magnitude: Tensor) -> Tensor:
+    """sqrt(6 / fan_in) * theta / max|theta|, the scores from which HYDRA and HARP start."""
+    return sqrt(6.0 / layer.fan_in) * magnitude / magnitude.abs().max()
+
+
+def settle_scores(model: nn.Module, budget: Budget) -> None:
+    """Freeze every `LearnedMask` at its best units, counted within the budget."""
+    wanted = {name: float(value.detach()) for name, value in masks.densities(model).items()}
+    masks.freeze(model, budget.counts(model, wanted))
+
+
+def score_group(model: nn.Module, *, decay: bool) -> dict:
+    """The scores of all masks as one parameter group; without `decay`, no weight decay."""
+    scores = [m.scores for _, m in masks.installed(model).values()]
+    return parameter_group(scores, decay=decay)
+
+
+def parameter_group(parameters: list, *, decay: bool) -> dict:
+    """A torch parameter group that takes the stage's weight decay, or none."""
+    return {"params": parameters} if decay else {"params": parameters, "weight_decay": 0.0}
+
+
+def batch_norm_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Scale and shift of every batch norm."""
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return [p for norm in norms for p in norm.parameters(recurse=False)]

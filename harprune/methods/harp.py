@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HARP: Holistic Adversarially Robust Pruning (Zhao & Wressnegger, ICLR 2023).
+
+Learns, per layer, how many connections stay (density) and which (scores) by
+
+    min over r, S of   L_robust(theta * M(S, g(r)))  +  gamma * max(cost(g(r)) / target - 1, 0)
+
+with theta fixed. gamma grows by the step of `gamma` each epoch, so robustness comes first and the
+budget after it, and stops growing for good once an epoch ends within the budget.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from harprune.methods.base import (
+    Budget,
+    Method,
+    batch_norm_parameters,
+    given_densities,
+    install_scores,
+    parameter_group,
+    scaled_magnitude,
+    score_group,
+    settle_scores,
+)
+from harprune.sparsity import masks
+from harprune.sparsity.costs import Cost
+from harprune.sparsity.density import Density, LearnedDensity
+
+
+@dataclass(eq=False)
+class HARP(Method):
+    """Learned densities and learned scores.
+
+    Attributes:
+        gamma: step of the penalty's weight; in epoch e (from 0) the weight is (e + 1) * gamma.
+        start_density: global density from which the learned densities start, shared by the
+            allocation; None takes ten times the target, at most 1.
+        learn_scores: False keeps the magnitude scores (ablation "densities only").
+        learn_densities: False keeps the allocation at the target (ablation "scores only").
+        train_batch_norm: also train scale and shift of batch norm (parity).
+        decay_scores: weight decay on the scores (parity).
+        decay_densities: weight decay on r, which pulls every density to 1/2 (parity).
+    """
+
+    gamma: float = 0.01
+    start_density: float | None = None
+    learn_scores: bool = True
+    learn_densities: bool = True
+    train_batch_norm: bool = False
+    decay_scores: bool = False
+    decay_densities: bool = False
+    _budget: Budget = field(init=False, repr=False)
+    _cost: Cost = field(init=False, repr=False)
+    _steps: int = field(init=False, repr=False, default=1)
+    _reached: bool = field(init=False, repr=False, default=False)
+
+    def __post_init__(self):
+        if not self.gamma >= 0.0:
+            raise ValueError(f"gamma {self.gamma:g} must not be negative")
+        if self.start_density is not None and not 0.0 < self.start_density <= 1.0:
+            raise ValueError(f"start_density {self.start_density:g} must lie in (0, 1]")
+        if not (self.learn_scores or self.learn_densities):
+            raise ValueError(
+                "harp with neither scores nor densities learned trains nothing; use one-shot"
+            )
+
+    def attach(self, model: nn.Module, budget: Budget) -> None:
+        self._budget, self._cost = budget, budget.cost(model)
+        learn = self.learn_densities
+        densities = self._learned(model, budget) if learn else given_densities(model, budget)
+        install_scores(budget.layers(model), densities, budget.granularity, scaled_magnitude)
+
+    def _learned(self, model: nn.Module, budget: Budget) -> dict[str, Density]:
+        start = self.start_density or min(1.0, 10.0 * budget.density)
+        floor = budget.floor * budget.density
+        # An allocation may ask for less than the floor, where g has no inverse.
+        return {
+            name: LearnedDensity(max(share, 1.01 * floor, 1e-12), floor)
+            for name, share in budget.allocate(model, start).items()
+        }
+
+    def trainable(self, model: nn.Module) -> list[dict]:
+        groups = []
+        if self.learn_scores:
+            groups.append(score_group(model, decay=self.decay_scores))
+        if self.learn_densities:
+            logits = [m.density.logit for _, m in masks.installed(model).values()]
+            unique = list(dict.fromkeys(logits))
+            groups.append(parameter_group(unique, decay=self.decay_densities))
+        if self.train_batch_norm:
+            groups.append(parameter_group(batch_norm_parameters(model), decay=True))
+        return groups
+
+    @property
+    def weight(self) -> float:
+        """The weight of the hardware loss in force, (epoch + 1) * gamma until the budget is met."""
+        return self._steps * self.gamma
+
+    def hardware_loss(self, model: nn.Module) -> Tensor:
+        """max(cost / target - 1, 0) at the present densities; a scalar."""
+        cost = self._cost(masks.densities(model))
+        return torch.clamp(cost / self._budget.density - 1.0, min=0.0)
+
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        return self.weight * self.hardware_loss(model) if self.learn_densities else 0.0
+
+    @torch.no_grad()
+    def epoch_ended(self, model: nn.Module, epoch: int) -> None:
+        self._reached = self._reached or self.budget_met(model)
+        if not self._reached:
+            self._steps += 1
+
+    @torch.no_grad()
+    def budget_met(self, model: nn.Module) -> bool:
+        return round(float(self.hardware_loss(model)), 4) == 0.0
+
+    @torch.no_grad()
+    def metrics(self, model: nn.Module) -> dict:
+        densities = masks.densities(model)
+        return {
+            "density": float(self._cost(densities)),
+            "gamma": self.weight,
+            "penalty": float(self.hardware_loss(model)),
+            "budget_met": self.budget_met(model),
+            "densities": {name: float(value) for name, value in densities.items()},
+        }
+
+    def settle(self, model: nn.Module) -> None:
+        settle_scores(model, self._budget)
+
+    def state_dict(self) -> dict:
+        return {"steps": self._steps, "reached": self._reached}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._steps, self._reached = int(state["steps"]), bool(state["reached"])

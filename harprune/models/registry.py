@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks by name: those of this package, of the user's modules, of torchvision and of timm."""
+
+import difflib
+import fnmatch
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+
+from torch import nn
+
+from harprune.models.normalised import Normalised
+from harprune.models.preact_resnet import preact_resnet18
+from harprune.models.published import cifar_base, cnn_a, resnet2b, trades_small_cnn
+from harprune.models.resnet import (
+    resnet18,
+    resnet18_imagenet,
+    resnet18_strided,
+    resnet34,
+    resnet34_imagenet,
+    resnet50,
+    resnet50_imagenet,
+)
+from harprune.models.small import small_cnn
+from harprune.models.vgg import vgg16_bn
+from harprune.models.wideresnet import wrn28_4, wrn28_10, wrn34_10
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "cifar_base": cifar_base,
+    "cifar_wide": cnn_a,
+    "cnn_a": cnn_a,
+    "preact_resnet18": preact_resnet18,
+    "resnet18": resnet18,
+    "resnet18_imagenet": resnet18_imagenet,
+    "resnet18_strided": resnet18_strided,
+    "resnet2b": resnet2b,
+    "resnet34": resnet34,
+    "resnet34_imagenet": resnet34_imagenet,
+    "resnet50": resnet50,
+    "resnet50_imagenet": resnet50_imagenet,
+    "small_cnn": small_cnn,
+    "trades_small_cnn": trades_small_cnn,
+    "vgg16_bn": vgg16_bn,
+    "wrn28_10": wrn28_10,
+    "wrn28_4": wrn28_4,
+    "wrn34_10": wrn34_10,
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of this package's networks that match a shell pattern, sorted."""
+    return sorted(fnmatch.filter(NETWORKS, pattern))
+
+
+def create_model(
+    name: str,
+    num_classes: int,
+    *,
+    in_channels: int = 3,
+    width: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module:
+    """A network (N, C, H, W) in [0, 1] -> logits (N, num_classes).
+
+    Args:
+        name: one of `list_models()`; `module:function` of the user, found from the current
+            directory, called with
+            `num_classes=`, `in_channels=` and `width=` as far as its signature takes them;
+            `torchvision:NAME`; `timm:NAME`.
+        num_classes: number of logits, at least 2.
+        in_channels: channels of the images.
+        width: channels of the first stage; None takes the network's own.
+        mean, std: one value per channel; given together, the network is wrapped in `Normalised`.
+
+    Raises:
+        ValueError: an unknown name, a package that is not installed, or a value out of its range.
+    """
+    _check_sizes(num_classes, in_channels, width)
+    _check_normalisation(mean, std, in_channels)
+    network = _build(name, num_classes, in_channels, width)
+    if mean is None or std is None:
+        return network
+    return Normalised(network, mean, std)
+
+
+def _check_sizes(num_classes: int, in_channels: int, width: int | None) -> None:
+    for what, value, least in (
+        ("num_classes", num_classes, 2),
+        ("in_channels", in_channels, 1),
+        ("width", 1 if width is None else width, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{what} is {value}; it must be at least {least}")
+
+
+def _check_normalisation(
+    mean: Sequence[float] | None, std: Sequence[float] | None, in_channels: int
+) -> None:
+    if (mean is None) != (std is None):
+        raise ValueError(
+            "mean and std go together: give both, or neither for images used as they are"
+        )
+    for what, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != in_channels:
+            raise ValueError(
+                f"{what} has {len(values)} values but the images have {in_channels} channels; "
+                "give one per channel"
+            )
+
+
+def _build(name: str, num_classes: int, in_channels: int, width: int | None) -> nn.Module:
+    source, colon, member = name.partition(":")
+    if not colon:
+        return _own(name)(num_classes, in_channels=in_channels, **_given(width))
+    if source == "torchvision":
+        return _from_torchvision(member, num_classes, in_channels, width)
+    if source == "timm":
+        return _from_timm(member, num_classes, in_channels, width)
+    return _from_user(name, num_classes, in_channels, width)
+
+
+def _given(width: int | None) -> dict[str, int]:
+    return {} if width is None else {"width": width}
+
+
+def _own(name: str) -> Callable[..., nn.Module]:
+    if name in NETWORKS:
+        return NETWORKS[name]
+    near = difflib.get_close_matches(name, NETWORKS, n=3, cutoff=0.4) or list_models()
+    raise ValueError(
+        f"unknown model {name!r}; nearest: {', '.join(near)}; `module:function` names one of "
+        "your own"
+    )
+
+
+def _from_torchvision(
+    name: str, num_classes: int, in_channels: int, width: int | None
+) -> nn.Module:
+    torchvision = _package("torchvision")
+    _refuse_width("torchvision", width)
+    if in_channels != 3:
+        raise ValueError(f"torchvision:{name} takes 3 channels, not {in_channels}; use timm:{name}")
+    if name not in torchvision.models.list_models():
+        raise ValueError(_unknown_member("torchvision", name, torchvision.models.list_models()))
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+
+
+def _from_timm(name: str, num_classes: int, in_channels: int, width: int | None) -> nn.Module:
+    timm = _package("timm")
+    _refuse_width("timm", width)
+    if not timm.is_model(name):
+        raise ValueError(_unknown_member("timm", name, timm.list_models()))
+    return timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    # A torchvision built for another torch fails with RuntimeError.
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"{name} cannot be imported ({error}); install it with `pip install harprune[{name}]`"
+        ) from error
+
+
+def _refuse_width(package: str, width: int | None) -> None:
+    if width is not None:
+        raise ValueError(f"width={width} cannot be set for a network of {package}; leave it out")
+
+
+def _unknown_member(package: str, name: str, known: Sequence[str]) -> str:
+    near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4)) or "none"
+    return f"{package} has no model {name!r}; nearest: {near}"
+
+
+def _from_user(name: str, num_classes: int, in_channels: int, width: int | None) -> nn.Module:
+    with _current_directory_importable():
+        function = _user_function(name)
+        offered = {"num_classes": num_classes, "in_channels": in_channels, **_given(width)}
+        taken = _accepted(function, offered)
+        if width is not None and "width" not in taken:
+            raise ValueError(f"{name} takes no width; leave out width={width} or add the argument")
+        network = function(**taken)
+    if not isinstance(network, nn.Module):
+        raise ValueError(
+            f"{name} returned {type(network).__name__}; it must return a torch.nn.Module"
+        )
+    return network
+
+
+@contextmanager
+def _current_directory_importable() -> Iterator[None]:
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def _user_function(name: str) -> Callable[..., nn.Module]:
+    module_name, _, function_name = name.partition(":")
+    if not (module_name and function_name):
+        raise ValueError(f"model {name!r} is not of the form module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"model {name!r}: cannot import {module_name!r} from {os.getcwd()} or the installed "
+            f"packages ({error})"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"model {name!r}: {module.__name__} defines no function {function_name!r}")
+    return function
+
+
+def _accepted(function: Callable[..., object], offered: dict[str, int]) -> dict[str, int]:
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return offered
+    return {key: value for key, value in offered.items() if key in parameters}

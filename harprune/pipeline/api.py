@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package in two calls: `prune` your network, `evaluate` any network."""
+
+import copy
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harprune.pipeline import build, stages
+from harprune.pipeline.build import Materials
+from harprune.pipeline.console import Console
+from harprune.pipeline.recipe import Recipe, make_recipe
+from harprune.pipeline.run import Run
+from harprune.robustness import evaluation
+from harprune.robustness.evaluation import Evaluation
+from harprune.robustness.threat import Linf, Threat
+from harprune.sparsity.audit import Audit, audit
+from harprune.training.splits import Split, from_arrays
+
+Images = Split | tuple[Any, Any]
+"""A `Split`, or a pair (images, labels) of arrays: uint8, or float in [0, 1], (N, C, H, W)."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The pruned plain model, in eval mode, and the count of what it keeps."""
+
+    model: nn.Module
+    audit: Audit
+
+
+def prune(
+    model: nn.Module,
+    train: Images,
+    validation: Images,
+    *,
+    density: float,
+    threat: Threat | None = None,
+    method: str = "harp",
+    prune_epochs: int = 20,
+    finetune_epochs: int = 100,
+    seed: int = 0,
+    out: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Pruned:
+    """Prune a robust network and finetune what is left; `model` itself is not changed.
+
+    Args:
+        model: images (N, C, H, W) in [0, 1] -> logits; normalisation inside.
+        train: images to learn from.
+        validation: images to select epochs on.
+        density: fraction of the weights to keep, in (0, 1).
+        threat: what to be robust against; Linf(8/255) if absent.
+        method: harp, hydra, magnitude or random.
+        out: a folder in which the run is kept, and continued after an interruption.
+        options: further recipe sections, as `{"finetune": {"learning_rate": 0.02}}`.
+
+    Raises:
+        ValueError: whatever a recipe or the data refuse, in one line.
+    """
+    threat = threat or Linf(8 / 255)
+    recipe = _recipe(model, threat, seed, options, density, method, prune_epochs, finetune_epochs)
+    materials = _materials(model, train, validation)
+    with tempfile.TemporaryDirectory() if out is None else nullcontext(str(out)) as folder:
+        with Run(folder, recipe, command="harprune.prune") as run:
+            console = Console(run.folder / "log.txt", quiet=quiet)
+            shop = stages.Workshop(run, materials, build.fabric(recipe.execution), console)
+            stages.pretrain(shop)
+            stages.prune(shop)
+            stages.finetune(shop)
+            stages.report(shop)
+            pruned = stages.load_network(shop, "finetune").cpu().eval()
+            budget = build.budget(recipe, materials.example)
+            return Pruned(pruned, audit(budget.layers(pruned), density))
+
+
+def evaluate(
+    model: nn.Module,
+    test: Images,
+    *,
+    attacks: Sequence[str] = ("autoattack",),
+    threat: Threat | None = None,
+    size: int | None = None,
+    seed: int = 0,
+    batch_size: int = 250,
+    out: str | Path | None = None,
+    name: str = "model",
+    quiet: bool = False,
+) -> Evaluation:
+    """Clean accuracy and accuracy under each attack, with intervals, checks and flags.
+
+    Args:
+        attacks: fgsm, pgd-STEPS, cw-STEPS, apgd-ce, apgd-dlr, autoattack.
+        threat: Linf(8/255) if absent.
+        size: number of images, drawn by `seed`; all if absent.
+        out: a folder for per-image outcomes, from which an interrupted evaluation goes on.
+    """
+    threat = threat or Linf(8 / 255)
+    split = _split(test)
+    device = next(model.parameters()).device
+    index = evaluation.subset(split.labels, size, seed)
+    with Console(quiet=quiet).bar(f"attack {name}", len(index)) as bar:
+        return evaluation.evaluate(
+            model,
+            stages.Floats(split.images),
+            split.labels,
+            {each: build.attack(each, threat) for each in attacks},
+            seed=seed,
+            batch_size=batch_size,
+            index=index,
+            folder=out,
+            device=device,
+            progress=bar.update_of,
+            threat=threat,
+            name=name,
+        )
+
+
+def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation:
+    """Evaluate the network of a recipe, with the weights it names, as its attack section says."""
+    engine = build.fabric(recipe.execution)
+    dataset = build.load_data(recipe.data)
+    model = build.network(recipe.model, dataset, recipe.seed).to(engine.device)
+    section = recipe.attack
+    return evaluate(
+        model,
+        dataset.test,
+        attacks=section.attacks,
+        threat=build.threat(recipe),
+        size=section.size,
+        seed=section.seed,
+        batch_size=section.batch_size,
+        out=out,
+        name=recipe.name,
+    )
+
+
+def _recipe(model, threat, seed, options, density, method, prune_epochs, finetune_epochs) -> Recipe:
+    norm = "linf" if isinstance(threat, Linf) else "l2"
+    content: dict[str, Any] = {
+        "name": type(model).__name__,
+        "seed": seed,
+        "data": {"name": "given in Python"},
+        "model": {"name": type(model).__name__},
+        "threat": {"norm": norm, "epsilon": threat.epsilon},
+        "budget": {"density": density},
+        "method": {"name": method},
+        "prune": {"epochs": prune_epochs},
+        "finetune": {"epochs": finetune_epochs},
+    }
+    for section, values in (options or {}).items():
+        inherited = content.get(section, {})
+        content[section] = {**inherited, **values} if isinstance(inherited, dict) else values
+    return make_recipe(content, source="harprune.prune")
+
+
+def _materials(model: nn.Module, train: Images, validation: Images) -> Materials:
+    learning, selecting = _split(train), _split(validation)
+    materials = Materials(
+        train=learning,
+        validation=selecting,
+        test=None,
+        num_classes=0,
+        network=lambda: copy.deepcopy(model).cpu(),
+        given=True,
+    )
+    return Materials(**{**vars(materials), "num_classes": _classes(model, materials.example)})
+
+
+def _split(images: Images) -> Split:
+    return images if isinstance(images, Split) else from_arrays(*images)
+
+
+@torch.no_grad()
+def _classes(model: nn.Module, example: Tensor) -> int:
+    network = copy.deepcopy(model).cpu().eval()
+    return network(example).shape[-1]

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe's names turned into objects."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from functools import cached_property
+
+import torch
+from lightning_fabric import Fabric
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from harprune.methods.base import Budget, Method
+from harprune.methods.harp import HARP
+from harprune.methods.hydra import HYDRA
+from harprune.methods.oneshot import Magnitude, Random
+from harprune.models.registry import create_model
+from harprune.models.weights import load_weights
+from harprune.pipeline import recipe as recipes
+from harprune.pipeline.recipe import Recipe
+from harprune.robustness import attacks, objectives
+from harprune.robustness.autoattack import AutoAttack
+from harprune.robustness.threat import Linf, Threat, make_threat, parse_epsilon
+from harprune.sparsity import allocation, costs
+from harprune.sparsity.execution import Twin
+from harprune.sparsity.granularity import Granularity
+from harprune.training import checkpoint
+from harprune.training.augmentation import default_augmentation
+from harprune.training.batches import Batches
+from harprune.training.data import load_dataset
+from harprune.training.splits import Dataset, Split, split_validation, to_float
+
+METHODS: dict[str, type[Method]] = {
+    "harp": HARP,
+    "hydra": HYDRA,
+    "magnitude": Magnitude,
+    "random": Random,
+}
+
+ALLOCATIONS: dict[str, allocation.Allocation] = {
+    "uniform": allocation.uniform,
+    "erk": allocation.erk,
+    "lamp": allocation.lamp,
+    "igq": allocation.igq,
+    "global": allocation.global_magnitude,
+}
+
+_PARITY_EPSILON, _PARITY_STEP = 0.031, 0.0078
+
+
+@dataclass(frozen=True)
+class Materials:
+    """The images and the network of a run.
+
+    `network()` gives a fresh plain network: randomly initialised from the run's seed, or with
+    the weights the recipe names (`given`).
+    """
+
+    train: Split
+    validation: Split
+    test: Split | None
+    num_classes: int
+    network: Callable[[], nn.Module]
+    given: bool
+
+    @cached_property
+    def example(self) -> Tensor:
+        """One training image as a batch, float in [0, 1]."""
+        return to_float(self.train.images[torch.tensor([0])])
+
+
+def materials(recipe: Recipe) -> Materials:
+    """Load the data of `recipe` and prepare its network."""
+    dataset = load_data(recipe.data)
+    train, validation = split_validation(dataset.train, recipe.data.validation, recipe.seed)
+    return Materials(
+        train=train,
+        validation=validation,
+        test=dataset.test,
+        num_classes=dataset.num_classes,
+        network=lambda: network(recipe.model, dataset, recipe.seed),
+        given=recipe.model.weights is not None,
+    )
+
+
+def load_data(section: recipes.Data) -> Dataset:
+    """The data set of a recipe."""
+    return load_dataset(section.name, section.folder, image_size=section.image_size)
+
+
+def network(section: recipes.Model, dataset: Dataset, seed: int) -> nn.Module:
+    """The plain network of a recipe, its initial weights a function of the seed."""
+    channels = dataset.train.images[torch.tensor([0])].shape[1]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = create_model(
+            section.name,
+            dataset.num_classes,
+            in_channels=channels,
+            width=section.width,
+            mean=section.mean,
+            std=section.std,
+        )
+    if section.weights is not None:
+        load_network_weights(model, section.weights)
+    return model
+
+
+def load_network_weights(model: nn.Module, path: str) -> None:
+    """Weights into a plain network: from a run's artifact, or a checkpoint of others."""
+    if is_artifact(path):
+        tensors, _ = checkpoint.load(path)
+        model.load_state_dict(checkpoint.unpack("model", tensors))
+    else:
+        load_weights(model, path)
+
+
+def is_artifact(path: str) -> bool:
+    """Whether `path` is a checkpoint written by this package."""
+    try:
+        checkpoint.load(path)
+    except ValueError as error:
+        if "checksum" in str(error):
+            raise
+        return False
+    return True
+
+
+def fabric(section: recipes.Execution) -> Fabric:
+    """The engine: device, precision, and data-parallel processes under `torchrun`."""
+    if section.threads is not None:
+        torch.set_num_threads(section.threads)
+    if section.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "execution.device = 'cuda', but torch sees no GPU; `harprune doctor` says why"
+        )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    engine = Fabric(
+        accelerator=section.device,
+        devices=local,
+        num_nodes=processes // local,
+        strategy="ddp" if processes > 1 else "auto",
+        precision=section.precision,
+    )
+    engine.launch()
+    return engine
+
+
+def threat(recipe: Recipe) -> Threat:
+    """The threat model, at the authors' epsilon under parity."""
+    if recipe.parity.epsilon:
+        return Linf(_PARITY_EPSILON)
+    return make_threat(recipe.threat.norm, recipe.threat.epsilon)
+
+
+def step_size(recipe: Recipe, section: recipes.Objective) -> float:
+    """The step of the training attack: as given, or a quarter of epsilon."""
+    if recipe.parity.epsilon:
+        return _PARITY_STEP
+    if section.step_size is not None:
+        return parse_epsilon(section.step_size)
+    return threat(recipe).epsilon / 4.0
+
+
+@dataclass(frozen=True)
+class OnTwin:
+    """An attack on the model's twin: the same function, cheaper. `repr` stays the attack's."""
+
+    attack: attacks.Attack
+    twin: Twin
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return self.attack(self.twin.current(), x, y)
+
+    def __repr__(self) -> str:
+        return repr(self.attack)
+
+    @property
+    def passes(self) -> int:
+        return self.attack.passes
+
+
+def objective(
+    recipe: Recipe, section: recipes.Objective, twin: Twin | None
+) -> objectives.Objective:
+    """The training loss that `section` names, its attack run on `twin` where there is one."""
+    bound, step = threat(recipe), step_size(recipe, section)
+
+    def pgd(steps: int = section.steps, step: float = step, **options) -> attacks.Attack:
+        attack = attacks.PGD(bound, steps, step_size=step, **options)
+        return attack if twin is None else OnTwin(attack, twin)
+
+    match section.name:
+        case "natural":
+            return objectives.Natural()
+        case "pgd-at":
+            return objectives.PGDAT(pgd(), clean_forward=recipe.parity.clean_forward)
+        case "trades":
+            return objectives.TRADES(pgd(**objectives.TRADES_ATTACK), beta=_beta(section, 6.0))
+        case "mart":
+            return objectives.MART(pgd(**objectives.MART_ATTACK), beta=_beta(section, 5.0))
+        case "free":
+            return objectives.Free(bound, replays=section.replays)
+        case "fgsm-rs":
+            return objectives.PGDAT(pgd(1, 1.25 * bound.epsilon))
+
+
+def _beta(section: recipes.Objective, usual: float) -> float:
+    return usual if section.beta is None else section.beta
+
+
+def method(recipe: Recipe) -> Method:
+    """The pruning method with its options.
+
+    Raises:
+        ValueError: an unknown method or option (the nearest is named), or a bad value.
+    """
+    section, parity = recipe.method, recipe.parity
+    if section.name not in METHODS:
+        raise ValueError(
+            f"method.name = {section.name!r} is unknown; choose one of {', '.join(METHODS)}"
+        )
+    kind = METHODS[section.name]
+    known = {f.name for f in fields(kind) if f.init}
+    wanted = {
+        "train_batch_norm": parity.batch_norm_affine,
+        "decay_scores": parity.score_decay,
+        "decay_densities": parity.density_decay,
+    }
+    options = {name: True for name, on in wanted.items() if on and name in known}
+    if parity.start_density and "start_density" in known:
+        options["start_density"] = 0.1
+    for name in section.options:
+        if name not in known:
+            near = get_close_matches(name, sorted(known), n=1, cutoff=0.0)
+            hint = f"; the nearest known is 'method.{near[0]}'" if near else ""
+            raise ValueError(f"unknown key 'method.{name}' of {section.name}{hint}")
+    try:
+        return TypeAdapter(kind).validate_python({**options, **section.options})
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        where = ".".join(["method", *map(str, fault["loc"])])
+        raise ValueError(f"{where}: {fault['msg'].removeprefix('Value error, ')}") from None
+
+
+def budget(recipe: Recipe, example: Tensor) -> Budget:
+    """What may be kept; `example` is one image, for a budget in multiply-adds."""
+    section = recipe.budget
+
+    def multiply_adds(model: nn.Module, layers: Mapping) -> dict[str, int]:
+        return costs.multiply_add_prices(model, layers, example.to(_device(model)))
+
+    prices = {} if section.cost == "parameters" else {"prices": multiply_adds}
+    return Budget(
+        density=section.density,
+        allocation=allocate(section.allocation),
+        granularity=Granularity(section.granularity),
+        include=section.include,
+        exclude=section.exclude,
+        floor=section.floor,
+        **prices,
+    )
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def allocate(name: str) -> allocation.Allocation:
+    """An allocation by name, or from a JSON file."""
+    if name in ALLOCATIONS:
+        return ALLOCATIONS[name]
+    if not name.endswith(".json"):
+        raise ValueError(
+            f"budget.allocation = {name!r} is unknown; choose one of {', '.join(ALLOCATIONS)}, "
+            "or a .json file of densities"
+        )
+    return allocation.read_allocation(name)
+
+
+def attack(name: str, bound: Threat) -> attacks.Attack:
+    """An evaluation attack by name: fgsm, pgd-N, cw-N, apgd-ce, apgd-dlr, autoattack."""
+    base, _, number = name.partition("-")
+    try:
+        match base:
+            case "fgsm" if not number:
+                return attacks.FGSM(bound)
+            case "pgd":
+                return attacks.PGD(bound, int(number))
+            case "cw":
+                return attacks.PGD(bound, int(number), loss=attacks.Margin(kappa=50.0))
+            case "apgd" if number in ("ce", "dlr"):
+                loss = attacks.cross_entropy if number == "ce" else attacks.dlr
+                return attacks.APGD(bound, loss=loss)
+            case "autoattack" if not number:
+                return AutoAttack(bound)
+    except ValueError:
+        pass
+    raise ValueError(
+        f"attack {name!r} is unknown; choose among fgsm, pgd-STEPS (as pgd-20), cw-STEPS, apgd-ce, "
+        "apgd-dlr, autoattack"
+    )
+
+
+def batches(
+    split: Split, recipe: Recipe, section: recipes.Training, engine: Fabric, seed: int
+) -> Batches:
+    """The training batches of a stage."""
+    augment = None
+    if recipe.data.augmentation == "default":
+        augment = default_augmentation(recipe.data.name, recipe.data.image_size)
+    return Batches(
+        split,
+        section.batch_size,
+        seed=seed,
+        augment=augment,
+        drop_last=True,
+        device=engine.device,
+        rank=engine.global_rank,
+        world=engine.world_size,
+    )
+
+
+def optimiser(groups: list[dict], section: recipes.Training) -> torch.optim.Optimizer:
+    """The optimiser of a stage over parameter groups, which may set their own weight decay."""
+    if section.optimiser == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=section.learning_rate, weight_decay=section.weight_decay
+        )
+    return torch.optim.SGD(
+        groups,
+        lr=section.learning_rate,
+        momentum=section.momentum,
+        weight_decay=section.weight_decay,
+    )

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The course of one training stage: what is remembered between its steps, and all a resume needs."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from harprune.methods.base import Method
+from harprune.pipeline.run import Run
+from harprune.robustness.objectives import Free, Objective
+from harprune.training import checkpoint
+
+
+@dataclass
+class Course:
+    """Progress of `stage`: step reached, metrics per epoch, best epoch so far.
+
+    `save` and `restore` carry it, with model, method, optimiser and the objective's own state,
+    through the run's progress file. Randomness needs no saving: it is a function of the step.
+    """
+
+    run: Run
+    stage: str
+    model: nn.Module
+    optimiser: Optimizer
+    objective: Objective
+    method: Method | None
+    step: int = 0
+    loss_sum: float = 0.0
+    passes: int = 0
+    history: list[dict] = field(default_factory=list)
+    best: list | None = None
+    _saved: float = field(default_factory=time.monotonic)
+
+    def restore(self) -> bool:
+        """Go on where the progress file stands; False when there is none."""
+        path = self.run.progress(self.stage)
+        if not path.exists():
+            return False
+        tensors, values = checkpoint.load(path)
+        self.model.load_state_dict(checkpoint.unpack("model", tensors))
+        checkpoint.unpack_optimiser(
+            self.optimiser, checkpoint.unpack("optimiser", tensors), values["optimiser"]
+        )
+        if self.method is not None:
+            self.method.load_state_dict(values["method"])
+        if isinstance(self.objective, Free):
+            self.objective.load_state_dict(checkpoint.unpack("objective", tensors))
+        for name in ("step", "loss_sum", "passes", "history", "best"):
+            setattr(self, name, values[name])
+        return True
+
+    def save(self) -> None:
+        """Write the progress file."""
+        self._saved = time.monotonic()
+        if not self.run.leader:
+            return
+        state, plain = checkpoint.pack_optimiser(self.optimiser)
+        tensors = checkpoint.pack("model", self.model.state_dict())
+        tensors |= checkpoint.pack("optimiser", state)
+        if isinstance(self.objective, Free):
+            tensors |= checkpoint.pack("objective", self.objective.state_dict())
+        values = {
+            name: getattr(self, name) for name in ("step", "loss_sum", "passes", "history", "best")
+        }
+        values |= {"optimiser": plain, "method": self.method.state_dict() if self.method else {}}
+        checkpoint.save(self.run.progress(self.stage), tensors, values)
+
+    def step_ended(self, step: int, loss: Tensor, images: int) -> None:
+        """Count one optimiser step; checkpoint when the last one is old."""
+        self.step = step + 1
+        self.loss_sum += float(loss)
+        self.passes += images * self.objective.passes
+        if time.monotonic() - self._saved > 60 * self.run.recipe.execution.checkpoint_minutes:
+            self.save()
+
+    def epoch_ended(self, record: dict, steps: int, *, eligible: bool) -> bool:
+        """Append the epoch's record, keep it if it is the best so far, checkpoint.
+
+        Epochs that are not `eligible` (the budget is not met) give way to any that is; among
+        them the latest counts.
+        """
+        record = {**record, "loss": self.loss_sum / steps, "passes": self.passes}
+        self.loss_sum = 0.0
+        self.history.append(record)
+        score = [1, record["robust"], record["clean"]] if eligible else [0, record["epoch"], 0]
+        improved = self.best is None or score > self.best[:3]
+        if improved:
+            self.best = [*score, record["epoch"]]
+            if self.run.leader:
+                tensors = checkpoint.pack("model", self.model.state_dict())
+                checkpoint.save(self.run.best(self.stage), tensors, {"epoch": record["epoch"]})
+        self.save()
+        return improved
+
+    @torch.no_grad()
+    def take_best(self) -> int:
+        """Load the best epoch into the model; its number."""
+        tensors, values = checkpoint.load(self.run.best(self.stage))
+        self.model.load_state_dict(checkpoint.unpack("model", tensors))
+        return values["epoch"]

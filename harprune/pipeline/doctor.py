@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is installed, what is missing, what will be used."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from harprune.models.registry import list_models
+
+_OPTIONAL = {
+    "torchvision": "networks by torchvision:NAME",
+    "timm": "networks by timm:NAME",
+    "tensorboard": "harprune report --tensorboard",
+}
+
+
+def diagnose() -> dict[str, str]:
+    """Findings by subject, for people and, as JSON, for machines."""
+    findings = {
+        "harprune": version("harprune"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+        "gpu": _gpu(),
+        "data": os.environ.get("HARPRUNE_DATA", "the user's cache (set HARPRUNE_DATA to change)"),
+    }
+    for package, use in _OPTIONAL.items():
+        findings[package] = (
+            _installed(package) or f"missing; needed for {use}: pip install {package}"
+        )
+    findings["models"] = ", ".join(list_models())
+    return findings
+
+
+def _gpu() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, used by default"
+    built = torch.version.cuda or torch.version.hip
+    reason = "torch sees none" if built else "this build of torch is for the CPU"
+    return f"none ({reason}); everything runs on the CPU"
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to do: a recipe, read from TOML, checked at the door, and never changed afterwards.
+
+Every field has its meaning beside it; `harprune recipe` prints them all with their defaults. A value may be
+overridden by `--set section.key=value`, the value again in TOML.
+"""
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+Epsilon = float | str
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Data(Section):
+    """The images."""
+
+    name: str = "digits"
+    """digits, cifar10, cifar100, svhn, mnist, fashion_mnist, folder, or module:function."""
+    folder: str | None = None
+    """Where the files lie; the user's cache when absent (see `harprune data`)."""
+    image_size: int | None = Field(None, ge=1)
+    """Side in pixels to which the images of a folder are scaled and cropped."""
+    validation: float | int = Field(0.1, gt=0)
+    """Share (below 1) or number of training images held out to select epochs on."""
+    augmentation: Literal["default", "none"] = "default"
+    """The data set's usual augmentation, or none."""
+
+
+class Model(Section):
+    """The network."""
+
+    name: str = "small_cnn"
+    """A name of `harprune doctor --models`, module:function, torchvision:NAME or timm:NAME."""
+    width: int | None = Field(None, ge=1)
+    """Channels of the first stage; the architecture's usual number when absent."""
+    mean: tuple[float, ...] | None = None
+    """Per-channel mean of the input normalisation, which is part of the model."""
+    std: tuple[float, ...] | None = None
+    """Per-channel standard deviation of the input normalisation."""
+    weights: str | None = None
+    """A robust dense network to start from (safetensors or a torch state dict)."""
+
+
+class Threat(Section):
+    """What an attacker may do; for training and, unless `attack` says otherwise, evaluation."""
+
+    norm: Literal["linf", "l2"] = "linf"
+    """The norm that bounds the perturbation."""
+    epsilon: Epsilon = "8/255"
+    """Its radius, for images in [0, 1]; a number or a fraction in quotes."""
+
+
+class Objective(Section):
+    """The training loss."""
+
+    name: Literal["natural", "pgd-at", "trades", "mart", "free", "fgsm-rs"] = "pgd-at"
+    """Which loss."""
+    steps: int = Field(10, ge=1)
+    """Steps of the training attack (pgd-at, trades, mart)."""
+    step_size: Epsilon | None = None
+    """Its step; a quarter of epsilon when absent."""
+    beta: float | None = Field(None, ge=0)
+    """Weight of the robust term; 6 in trades and 5 in mart when absent."""
+    replays: int = Field(4, ge=1)
+    """Steps on each batch in free adversarial training."""
+
+
+class Training(Section):
+    """One training stage."""
+
+    epochs: int = Field(100, ge=0)
+    """Passes over the training images; 0 skips the training of the stage."""
+    batch_size: int = Field(128, ge=1)
+    """Images per optimiser step, over all processes."""
+    learning_rate: float = Field(0.1, gt=0)
+    """Peak learning rate."""
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of SGD."""
+    weight_decay: float = Field(5e-4, ge=0)
+    """Weight decay of the weights and of batch norm; never of scores or densities unless parity."""
+    schedule: Literal["cosine", "one_cycle", "steps", "constant"] = "cosine"
+    """How the learning rate changes with progress."""
+    objective: Objective | None = None
+    """The loss of this stage; the recipe's [objective] when absent."""
+
+
+class Pretrain(Training):
+    """Dense robust training; skipped when model.weights is given."""
+
+
+class Prune(Training):
+    """The method's own training: scores and densities in HARP."""
+
+    epochs: int = Field(20, ge=0)
+    """Passes over the training images."""
+
+
+class Finetune(Training):
+    """Training of the kept weights under fixed masks."""
+
+    learning_rate: float = Field(0.01, gt=0)
+    """Peak learning rate."""
+
+
+class Budget(Section):
+    """What may be kept."""
+
+    density: float = Field(0.1)
+    """Fraction kept, strictly between 0 and 1: 0.01 keeps 1 %."""
+    allocation: str = "erk"
+    """uniform, erk, lamp, igq, global, or a JSON file {layer: density}."""
+    granularity: Literal["weight", "filter", "channel"] = "weight"
+    """What is kept or dropped together."""
+    cost: Literal["parameters", "multiply-adds"] = "parameters"
+    """What the budget counts."""
+    include: tuple[str, ...] | None = None
+    """Name patterns of the layers to prune; all weight layers when absent."""
+    exclude: tuple[str, ...] = ()
+    """Name patterns of layers to leave dense."""
+    floor: float = Field(0.1, ge=0, le=1)
+    """Least density of a layer, as a fraction of `density`."""
+
+    @field_validator("density")
+    @classmethod
+    def _fraction(cls, value: float) -> float:
+        if not 0.0 < value < 1.0:
+            raise ValueError("must lie strictly between 0 and 1; 0.01 keeps 1 % of the weights")
+        return value
+
+
+class Method(Section):
+    """The pruning method; further keys are the method's own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str = "harp"
+    """harp, hydra, magnitude or random."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Validation(Section):
+    """How epochs are selected."""
+
+    size: int | None = Field(1000, ge=1)
+    """Validation images attacked after each epoch; all when absent."""
+    steps: int = Field(10, ge=1)
+    """Steps of the PGD attack that selects the epoch."""
+
+
+class Attack(Section):
+    """The final evaluation, the only one that sees test images."""
+
+    attacks: tuple[str, ...] = ("pgd-20", "autoattack")
+    """fgsm, pgd-STEPS, cw-STEPS, apgd-ce, apgd-dlr, autoattack."""
+    size: int | None = Field(None, ge=1)
+    """Test images, drawn by `seed`; the complete test set when absent."""
+    seed: int = Field(0, ge=0)
+    """Draws the subset and starts the attacks."""
+    batch_size: int = Field(250, ge=1)
+    """Images attacked at a time, and the grain of resuming."""
+    dense: bool = True
+    """Attack the dense network as well, for comparison."""
+
+
+class Execution(Section):
+    """Where and how the computation runs."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes an accelerator if there is one."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Number format of training."""
+    attack_precision: Literal["32", "bf16"] = "32"
+    """Number format inside training attacks; bf16 is a different, cheaper attack."""
+    twin: bool = True
+    """Attack an equivalent of the model with batch norm folded and masks multiplied out."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; all cores when absent. Another number may change the last bits."""
+    checkpoint_minutes: float = Field(10.0, gt=0)
+    """Also checkpoint inside an epoch after so many minutes."""
+
+
+class Parity(Section):
+    """Hidden choices of HARP's released code, each off by default (docs/parity.md)."""
+
+    density_decay: bool = False
+    """Weight decay on the density logits."""
+    score_decay: bool = False
+    """Weight decay on the scores."""
+    clean_forward: bool = False
+    """A clean batch passes in training mode before each adversarial step."""
+    batch_norm_affine: bool = False
+    """Scale and shift of batch norm train while pruning."""
+    cosine_offset: bool = False
+    """The cosine lags one epoch."""
+    epsilon: bool = False
+    """Epsilon 0.031 and step 0.0078 instead of 8/255 and 2/255."""
+    start_density: bool = False
+    """Densities start from a strategy at 0.1, whatever the target."""
+
+
+class Recipe(Section):
+    """One experiment."""
+
+    name: str = "unnamed"
+    """Shown in reports."""
+    seed: int = Field(0, ge=0)
+    """Decides initialisation, validation split, order, augmentation and training noise."""
+    data: Data = Data()
+    model: Model = Model()
+    threat: Threat = Threat()
+    objective: Objective = Objective()
+    budget: Budget = Budget()
+    method: Method = Method()
+    pretrain: Pretrain = Pretrain()
+    prune: Prune = Prune()
+    finetune: Finetune = Finetune()
+    validation: Validation = Validation()
+    attack: Attack = Attack()
+    execution: Execution = Execution()
+    parity: Parity = Parity()
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a TOML file, with `section.key=value` overrides.
+
+    Raises:
+        ValueError: unreadable, an unknown key (the nearest is named) or a value out of range.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"recipe {path} cannot be read: {error}") from None
+    return make_recipe(content, overrides, source=str(path))
+
+
+def make_recipe(
+    content: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe"
+) -> Recipe:
+    """A checked `Recipe` from nested values; see `read_recipe`."""
+    merged: dict[str, Any] = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in content.items()
+    }
+    for override in overrides:
+        _override(merged, override)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise ValueError(f"{source}: {_first_fault(error)}") from None
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Each leaf in which two resolved recipes differ, as `key: old -> new`."""
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from changes(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}: {a!r} -> {b!r}"
+
+
+def describe(section: type[Section] = Recipe, prefix: str = "") -> Iterator[str]:
+    """The documented fields with their defaults, as the lines of a TOML file."""
+    nested = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            nested.append((name, kind))
+            continue
+        value = field.get_default()
+        yield f"# {field.description}"
+        yield f"# {name} =" if value is None else f"{name} = {_toml(value)}"
+    for name, kind in nested:
+        yield f"\n[{prefix}{name}]  # {(kind.__doc__ or '').splitlines()[0]}"
+        yield from describe(kind, f"{prefix}{name}.")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(v) for v in value)}]"
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def _override(content: dict[str, Any], text: str) -> None:
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise ValueError(f"--set {text!r} must have the form section.key=value")
+    *sections, key = path.strip().split(".")
+    target = content
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ValueError(f"--set {text!r}: {section!r} is a value, not a section")
+    try:
+        target[key] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        target[key] = value.strip()  # a bare word is a string
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors(include_url=False)[0]
+    path = [str(part) for part in fault["loc"]]
+    if fault["type"] == "extra_forbidden":
+        return _unknown_key(path)
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(path)} = {fault['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _unknown_key(path: list[str]) -> str:
+    section: Any = Recipe
+    for part in path[:-1]:
+        section = _section_type(section.model_fields[part].annotation)
+    near = get_close_matches(path[-1], list(section.model_fields), n=1, cutoff=0.0)
+    return f"unknown key {'.'.join(path)!r}; the nearest known is {'.'.join([*path[:-1], *near])!r}"
+
+
+def _section_type(annotation: Any) -> type[Section]:
+    options = getattr(annotation, "__args__", (annotation,))
+    return next(o for o in options if isinstance(o, type) and issubclass(o, Section))

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run's folder: where each artifact lies, which stages are done, and who works in it.
+
+    recipe.toml        the recipe as given            recipe.json   the recipe as resolved
+    environment.json   versions, machine, command     log.txt       what was said
+    <stage>.progress   where an unfinished stage goes on (removed when it is done)
+    dense.safetensors  pruned.safetensors  finetuned.safetensors  audit.json
+    metrics.jsonl      one line per epoch             attack/  report/
+
+An artifact that exists is a finished stage; that is all the state a run has.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from harprune.pipeline.recipe import Recipe, changes
+from harprune.training import checkpoint
+
+STAGES = ("pretrain", "prune", "finetune")
+_ARTIFACTS = {"pretrain": "dense", "prune": "pruned", "finetune": "finetuned"}
+
+
+class Run:
+    """An open run folder; `close` (or leaving its `with` block) releases it.
+
+    Args:
+        folder: created when absent.
+        recipe: what the run is about; a folder holding another one is refused.
+        source: the recipe as the user wrote it, kept beside the resolved one.
+        command: how to repeat the run, for the record.
+
+    Raises:
+        ValueError: the folder belongs to another recipe, or another process works in it.
+    """
+
+    def __init__(self, folder: str | Path, recipe: Recipe, *, source: str = "", command: str = ""):
+        self.folder = Path(folder)
+        self.recipe = recipe
+        self.leader = int(os.environ.get("RANK", "0")) == 0
+        if not self.leader:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.folder / ".lock")
+        try:
+            self._adopt(source, command)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.leader:
+            self._lock.close()
+
+    def _adopt(self, source: str, command: str) -> None:
+        resolved = self.recipe.model_dump(mode="json")
+        record = self.folder / "recipe.json"
+        if record.exists():
+            differing = list(changes(_read_json(record), resolved))
+            if differing:
+                raise ValueError(
+                    f"{self.folder} holds a run of another recipe ({'; '.join(differing[:3])}"
+                    f"{'; ...' if len(differing) > 3 else ''}); choose another --out"
+                )
+            return
+        checkpoint.write_text(self.folder / "recipe.toml", source)
+        environment = json.dumps(environment_of(command), indent=1)
+        checkpoint.write_text(self.folder / "environment.json", environment + "\n")
+        checkpoint.write_text(record, json.dumps(resolved, indent=1) + "\n")
+
+    def artifact(self, stage: str) -> Path:
+        """The file that a finished training stage leaves."""
+        return self.folder / f"{_ARTIFACTS[stage]}.safetensors"
+
+    def progress(self, stage: str) -> Path:
+        """Where an unfinished training stage goes on."""
+        return self.folder / f"{stage}.progress"
+
+    def best(self, stage: str) -> Path:
+        """The best epoch so far of an unfinished training stage."""
+        return self.folder / f"{stage}.best"
+
+    def attack(self, model: str) -> Path:
+        """The folder of one model's evaluation."""
+        return self.folder / "attack" / model
+
+    def finish(self, stage: str, tensors: Mapping, values: Mapping[str, Any]) -> None:
+        """Write a stage's artifact, then drop what was kept to resume it."""
+        if self.leader:
+            checkpoint.save(self.artifact(stage), tensors, values)
+            self.progress(stage).unlink(missing_ok=True)
+            self.best(stage).unlink(missing_ok=True)
+
+    def write_metrics(self, histories: Mapping[str, list[dict]]) -> None:
+        """One line per finished epoch of each stage, in order."""
+        if self.leader:
+            lines = [
+                json.dumps({"stage": stage, **epoch})
+                for stage in STAGES
+                for epoch in histories.get(stage, [])
+            ]
+            checkpoint.write_text(self.folder / "metrics.jsonl", "".join(f"{x}\n" for x in lines))
+
+
+def environment_of(command: str) -> dict[str, Any]:
+    """What a number depends on besides the recipe: versions, commit, machine, command."""
+    import torch
+
+    packages = ("harprune", "torch", "numpy", "safetensors", "lightning-fabric", "pyautoattack")
+    return {
+        "command": command,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs, with `+` when it has been changed since."""
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here)]
+        show = {"capture_output": True, "text": True, "check": True, "timeout": 10}
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], **show).stdout.strip()
+        tracked = subprocess.run([*git, "ls-files", str(here / "run.py")], **show).stdout.strip()
+        changed = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", str(here.parent)], timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    # An installed copy may lie inside somebody else's repository: that commit says nothing.
+    return (commit + ("+" if changed.returncode else "")) if tracked else None
+
+
+def _lock(path: Path):
+    file = open(path, "a+")  # noqa: SIM115 - the open file *is* the lock, released at exit
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise ValueError(
+            f"{path.parent} is in use by process {holder}; wait for it or choose another --out"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is damaged; restore it or choose another --out") from None
+
+
+def command_line() -> str:
+    """The command in force, as a user would type it."""
+    import shlex
+
+    return shlex.join(["harprune", *sys.argv[1:]])

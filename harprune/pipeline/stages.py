@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of a run: pretrain, prune, finetune, attack, report. Folder in, folder out.
+
+Each begins with "if my artifact exists, I am done": an interrupted run goes on by the same command.
+The validation split selects epochs; the attack stage alone sees test images.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from harprune.methods.base import Budget, Method
+from harprune.pipeline import build
+from harprune.pipeline.build import Materials
+from harprune.pipeline.console import Console
+from harprune.pipeline.course import Course
+from harprune.pipeline.recipe import Recipe
+from harprune.pipeline.run import STAGES, Run
+from harprune.reporting.report import write_report
+from harprune.robustness import evaluation
+from harprune.robustness.attacks import eval_mode
+from harprune.sparsity import allocation, masks
+from harprune.sparsity.audit import Audit, audit
+from harprune.sparsity.execution import Twin, twin
+from harprune.sparsity.layers import weights
+from harprune.training import checkpoint
+from harprune.training.splits import to_float
+from harprune.training.loop import Diverged, fit
+from harprune.training.schedules import make_schedule
+
+_VALIDATION_BATCH = 250
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What every stage works with."""
+
+    run: Run
+    materials: Materials
+    engine: Fabric
+    console: Console
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.run.recipe
+
+    def seed(self, stage: str) -> int:
+        """A seed of its own for each stage."""
+        return self.recipe.seed * len(STAGES) + STAGES.index(stage)
+
+
+def open_workshop(run: Run) -> Workshop:
+    """The workshop of an open run: data loaded, device chosen, processes joined."""
+    engine = build.fabric(run.recipe.execution)
+    console = Console(run.folder / "log.txt" if run.leader else None, quiet=not run.leader)
+    return Workshop(run, build.materials(run.recipe), engine, console)
+
+
+def run_until(shop: Workshop, last: str = "report") -> dict:
+    """All stages in order up to `last`; returns the report, if it came to that.
+
+    Raises:
+        ValueError: `last` is no stage.
+    """
+    order = {f.__name__: f for f in (pretrain, prune, finetune, attack, report)}
+    if last not in order:
+        raise ValueError(f"--until {last!r} is no stage; choose one of {', '.join(order)}")
+    for name, stage in order.items():
+        result = stage(shop)
+        if name == last:
+            return result or {}
+    return {}
+
+
+def pretrain(shop: Workshop) -> None:
+    """Dense robust training, or the weights the recipe names -> dense.safetensors."""
+    if shop.run.artifact("pretrain").exists():
+        return
+    model = shop.materials.network().to(shop.engine.device)
+    history: list[dict] = []
+    if not shop.materials.given and shop.recipe.pretrain.epochs:
+        history = learn(shop, "pretrain", model, [{"params": list(model.parameters())}])
+    clean, robust = validate(shop, model, _twin(shop, model))
+    shop.console.say(f"dense network: {_percent(clean, robust)} on validation images")
+    _finish(shop, "pretrain", checkpoint.pack("model", model.state_dict()), history, clean, robust)
+
+
+def prune(shop: Workshop) -> None:
+    """The method's stage: attach, learn, settle within the budget -> pruned.safetensors."""
+    if shop.run.artifact("prune").exists():
+        return
+    model = load_network(shop, "pretrain")
+    method, budget = build.method(shop.recipe), build.budget(shop.recipe, shop.materials.example)
+    torch.manual_seed(shop.seed("prune"))
+    method.attach(model, budget)
+    history: list[dict] = []
+    if shop.recipe.prune.epochs and (groups := method.trainable(model)):
+        history = learn(shop, "prune", model, groups, method=method)
+    method.settle(model)
+    tensors = checkpoint.pack("mask", masks.kept_masks(model))
+    masks.bake(model)
+    counts = audit(budget.layers(model), budget.density).require_within_budget()
+    shop.console.say(f"pruned: {counts.kept} of {counts.total} {counts.denominator} kept")
+    _write_audit(shop, counts, budget)
+    clean, robust = validate(shop, model, _twin(shop, model))
+    shop.console.say(f"pruned network: {_percent(clean, robust)} on validation images")
+    tensors |= checkpoint.pack("model", model.state_dict())
+    _finish(shop, "prune", tensors, history, clean, robust)
+
+
+def finetune(shop: Workshop) -> None:
+    """Train the kept weights under fixed masks -> finetuned.safetensors."""
+    if shop.run.artifact("finetune").exists():
+        return
+    model, budget = load_network(shop, "prune"), build.budget(shop.recipe, shop.materials.example)
+    kept = checkpoint.unpack("mask", checkpoint.load(shop.run.artifact("prune"))[0])
+    for name, layer in budget.layers(model).items():
+        masks.fix(layer, kept[name].to(shop.engine.device))
+    history: list[dict] = []
+    if shop.recipe.finetune.epochs:
+        history = learn(shop, "finetune", model, [{"params": list(model.parameters())}])
+    masks.bake(model)
+    counts = audit(budget.layers(model), budget.density).require_within_budget()
+    _write_audit(shop, counts, budget)
+    clean, robust = validate(shop, model, _twin(shop, model))
+    shop.console.say(f"finetuned network: {_percent(clean, robust)} on validation images")
+    tensors = checkpoint.pack("model", model.state_dict()) | checkpoint.pack("mask", kept)
+    _finish(shop, "finetune", tensors, history, clean, robust)
+
+
+def attack(shop: Workshop) -> None:
+    """Evaluate on test images: the baked, finetuned network and, if wanted, the dense one."""
+    section, test = shop.recipe.attack, shop.materials.test
+    if test is None or not section.attacks or not shop.run.leader:
+        return
+    bound = build.threat(shop.recipe)
+    attacks = {name: build.attack(name, bound) for name in section.attacks}
+    index = evaluation.subset(test.labels, section.size, section.seed)
+    for name, stage in (("dense", "pretrain"), ("finetuned", "finetune")):
+        if name == "dense" and not section.dense:
+            continue
+        with shop.console.bar(f"attack {name}", len(index)) as bar:
+            result = evaluation.evaluate(
+                load_network(shop, stage).eval(),
+                Floats(test.images),
+                test.labels,
+                attacks,
+                seed=section.seed,
+                batch_size=section.batch_size,
+                index=index,
+                folder=shop.run.attack(name),
+                num_classes=shop.materials.num_classes,
+                device=shop.engine.device,
+                progress=bar.update_of,
+                threat=bound,
+                name=name,
+            )
+        for line in result.lines():
+            shop.console.say(f"{name}: {line}")
+
+
+def report(shop: Workshop) -> dict:
+    """Tables and plots of what the folder holds -> report/."""
+    if not shop.run.leader:
+        return {}
+    content = write_report(shop.run.folder)
+    shop.console.say(f"report: {shop.run.folder / 'report' / 'report.html'}")
+    return content
+
+
+def learn(
+    shop: Workshop,
+    stage: str,
+    model: nn.Module,
+    groups: list[dict],
+    *,
+    method: Method | None = None,
+) -> list[dict]:
+    """Train `groups` for the stage's epochs, leave the selected epoch in `model`; its history."""
+    section = getattr(shop.recipe, stage)
+    fast = _twin(shop, model)
+    attacked = fast if shop.recipe.execution.twin else None
+    objective = build.objective(shop.recipe, section.objective or shop.recipe.objective, attacked)
+    optimiser = build.optimiser(groups, section)
+    batches = build.batches(
+        shop.materials.train, shop.recipe, section, shop.engine, shop.seed(stage)
+    )
+    if not len(batches):
+        raise ValueError(
+            f"{stage}.batch_size = {section.batch_size} exceeds the {len(shop.materials.train)} "
+            "training images; lower it"
+        )
+    course = Course(shop.run, stage, model, optimiser, objective, method)
+    if course.restore():
+        shop.console.say(f"{stage}: going on at step {course.step}")
+    with shop.console.bar(stage, section.epochs * len(batches)) as bar:
+
+        def after_step(step: int, loss: Tensor) -> None:
+            course.step_ended(step, loss, section.batch_size * objective.replays)
+            if method is not None:
+                method.step_ended(model, step)
+            bar.update(step + 1, f"loss {float(loss):.3f}")
+
+        def after_epoch(epoch: int) -> None:
+            _end_epoch(shop, course, epoch, len(batches), fast, section.epochs)
+
+        try:
+            fit(
+                model,
+                batches,
+                loss=_loss(objective, method),
+                optimiser=optimiser,
+                schedule=make_schedule(
+                    section.schedule, epochs=section.epochs, offset=shop.recipe.parity.cosine_offset
+                ),
+                epochs=section.epochs,
+                fabric=shop.engine,
+                seed=shop.seed(stage),
+                start=course.step,
+                replays=objective.replays,
+                after_step=after_step,
+                after_epoch=after_epoch,
+            )
+        except Diverged as error:
+            raise _diverged(shop.run, stage, error) from None
+    chosen = course.take_best()
+    shop.console.say(f"{stage}: epoch {chosen + 1} of {section.epochs} selected")
+    return course.history
+
+
+def _loss(objective, method: Method | None) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    if method is None:
+        return objective
+    return lambda model, x, y: objective(model, x, y) + method.penalty(model)
+
+
+def _end_epoch(
+    shop: Workshop, course: Course, epoch: int, steps: int, fast: Twin | None, epochs: int
+) -> None:
+    """Validate, let the method react, record, checkpoint, say."""
+    clean, robust = validate(shop, course.model, fast)
+    record = {"epoch": epoch, "clean": clean, "robust": robust}
+    record["learning_rate"] = course.optimiser.param_groups[0]["lr"]
+    eligible = True
+    if course.method is not None:
+        record |= course.method.metrics(course.model)
+        eligible = course.method.budget_met(course.model)
+        course.method.epoch_ended(course.model, epoch)
+    course.epoch_ended(record, steps, eligible=eligible)
+    shop.run.write_metrics(_histories(shop, course))
+    shop.console.say(f"{course.stage} {epoch + 1}/{epochs}: {_summary(course.history[-1])}")
+
+
+def validate(shop: Workshop, model: nn.Module, fast: Twin | None) -> tuple[float, float]:
+    """Clean and PGD accuracy on the validation images, in [0, 1]; the same images each time."""
+    section, split = shop.recipe.validation, shop.materials.validation
+    attack = build.attack(f"pgd-{section.steps}", build.threat(shop.recipe))
+    index = evaluation.subset(split.labels, section.size, shop.recipe.seed)
+    function = model if fast is None else fast.current()
+    hits = torch.zeros(2, dtype=torch.int64)
+    with parametrize.cached(), eval_mode(function), torch.random.fork_rng():
+        torch.manual_seed(shop.recipe.seed)
+        for part in index.split(_VALIDATION_BATCH):
+            x = to_float(split.images[part]).to(shop.engine.device)
+            y = split.labels[part].to(shop.engine.device)
+            hits[0] += _correct(function, x, y)
+            hits[1] += _correct(function, attack(function, x, y), y)
+    clean, robust = (hits / len(index)).tolist()
+    return clean, robust
+
+
+@torch.no_grad()
+def _correct(model: nn.Module, x: Tensor, y: Tensor) -> int:
+    return int((model(x).argmax(dim=1) == y).sum())
+
+
+def load_network(shop: Workshop, stage: str) -> nn.Module:
+    """The plain network that `stage` left, strictly loaded."""
+    model = shop.materials.network()
+    tensors, _ = checkpoint.load(shop.run.artifact(stage))
+    model.load_state_dict(checkpoint.unpack("model", tensors))
+    return model.to(shop.engine.device)
+
+
+@dataclass(frozen=True)
+class Floats:
+    """Images as float batches in [0, 1], converted when they are asked for."""
+
+    images: object
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return to_float(self.images[index])
+
+
+def _twin(shop: Workshop, model: nn.Module) -> Twin | None:
+    low = shop.recipe.execution.attack_precision == "bf16"
+    return twin(model, dtype=torch.bfloat16 if low else None)
+
+
+def _finish(
+    shop: Workshop, stage: str, tensors: dict, history: list, clean: float, robust: float
+) -> None:
+    shop.engine.barrier()
+    shop.run.finish(stage, tensors, {"history": history, "clean": clean, "robust": robust})
+    shop.engine.barrier()
+
+
+def _write_audit(shop: Workshop, counts: Audit, budget: Budget) -> None:
+    """audit.json: the counts, beside what the named allocations would give the dense network."""
+    if not shop.run.leader:
+        return
+    dense = weights(budget.layers(load_network(shop, "pretrain")))
+    others = {"uniform": allocation.uniform, "erk": allocation.erk, "lamp": allocation.lamp}
+    content = counts.as_dict()
+    content["allocations"] = {n: a(dense, budget.density) for n, a in others.items()}
+    checkpoint.write_json(shop.run.folder / "audit.json", content)
+
+
+def _histories(shop: Workshop, course: Course) -> dict[str, list[dict]]:
+    histories = {}
+    for stage in STAGES[: STAGES.index(course.stage)]:
+        histories[stage] = checkpoint.load(shop.run.artifact(stage))[1]["history"]
+    return histories | {course.stage: course.history}
+
+
+def _diverged(run: Run, stage: str, error: Diverged) -> ValueError:
+    last = run.progress(stage)
+    good = (
+        f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
+    )
+    return ValueError(f"{stage} stopped: {error}; {good}; lower {stage}.learning_rate in a new run")
+
+
+def _summary(record: dict) -> str:
+    parts = [f"loss {record['loss']:.3f}", _percent(record["clean"], record["robust"])]
+    if "density" in record:
+        parts.append(f"density {record['density']:.4f}, gamma {record['gamma']:.3g}")
+    return ", ".join(parts)
+
+
+def _percent(clean: float, robust: float) -> str:
+    return f"clean {100 * clean:.2f} %, PGD {100 * robust:.2f} %"

@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several runs side by side under one protocol: seeds averaged, methods compared image by image."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from harprune.reporting import plots
+from harprune.reporting.document import Document, Plot, Section
+from harprune.reporting.pairing import paired_difference
+from harprune.reporting.records import Attacked, Run, read_run
+from harprune.reporting.summary import AUTOATTACK, attack_order
+from harprune.reporting.tables import (
+    Table,
+    flatten,
+    format_density,
+    format_difference,
+    format_kept,
+    format_p,
+)
+from harprune.reporting.writing import to_json, write
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone."""
+
+    method: str
+    configuration: str
+    density: float
+    runs: Mapping[int, Run]
+
+
+def write_comparison(
+    folders: Sequence[str | Path],
+    out_md: str | Path,
+    *,
+    title: str,
+    note: str,
+    command: str,
+    baseline: str | None = None,
+) -> dict[str, Any]:
+    """Write `out_md`, and beside it the same as .json and a plot as .svg; returns the comparison.
+
+    Args:
+        folders: finished run folders.
+        note: what a reader should know first; may be empty.
+        command: what makes this file again.
+        baseline: see `compare_runs`.
+    """
+    out = Path(out_md)
+    if out.suffix != ".md":
+        raise ValueError(f"a comparison is written to a Markdown file, not to {out}; end it in .md")
+    comparison = {"title": title, "note": note, "command": command}
+    comparison |= compare_runs(folders, baseline=baseline)
+    picture = plots.to_svg(plots.points_by_row, _points(comparison))
+    plot = Plot(out.with_suffix(".svg").name, f"{title}: clean and robust accuracy", picture)
+    write(out.with_suffix(".svg"), picture)
+    write(out.with_suffix(".json"), to_json(comparison))
+    write(out, _document(comparison, plot).markdown())
+    return comparison
+
+
+def compare_runs(folders: Sequence[str | Path], *, baseline: str | None = None) -> dict[str, Any]:
+    """Runs grouped over seeds: mean and sample standard deviation of accuracies, exact counts.
+
+    Args:
+        folders: finished run folders of one data set, model and threat, measured on as many images.
+        baseline: a configuration ("hydra + erk"), a method ("hydra") or "dense", against which
+            the others of the same density are tested, seed by seed, on the same images.
+
+    Raises:
+        ValueError: a run is unfinished, protocols differ, a seed occurs twice in one configuration,
+            or the baseline is unknown.
+    """
+    runs = [read_run(folder) for folder in folders]
+    if not runs:
+        raise ValueError("nothing to compare; name one run folder or more")
+    protocol = _protocol(runs)
+    groups = _groups(runs)
+    rows = [_dense_row(runs), *map(_row, groups)]
+    return {
+        "protocol": protocol,
+        "rows": [row for row in rows if row],
+        "baseline": baseline,
+        "paired": [] if baseline is None else list(_paired(groups, baseline)),
+        "warnings": list(_warnings(groups)),
+        "runs": [_made(run) for run in runs],
+    }
+
+
+def _protocol(runs: Sequence[Run]) -> dict[str, Any]:
+    """What all runs must have in common for a comparison to mean anything."""
+    protocols = [_protocol_of(run) for run in runs]
+    for run, protocol in zip(runs, protocols, strict=True):
+        for key, value in protocol.items():
+            if value != protocols[0][key]:
+                ours, first = flatten(value), flatten(protocols[0][key])
+                raise ValueError(
+                    f"{run.folder} has {key} {ours} but {runs[0].folder} has {first}; "
+                    "compare runs of one protocol"
+                )
+    return protocols[0]
+
+
+def _protocol_of(run: Run) -> dict[str, Any]:
+    if run.audit is None or "finetuned" not in run.attacked:
+        lacking = [stage for stage in run.missing if stage != "attack/dense"]
+        raise ValueError(
+            f"{run.folder} is not finished ({', '.join(lacking) or 'audit.json'} missing); "
+            "finish it by the command that began it"
+        )
+    return {
+        "data": run.section("data").get("name"),
+        "model": run.section("model").get("name"),
+        "threat": run.recipe.get("threat"),
+        "images": _finetuned(run).evaluation.size,
+    }
+
+
+def _groups(runs: Sequence[Run]) -> list[Group]:
+    """Runs by configuration and density, in order of appearance."""
+    found: dict[tuple[str, float], dict[int, Run]] = {}
+    for run in runs:
+        configuration, density = _configuration(run), run.section("budget").get("density")
+        members = found.setdefault((configuration, density), {})
+        seed = run.recipe.get("seed", 0)
+        if seed in members:
+            raise ValueError(
+                f"{members[seed].folder} and {run.folder} are both {configuration} at density "
+                f"{density} with seed {seed}; compare runs that differ in method, allocation, density or seed"
+            )
+        members[seed] = run
+    return [
+        Group(_method(next(iter(members.values()))), configuration, density, members)
+        for (configuration, density), members in found.items()
+    ]
+
+
+def _method(run: Run) -> str:
+    return str(run.section("method").get("name", "unknown"))
+
+
+def _configuration(run: Run) -> str:
+    """`hydra + erk`; with what else the recipe sets for the method or prunes other than weights."""
+    method, budget = dict(run.section("method")), run.section("budget")
+    method.pop("name", None)
+    allocation = method.pop("allocation", None) or budget.get("allocation")
+    granularity = budget.get("granularity", "weight")
+    options = [f"{key}={value}" for key, value in sorted(method.items())]
+    options += [f"{granularity}s"] if granularity != "weight" else []
+    label = f"{_method(run)} + {allocation}" if allocation else _method(run)
+    return f"{label} ({', '.join(options)})" if options else label
+
+
+def _finetuned(run: Run) -> Attacked:
+    return run.attacked["finetuned"]
+
+
+def _row(group: Group) -> dict[str, Any]:
+    runs = group.runs.values()
+    audits = [run.audit for run in runs if run.audit]
+    return {
+        "configuration": group.configuration,
+        "density": group.density,
+        "seeds": list(group.runs),
+        "measures": _measures([_finetuned(run) for run in runs]),
+        "kept": [audit.kept for audit in audits],
+        "total": audits[0].total,
+        "denominator": audits[0].denominator,
+    }
+
+
+def _dense_row(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """The dense networks; runs that start from the same one count it once."""
+    distinct = {_identity(run): run for run in reversed(runs) if DENSE in run.attacked}
+    known = list(reversed(distinct.values()))
+    audits = [run.audit for run in known if run.audit]
+    if not known:
+        return None
+    return {
+        "configuration": DENSE,
+        "density": 1.0,
+        "seeds": [run.recipe.get("seed", 0) for run in known],
+        "measures": _measures([run.attacked[DENSE] for run in known]),
+        "kept": [audit.total for audit in audits],
+        "total": audits[0].total,
+        "denominator": audits[0].denominator,
+    }
+
+
+def _identity(run: Run) -> tuple:
+    measures = run.attacked[DENSE].evaluation.measures
+    return run.recipe.get("seed", 0), *((name, m.correct, m.size) for name, m in measures.items())
+
+
+def _measures(attacked: Sequence[Attacked]) -> dict[str, Any]:
+    """Mean and sample standard deviation of each accuracy that every member has."""
+    known = [member.evaluation.measures for member in attacked]
+    shared = [name for name in known[0] if all(name in measures for measures in known)]
+    names = ["clean", *attack_order(name for name in shared if name != "clean")]
+    return {name: _statistics([measures[name].accuracy for measures in known]) for name in names}
+
+
+def _statistics(values: list[float]) -> dict[str, Any]:
+    return {
+        "values": values,
+        "mean": fmean(values),
+        "spread": stdev(values) if len(values) > 1 else None,
+    }
+
+
+def _paired(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
+    """Each configuration against the baseline of its density, seed by seed."""
+    names = [DENSE, *dict.fromkeys(n for g in groups for n in (g.method, g.configuration))]
+    if baseline not in names:
+        raise ValueError(
+            f"baseline {baseline!r} is not among the runs; choose one of: {', '.join(names)}"
+        )
+    for group in groups:
+        reference = None if baseline == DENSE else _reference(groups, group.density, baseline)
+        if baseline != DENSE and (reference is None or reference is group):
+            continue
+        for seed, run in group.runs.items():
+            first = run.attacked.get(DENSE) if reference is None else _seed_of(reference, seed)
+            if first is not None:
+                where = {
+                    "configuration": group.configuration,
+                    "density": group.density,
+                    "seed": seed,
+                }
+                for name in ("clean", AUTOATTACK):
+                    paired = paired_difference(first.outcomes, _finetuned(run).outcomes, name)
+                    if paired:
+                        yield where | {"measure": name} | paired.as_dict()
+
+
+def _reference(groups: Sequence[Group], density: float, baseline: str) -> Group | None:
+    found = [g for g in groups if baseline in (g.method, g.configuration) and g.density == density]
+    if len(found) > 1:
+        names = ", ".join(group.configuration for group in found)
+        raise ValueError(
+            f"baseline {baseline!r} names several configurations; choose one of: {names}"
+        )
+    return found[0] if found else None
+
+
+def _seed_of(group: Group, seed: int) -> Attacked | None:
+    return _finetuned(group.runs[seed]) if seed in group.runs else None
+
+
+def _warnings(groups: Sequence[Group]) -> Iterator[str]:
+    for group in groups:
+        for seed, run in group.runs.items():
+            for model, attacked in run.attacked.items():
+                where = f"{group.configuration}, seed {seed}, {model}"
+                for name, check in attacked.evaluation.checks.items():
+                    if not check.passed:
+                        yield f"{where}: check '{name}' FAILED: {check.detail}"
+                for flag in attacked.evaluation.flags:
+                    yield f"{where}: {flag}"
+
+
+def _made(run: Run) -> dict[str, Any]:
+    made = {
+        "run": run.folder.name,
+        "seed": run.recipe.get("seed"),
+        "configuration": _configuration(run),
+    }
+    return made | {
+        "density": run.section("budget").get("density"),
+        "environment": dict(run.environment),
+    }
+
+
+def _points(comparison: Mapping[str, Any]) -> list[tuple[str, dict[str, list[float]]]]:
+    return [
+        (_label(row), {name: m["values"] for name, m in row["measures"].items()})
+        for row in comparison["rows"]
+    ]
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    if row["configuration"] == DENSE:
+        return DENSE
+    return f"{row['configuration']}\n{format_density(row['density'])}"
+
+
+def _document(comparison: Mapping[str, Any], plot: Plot) -> Document:
+    protocol = "; ".join(
+        f"{key}: {flatten(value)}" for key, value in comparison["protocol"].items()
+    )
+    explained = (
+        f"Protocol: {protocol}. Test accuracy in %, mean ± sample standard deviation over seeds; "
+        "AutoAttack is the robust accuracy."
+    )
+    return Document(
+        title=comparison["title"],
+        lead=tuple(filter(None, (comparison["note"], explained))),
+        warnings=tuple(comparison["warnings"]),
+        sections=tuple(_sections(comparison, plot)),
+    )
+
+
+def _sections(comparison: Mapping[str, Any], plot: Plot) -> Iterator[Section]:
+    yield Section("Result", _rows_table(comparison), plot)
+    if comparison["baseline"] is not None:
+        text = (
+            f"Difference to {comparison['baseline']} at the same density and seed, on the same "
+            "images: percentage points with the paired 95 % interval, and the exact McNemar test."
+        )
+        table = _paired_table(comparison["paired"])
+        none = " There is no pair measured on the same images."
+        yield Section("Pair by pair", table, text=text if table else text + none)
+    yield Section("How this was made", _runs_table(comparison), code=comparison["command"])
+
+
+def _rows_table(comparison: Mapping[str, Any]) -> Table:
+    rows = tuple(
+        (
+            row["configuration"],
+            format_density(row["density"]) if row["configuration"] != DENSE else "100 % kept",
+            ", ".join(map(str, row["seeds"])),
+            _mean(row["measures"].get("clean")),
+            _mean(row["measures"].get(AUTOATTACK)),
+            " or ".join(format_kept(kept, row["total"]) for kept in dict.fromkeys(row["kept"])),
+        )
+        for row in comparison["rows"]
+    )
+    header = ("configuration", "density", "seeds", "clean", "AutoAttack", "weights kept / total")
+    return Table(header, rows)
+
+
+def _mean(statistics: Mapping[str, Any] | None) -> str:
+    if statistics is None:
+        return "not run"
+    spread = statistics["spread"]
+    return f"{100 * statistics['mean']:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+
+
+def _paired_table(paired: Sequence[Mapping[str, Any]]) -> Table | None:
+    rows = tuple(
+        (
+            pair["configuration"],
+            format_density(pair["density"]),
+            str(pair["seed"]),
+            "AutoAttack" if pair["measure"] == AUTOATTACK else pair["measure"],
+            format_difference(pair),
+            f"{pair['won']:,} / {pair['lost']:,}",
+            format_p(pair["p_value"]),
+        )
+        for pair in paired
+    )
+    header = ("configuration", "density", "seed", "accuracy", "difference", "won / lost", "p")
+    return Table(header, rows) if rows else None
+
+
+def _runs_table(comparison: Mapping[str, Any]) -> Table:
+    shown = ("commit", "versions", "machine", "command")
+    rows = tuple(
+        (run["run"], *(flatten(run["environment"].get(key)) for key in shown))
+        for run in comparison["runs"]
+    )
+    return Table(("run", *shown), rows, numeric=False)

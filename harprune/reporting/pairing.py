@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two models on the same images: the difference of their accuracies, sharpened by pairing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import comb, sqrt
+
+import numpy as np
+
+_Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Accuracy of the second model minus that of the first, on `size` images.
+
+    Attributes:
+        lost: images only the first has right (b10).
+        won: images only the second has right (b01).
+    """
+
+    lost: int
+    won: int
+    size: int
+
+    @property
+    def difference(self) -> float:
+        return (self.won - self.lost) / self.size
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % normal interval: variance (b10 + b01 - (b01 - b10)^2 / n) / n^2."""
+        n = self.size
+        spread = sqrt(self.won + self.lost - (self.won - self.lost) ** 2 / n) / n
+        return self.difference - _Z95 * spread, self.difference + _Z95 * spread
+
+    @property
+    def p_value(self) -> float:
+        """Exact two-sided McNemar test: is a discordant image as likely lost as won?"""
+        discordant = self.lost + self.won
+        tail = sum(comb(discordant, k) for k in range(min(self.lost, self.won) + 1))
+        return min(1.0, 2 * tail / 2**discordant)
+
+    def as_dict(self) -> dict:
+        return {
+            "difference": self.difference,
+            "interval": list(self.interval),
+            "lost": self.lost,
+            "won": self.won,
+            "size": self.size,
+            "p_value": self.p_value,
+        }
+
+
+def paired_difference(
+    first: Mapping[str, np.ndarray] | None, second: Mapping[str, np.ndarray] | None, name: str
+) -> PairedDifference | None:
+    """The difference in outcome `name`; None where the two were not measured on the same images.
+
+    Args:
+        first, second: arrays (n,) of outcomes.npz: "index", "labels", bool outcomes by name.
+    """
+    if first is None or second is None or name not in first or name not in second:
+        return None
+    if not np.array_equal(first["index"], second["index"]):
+        return None
+    if not np.array_equal(first["labels"], second["labels"]):
+        raise ValueError(
+            "two evaluations give other labels to the same images; compare runs of one data set"
+        )
+    a, b = first[name].astype(bool), second[name].astype(bool)
+    return PairedDifference(int((a & ~b).sum()), int((~a & b).sum()), len(a))

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plots of a report, drawn with matplotlib: quiet, readable, told apart without colour.
+
+Each function returns a matplotlib figure; `to_svg` makes it a file, the same bits each time.
+Hues are those of Okabe and Ito, which colour-blind readers can tell apart.
+"""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from harprune.reporting.records import STAGES, Audit, Epoch, Evaluation
+from harprune.reporting.summary import attack_order
+from harprune.reporting.tables import title_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+RED, GREY, BLACK = "#D55E00", "#8A8A8A", "#222222"
+
+_STYLE = {
+    "svg.hashsalt": "harprune",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.edgecolor": "#999999",
+    "axes.labelcolor": BLACK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "figure.constrained_layout.use": True,
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.06,
+}
+_ALLOCATIONS = {
+    "erk": ("ERK", ORANGE, "s"),
+    "lamp": ("LAMP", PURPLE, "^"),
+    "uniform": ("uniform", GREY, ""),
+}
+_MODELS = {"dense": (GREY, "///"), "finetuned": (BLUE, "")}
+
+
+def to_svg(draw: Callable[..., "Figure"], *data: Any) -> bytes:
+    """What `draw(*data)` draws, as SVG without a date or random names."""
+    import matplotlib
+
+    stream = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        draw(*data).savefig(stream, format="svg", metadata={"Date": None})
+    return stream.getvalue()
+
+
+def density_per_layer(audit: Audit) -> "Figure":
+    """Fraction kept in each layer, beside what ERK, LAMP and uniform allocation would keep."""
+    names = list(audit.layers)
+    places = range(len(names))
+    figure, axes = _figure(min(13.0, max(6.4, 1.6 + 0.3 * len(names))), 3.9)
+    for name, (label, colour, marker) in _ALLOCATIONS.items():
+        if name in audit.allocations:
+            shares = [audit.allocations[name].get(layer, math.nan) for layer in names]
+            style = {"color": colour, "marker": marker, "linewidth": 1.1, "markersize": 3.5}
+            axes.plot(places, _positive(shares), "--", label=label, **style)
+    kept = [layer.density for layer in audit.layers.values()]
+    axes.plot(places, _positive(kept), "-o", color=BLUE, label="this run", linewidth=2, zorder=3)
+    empty = [place for place in places if not kept[place]]
+    if empty:
+        bottom = axes.get_xaxis_transform()
+        axes.plot(
+            empty, [0.02] * len(empty), "x", color=RED, transform=bottom, label="nothing kept"
+        )
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    axes.set_xticks(places, names, rotation=90, fontsize=7.5 if len(names) < 40 else 6)
+    axes.set_ylabel("weights kept")
+    _legend(axes, columns=5)
+    return figure
+
+
+def prune_course(epochs: Sequence[Epoch], target: float | None) -> "Figure":
+    """Penalty weight gamma, penalty and global density over the epochs of the prune stage."""
+    quantities = ("gamma", "penalty", "density")
+    known = [name for name in quantities if any(getattr(e, name) is not None for e in epochs)]
+    figure, panels = _panels(len(known), 6.4, 1.0 + 1.35 * len(known))
+    for axes, name, colour in zip(panels, known, (ORANGE, PURPLE, BLUE), strict=False):
+        values = [math.nan if getattr(e, name) is None else getattr(e, name) for e in epochs]
+        axes.plot([e.epoch for e in epochs], values, "-o", color=colour, markersize=3)
+        axes.set_ylabel({"gamma": "γ", "density": "weights kept"}.get(name, name))  # noqa: RUF001
+        if name == "density":
+            _density_axis(axes, target)
+        else:
+            axes.set_ylim(bottom=0)
+    met = [e.epoch for e in epochs if e.budget_met]
+    for axes in panels if met else ():
+        axes.axvline(met[0], color=GREEN, linewidth=1, linestyle=":")
+    if met:
+        panels[0].set_title(f"budget first met in epoch {met[0]}", color=GREEN)
+    _epoch_axis(panels[-1], epochs)
+    return figure
+
+
+def validation_course(epochs: Sequence[Epoch]) -> "Figure":
+    """Clean and robust accuracy on validation images, epoch by epoch, a panel per stage."""
+    stages = {s: [e for e in epochs if e.stage == s] for s in STAGES}
+    stages = {stage: known for stage, known in stages.items() if known}
+    figure, panels = _panels(len(stages), 2.6 + 2.3 * len(stages), 3.0, across=True)
+    for axes, (stage, known) in zip(panels, stages.items(), strict=True):
+        places = [epoch.epoch for epoch in known]
+        axes.plot(
+            places, [100 * e.clean for e in known], "-o", color=GREEN, label="clean", markersize=3
+        )
+        robust = [100 * e.robust for e in known]
+        axes.plot(
+            places, robust, "--s", color=RED, label="under the selecting attack", markersize=3
+        )
+        axes.set_title(stage)
+        _epoch_axis(axes, known)
+    panels[0].set_ylabel("validation accuracy in %")
+    panels[0].set_ylim(0, 100)
+    lines = panels[0].get_lines()
+    figure.legend(handles=lines, loc="outside upper right", ncols=2)
+    return figure
+
+
+def accuracy_bars(evaluations: Mapping[str, Evaluation]) -> "Figure":
+    """Test accuracy, clean and under each attack, with 95 % intervals; a bar for each model."""
+    names = attack_order(n for evaluation in evaluations.values() for n in evaluation.attacks)
+    measures = ["clean", *names]
+    figure, axes = _figure(6.8, 0.9 + 0.62 * len(measures))
+    height = 0.8 / len(evaluations)
+    for row, (model, evaluation) in enumerate(evaluations.items()):
+        known = [
+            (i, evaluation.measures[m]) for i, m in enumerate(measures) if m in evaluation.measures
+        ]
+        places = [i + (row - (len(evaluations) - 1) / 2) * height for i, _ in known]
+        values = [100 * measure.accuracy for _, measure in known]
+        ends = [[100 * end for end in measure.interval] for _, measure in known]
+        reach = [[max(0.0, v - lo) for v, (lo, _) in zip(values, ends, strict=True)],
+                 [max(0.0, hi - v) for v, (_, hi) in zip(values, ends, strict=True)]]  # fmt: skip
+        colour, hatch = _MODELS[model]
+        looks = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+        style = {"ecolor": BLACK, "capsize": 2, "error_kw": {"elinewidth": 1}}
+        axes.barh(
+            places, values, height * 0.92, xerr=reach, label=title_of(model), **looks, **style
+        )
+        for place, value, (_, high) in zip(places, values, ends, strict=True):
+            axes.text(max(high, value) + 1, place, f"{value:.1f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(measures)), ["clean", *(_short(name) for name in names)])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 108)
+    axes.set_xticks(range(0, 101, 20))
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("test accuracy in %, with 95 % interval")
+    _legend(axes, columns=2)
+    return figure
+
+
+def points_by_row(rows: Sequence[tuple[str, Mapping[str, Sequence[float]]]]) -> "Figure":
+    """Rows of a comparison: each seed a faint point, their mean a strong one with its spread.
+
+    Args:
+        rows: (label, {"clean": accuracies of the seeds, "autoattack": accuracies}), in [0, 1].
+    """
+    figure, axes = _figure(7.2, 1.0 + 0.52 * len(rows))
+    looks = {"clean": (GREEN, "o", -0.13), "autoattack": (RED, "s", 0.13)}
+    for name, (colour, marker, shift) in looks.items():
+        label = "clean" if name == "clean" else "AutoAttack"
+        for place, (_, measures) in enumerate(rows):
+            values = [100 * value for value in measures.get(name, ())]
+            if values:
+                height = [place + shift] * len(values)
+                axes.plot(values, height, marker, color=colour, alpha=0.3, markersize=4)
+                _mean_point(axes, values, place + shift, colour, marker)
+        axes.plot([], [], marker, color=colour, label=label)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel("test accuracy in %; mean over seeds with its sample standard deviation")
+    _legend(axes, columns=2)
+    return figure
+
+
+def _mean_point(axes: "Axes", values: list[float], height: float, colour: str, marker: str) -> None:
+    mean = sum(values) / len(values)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
+    axes.errorbar(mean, height, xerr=spread, fmt=marker, color=colour, capsize=3, markersize=6.5)
+
+
+def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots()
+
+
+def _panels(
+    count: int, width: float, height: float, *, across: bool = False
+) -> "tuple[Figure, list[Axes]]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    rows, columns = (1, count) if across else (count, 1)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=not across, sharey=across)
+    return figure, list(grid.flat)
+
+
+def _density_axis(axes: "Axes", target: float | None) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    axes.yaxis.set_minor_formatter(lambda value, _: "")
+    if target is not None:
+        axes.axhline(target, color=BLACK, linewidth=1, linestyle="--", label="budget")
+        axes.legend(loc="upper right")
+
+
+def _epoch_axis(axes: "Axes", epochs: Sequence[Epoch]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(-0.5, max(epoch.epoch for epoch in epochs) + 0.5)
+    axes.set_xlabel("epoch")
+
+
+def _legend(axes: "Axes", *, columns: int) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
+
+
+def _positive(values: Sequence[float]) -> list[float]:
+    """A logarithmic axis has no place for zero."""
+    return [value if value > 0 else math.nan for value in values]
+
+
+def _short(attack: str) -> str:
+    return "AutoAttack" if attack == "autoattack" else attack

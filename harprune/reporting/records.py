@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run folder as checked, frozen records; what a stage has not written yet is None or empty."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from zipfile import BadZipFile
+
+import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+
+STAGES = {"pretrain": "dense", "prune": "pruned", "finetune": "finetuned"}
+"""Training stages in order, each with the artifact that says it is finished."""
+
+ATTACKED = ("dense", "finetuned")
+"""The models whose robustness a run measures."""
+
+_record = checked(frozen=True, config=ConfigDict(extra="ignore", strict=True))
+
+
+@_record
+class Epoch:
+    """One finished epoch: mean training loss, validation accuracies, and what pruning adds."""
+
+    stage: Literal["pretrain", "prune", "finetune"]
+    epoch: Count
+    loss: float
+    clean: Fraction
+    robust: Fraction
+    learning_rate: float
+    passes: Count
+    density: Fraction | None = None
+    gamma: float | None = None
+    penalty: float | None = None
+    densities: dict[str, float] | None = None
+    budget_met: bool | None = None
+
+
+@_record
+class Layer:
+    """Kept weights of one layer, counted in the final tensor."""
+
+    shape: tuple[int, ...]
+    total: Annotated[int, Field(ge=1)]
+    kept: Count
+
+    @property
+    def density(self) -> float:
+        return self.kept / self.total
+
+
+@_record
+class Audit:
+    """What the pruned network keeps, and what named allocations would have given each layer."""
+
+    denominator: str
+    total: Count
+    kept: Count
+    budget: Count
+    density: Fraction
+    layers: dict[str, Layer]
+    allocations: dict[str, dict[str, float]] = Field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for count in ("total", "kept"):
+            summed = sum(getattr(layer, count) for layer in self.layers.values())
+            if summed != getattr(self, count):
+                raise ValueError(f"{count} {getattr(self, count)} but its layers sum to {summed}")
+
+
+@_record
+class Measure:
+    """Accuracy on `size` test images, with its 95 % interval; both in [0, 1]."""
+
+    accuracy: Fraction
+    interval: tuple[float, float]
+    correct: Count
+    size: Annotated[int, Field(ge=1)]
+    balanced: Fraction | None = None
+    attack: str | None = None
+
+    def __post_init__(self) -> None:
+        if abs(self.correct / self.size - self.accuracy) > 1e-4:
+            raise ValueError(f"accuracy {self.accuracy} is not correct {self.correct}/{self.size}")
+
+
+@_record
+class Check:
+    """One sanity check of an evaluation."""
+
+    passed: bool
+    detail: str = ""
+
+
+@_record
+class Evaluation:
+    """One model under attack."""
+
+    model: str
+    threat: Any
+    seed: int
+    size: Count
+    clean: Measure
+    attacks: dict[str, Measure]
+    checks: dict[str, Check] = Field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """Clean accuracy and every attack, by name."""
+        return {"clean": self.clean, **self.attacks}
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """An evaluation with its per-image outcomes: name -> bool (n,), and the images' index (n,)."""
+
+    evaluation: Evaluation
+    outcomes: Mapping[str, np.ndarray] | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run folder says."""
+
+    folder: Path
+    recipe: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    finished: frozenset[str]
+    epochs: tuple[Epoch, ...]
+    audit: Audit | None
+    attacked: Mapping[str, Attacked]
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Stages that have not left their artifact, in order."""
+        stages = [stage for stage in STAGES if stage not in self.finished]
+        return (*stages, *(f"attack/{m}" for m in ATTACKED if m not in self.attacked))
+
+    def of_stage(self, stage: str) -> tuple[Epoch, ...]:
+        return tuple(epoch for epoch in self.epochs if epoch.stage == stage)
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """A section of the recipe, empty when the recipe has none."""
+        value = self.recipe.get(name)
+        return value if isinstance(value, Mapping) else {}
+
+
+def read_run(folder: str | Path) -> Run:
+    """The records of a run folder, finished or not.
+
+    Raises:
+        ValueError: the folder is no run folder, or a file in it is garbled; the file is named.
+    """
+    folder = Path(folder)
+    if not (folder / "recipe.json").is_file():
+        raise ValueError(f"{folder} is no run folder: it holds no recipe.json; see `harprune run`")
+    environment, audit = folder / "environment.json", folder / "audit.json"
+    return Run(
+        folder=folder,
+        recipe=_read_mapping(folder / "recipe.json"),
+        environment=_read_mapping(environment) if environment.exists() else {},
+        finished=frozenset(s for s, a in STAGES.items() if (folder / f"{a}.safetensors").exists()),
+        epochs=_read_epochs(folder / "metrics.jsonl"),
+        audit=_parse(Audit, _read_text(audit), str(audit)) if audit.exists() else None,
+        attacked={
+            model: _read_attacked(folder / "attack" / model)
+            for model in ATTACKED
+            if (folder / "attack" / model / "evaluation.json").exists()
+        },
+    )
+
+
+def _read_epochs(path: Path) -> tuple[Epoch, ...]:
+    if not path.exists():
+        return ()
+    lines = enumerate(_read_text(path).splitlines(), start=1)
+    return tuple(_parse(Epoch, line, f"{path} line {number}") for number, line in lines)
+
+
+def _read_attacked(folder: Path) -> Attacked:
+    path = folder / "evaluation.json"
+    evaluation = _parse(Evaluation, _read_text(path), str(path))
+    path = folder / "outcomes.npz"
+    return Attacked(evaluation, _read_outcomes(path, evaluation) if path.exists() else None)
+
+
+def _read_outcomes(path: Path, evaluation: Evaluation) -> dict[str, np.ndarray]:
+    """The arrays of outcomes.npz, each of them agreeing with the evaluation's counts."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, BadZipFile, EOFError) as error:
+        raise _garbled(str(path), str(error)) from None
+    if not {"index", "labels"} <= arrays.keys():
+        raise _garbled(str(path), "it must hold 'index' and 'labels'")
+    if len({array.shape for array in arrays.values()}) > 1 or arrays["index"].ndim != 1:
+        raise _garbled(str(path), "its arrays differ in length")
+    for name, measure in evaluation.measures.items():
+        if name in arrays and int(arrays[name].sum()) != measure.correct:
+            counted = f"{int(arrays[name].sum())} correct under {name}"
+            raise _garbled(str(path), f"{counted} where evaluation.json says {measure.correct}")
+    return arrays
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_text(path))
+    except ValueError as error:
+        raise _garbled(str(path), str(error)) from None
+    if not isinstance(value, dict):
+        raise _garbled(str(path), f"a JSON object is expected, not {type(value).__name__}")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _garbled(str(path), str(error)) from None
+
+
+def _parse(kind: type, text: str, source: str) -> Any:
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise _garbled(source, f"{where}: {fault['msg']}" if where else fault["msg"]) from None
+
+
+def _garbled(source: str, reason: str) -> ValueError:
+    reason = " ".join(reason.split())
+    return ValueError(f"{source} is garbled ({reason}); delete it and repeat the stage")

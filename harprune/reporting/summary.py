@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run reduced to the numbers of its report: plain values, from which tables are made."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from harprune.reporting.pairing import paired_difference
+from harprune.reporting.records import ATTACKED, STAGES, Attacked, Audit, Measure, Run
+
+AUTOATTACK = "autoattack"
+"""The attack whose accuracy is called *the* robust accuracy."""
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """Everything a report says about a run, as JSON values; what is not there yet is None."""
+    return {
+        "recipe": run.recipe.get("name", run.folder.name),
+        "seed": run.recipe.get("seed"),
+        "data": run.section("data").get("name"),
+        "model": run.section("model").get("name"),
+        "method": run.section("method").get("name"),
+        "density": run.section("budget").get("density"),
+        "threat": run.recipe.get("threat"),
+        "missing": list(run.missing),
+        "stages": {stage: _stage(run, stage) for stage in STAGES},
+        "audit": _audit(run.audit) if run.audit else None,
+        "results": _results(run.attacked),
+        "checks": list(_checks(run)),
+        "flags": [
+            {"model": model, "flag": flag}
+            for model, attacked in run.attacked.items()
+            for flag in attacked.evaluation.flags
+        ],
+        "environment": dict(run.environment),
+    }
+
+
+def attack_order(names: Iterable[str]) -> list[str]:
+    """Attacks without repetition, AutoAttack first."""
+    return sorted(dict.fromkeys(names), key=lambda name: name != AUTOATTACK)
+
+
+def _stage(run: Run, stage: str) -> dict[str, Any]:
+    epochs = run.of_stage(stage)
+    last = epochs[-1] if epochs else None
+    return {
+        "finished": stage in run.finished,
+        "epochs": len(epochs),
+        "clean": last.clean if last else None,
+        "robust": last.robust if last else None,
+        "passes": last.passes if last else None,
+    }
+
+
+def _audit(audit: Audit) -> dict[str, Any]:
+    return {
+        "denominator": audit.denominator,
+        "total": audit.total,
+        "kept": audit.kept,
+        "budget": audit.budget,
+        "density": audit.density,
+        "layers": {
+            name: {"total": layer.total, "kept": layer.kept, "density": layer.density}
+            for name, layer in audit.layers.items()
+        },
+        "allocations": audit.allocations,
+    }
+
+
+def _results(attacked: Mapping[str, Attacked]) -> list[dict[str, Any]]:
+    """Clean, AutoAttack, other attacks: the figures of each model and their difference."""
+    order = [attacked[model].evaluation for model in reversed(ATTACKED) if model in attacked]
+    names = attack_order(name for evaluation in order for name in evaluation.attacks)
+    return [_result(attacked, name) for name in (["clean", *names] if order else [])]
+
+
+def _result(attacked: Mapping[str, Attacked], name: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {"measure": name}
+    for model in ATTACKED:
+        known = attacked[model].evaluation.measures if model in attacked else {}
+        entry[model] = _measure(known[name]) if name in known else None
+    outcomes = [attacked[model].outcomes if model in attacked else None for model in ATTACKED]
+    paired = paired_difference(*outcomes, name)
+    return entry | {"difference": paired.as_dict() if paired else None}
+
+
+def _measure(measure: Measure) -> dict[str, Any]:
+    return {
+        "accuracy": measure.accuracy,
+        "interval": list(measure.interval),
+        "balanced": measure.balanced,
+        "correct": measure.correct,
+        "size": measure.size,
+        "attack": measure.attack,
+    }
+
+
+def _checks(run: Run) -> Iterable[dict[str, Any]]:
+    """Checks of both evaluations and of the budget; those that failed come first."""
+    found = [
+        {"model": model, "check": name, "passed": check.passed, "detail": check.detail}
+        for model, attacked in run.attacked.items()
+        for name, check in attacked.evaluation.checks.items()
+    ]
+    if run.audit:
+        detail = f"{run.audit.kept} of {run.audit.budget} allowed {run.audit.denominator} kept"
+        passed = run.audit.kept <= run.audit.budget
+        found.append({"model": "pruned", "check": "budget", "passed": passed, "detail": detail})
+    return sorted(found, key=lambda check: check["passed"])

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of a report, and how its numbers are written."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from harprune.reporting.summary import AUTOATTACK
+
+ABSENT = "–"  # noqa: RUF001 - an en dash, as tables have it
+
+_TITLES = {
+    "dense": "dense",
+    "pruned": "pruned",
+    "finetuned": "pruned and finetuned",
+    "clean": "clean accuracy",
+    AUTOATTACK: "AutoAttack (the robust accuracy)",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a header; rows numbered in `strong` are set in bold.
+
+    The first column is aligned to the left, and the others too unless `numeric`.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    strong: frozenset[int] = frozenset()
+    numeric: bool = True
+
+    def markdown(self) -> str:
+        """The table in GitHub's Markdown."""
+        rule = [":--", *["--:" if self.numeric else ":--"] * (len(self.header) - 1)]
+        body = [
+            [f"**{cell}**" if number in self.strong and cell else cell for cell in row]
+            for number, row in enumerate(self.rows)
+        ]
+        return "\n".join(
+            "| " + " | ".join(map(_cell, row)) + " |" for row in [self.header, rule, *body]
+        )
+
+
+def title_of(name: str) -> str:
+    """How a model, measure or attack is called for people."""
+    return _TITLES.get(name, name)
+
+
+def format_density(density: float | None) -> str:
+    """0.01 -> `1 % kept (99 % sparse)`."""
+    if density is None:
+        return ABSENT
+    kept = Decimal(f"{100 * density:.4g}")
+    return f"{_plain(kept)} % kept ({_plain(100 - kept)} % sparse)"
+
+
+def format_percent(fraction: float | None) -> str:
+    return ABSENT if fraction is None else f"{100 * fraction:.2f}"
+
+
+def format_measure(measure: Mapping[str, Any] | None) -> str:
+    """Accuracy in per cent with its 95 % interval."""
+    if measure is None:
+        return ABSENT
+    low, high = measure["interval"]
+    return f"{100 * measure['accuracy']:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+
+
+def format_difference(paired: Mapping[str, Any] | None) -> str:
+    """Difference in percentage points with its paired 95 % interval."""
+    if paired is None:
+        return ABSENT
+    low, high = paired["interval"]
+    return f"{100 * paired['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+
+
+def format_p(value: float) -> str:
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def format_kept(kept: int, total: int) -> str:
+    return f"{kept:,} / {total:,}"
+
+
+def flatten(value: Any) -> str:
+    """A nested value of environment.json as one phrase."""
+    if isinstance(value, Mapping):
+        return ", ".join(
+            f"{key} {flatten(item)}" for key, item in value.items() if item is not None
+        )
+    if isinstance(value, list | tuple):
+        return ", ".join(map(flatten, value))
+    return ABSENT if value is None else str(value)
+
+
+def results_table(summary: Mapping[str, Any]) -> Table | None:
+    """Clean accuracy, AutoAttack, other attacks and weights kept, dense against finetuned."""
+    results = summary["results"]
+    if not results:
+        return None
+    rows = [_result_row(result) for result in results]
+    rows += [_kept_row(summary["audit"])] if summary["audit"] else []
+    header = ("%", "dense", "pruned and finetuned", "difference", "n")
+    strong = frozenset(i for i, result in enumerate(results) if result["measure"] == AUTOATTACK)
+    return Table(header, tuple(rows), strong)
+
+
+def _result_row(result: Mapping[str, Any]) -> tuple[str, ...]:
+    models = [result[model] for model in ("dense", "finetuned")]
+    sizes = dict.fromkeys(f"{model['size']:,}" for model in models if model)
+    return (
+        title_of(result["measure"]),
+        *map(format_measure, models),
+        format_difference(result["difference"]),
+        " / ".join(sizes),
+    )
+
+
+def _kept_row(audit: Mapping[str, Any]) -> tuple[str, ...]:
+    total = audit["total"]
+    kept = format_kept(audit["kept"], total)
+    return (f"{audit['denominator']} kept", format_kept(total, total), kept, "", "")
+
+
+def checks_table(summary: Mapping[str, Any]) -> Table | None:
+    """Every check, the failed ones first and in bold."""
+    checks = summary["checks"]
+    if not checks:
+        return None
+    rows = tuple(
+        (title_of(c["model"]), c["check"], "passed" if c["passed"] else "FAILED", c["detail"])
+        for c in checks
+    )
+    failed = frozenset(number for number, check in enumerate(checks) if not check["passed"])
+    return Table(("model", "check", "verdict", "detail"), rows, failed, numeric=False)
+
+
+def stages_table(summary: Mapping[str, Any]) -> Table:
+    """How far training went, on validation images."""
+    rows = tuple(_stage_row(name, stage) for name, stage in summary["stages"].items())
+    return Table(("stage", "state", "epochs", "clean %", "robust %", "passes"), rows)
+
+
+def _stage_row(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
+    unfinished = "unfinished" if stage["epochs"] else "not started"
+    return (
+        name,
+        "finished" if stage["finished"] else unfinished,
+        str(stage["epochs"]),
+        format_percent(stage["clean"]),
+        format_percent(stage["robust"]),
+        f"{stage['passes']:,}" if stage["passes"] is not None else ABSENT,
+    )
+
+
+def layers_table(summary: Mapping[str, Any]) -> Table | None:
+    """Weights kept per layer."""
+    if not summary["audit"]:
+        return None
+    layers = summary["audit"]["layers"].items()
+    rows = tuple(
+        (n, f"{c['kept']:,}", f"{c['total']:,}", f"{100 * c['density']:.3g}") for n, c in layers
+    )
+    return Table(("layer", "kept", "of", "% kept"), rows)
+
+
+def _plain(number: Decimal) -> str:
+    text = f"{number:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact counts of kept weights, read from the final tensors, with their denominator named."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import floor
+
+import torch
+
+from harprune.sparsity.layers import Layer
+
+
+@dataclass(frozen=True)
+class LayerCount:
+    """Non-zero weights of one layer."""
+
+    shape: tuple[int, ...]
+    total: int
+    kept: int
+
+    @property
+    def density(self) -> float:
+        return self.kept / self.total
+
+
+@dataclass(frozen=True)
+class Audit:
+    """How many weights a network really keeps.
+
+    The denominator is the number of prunable weights: biases and batch norm are neither pruned
+    nor counted. `budget` is floor(density * total).
+    """
+
+    layers: Mapping[str, LayerCount]
+    budget: int
+    denominator: str = "prunable weights"
+
+    @property
+    def total(self) -> int:
+        return sum(layer.total for layer in self.layers.values())
+
+    @property
+    def kept(self) -> int:
+        return sum(layer.kept for layer in self.layers.values())
+
+    @property
+    def density(self) -> float:
+        return self.kept / self.total
+
+    def require_within_budget(self) -> "Audit":
+        """Raises ValueError where more is kept than the budget allows or a layer is empty."""
+        if self.kept > self.budget:
+            raise ValueError(
+                f"{self.kept} of {self.total} weights are kept, above the budget of {self.budget}"
+            )
+        empty = [name for name, layer in self.layers.items() if layer.kept == 0]
+        if empty:
+            raise ValueError(
+                f"layer collapse: {empty[0]} keeps no weight ({len(empty)} layers in all); "
+                "raise `budget.floor`, raise the density or choose another allocation"
+            )
+        return self
+
+    def as_dict(self) -> dict:
+        """The audit as plain values, for JSON."""
+        return {
+            "denominator": self.denominator,
+            "total": self.total,
+            "kept": self.kept,
+            "budget": self.budget,
+            "density": self.density,
+            "layers": {
+                name: {"shape": list(c.shape), "total": c.total, "kept": c.kept}
+                for name, c in self.layers.items()
+            },
+        }
+
+
+def budget_of(density: float, total: int) -> int:
+    """The most weights that may be kept: floor(density * total), float error aside."""
+    return floor(density * total + 1e-6)
+
+
+def audit(layers: Mapping[str, Layer], density: float = 1.0) -> Audit:
+    """Count the non-zero weights in force in `layers`; a shared weight counts once."""
+    counts = {
+        name: LayerCount(tuple(layer.shape), layer.size, int(torch.count_nonzero(layer.weight)))
+        for name, layer in layers.items()
+    }
+    total = sum(c.total for c in counts.values())
+    return Audit(counts, budget_of(density, total))

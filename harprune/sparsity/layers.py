@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameters of a model can be pruned: their names, shapes and the modules that hold them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *_TRANSPOSED)
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One prunable parameter.
+
+    `places` lists every (module, tensor name) that holds it: a shared weight has several, and is
+    masked and counted once. `output_axis` is the axis of its filters: 0, but 1 in a transposed
+    convolution. `groups` is the number of groups of a convolution, else 1.
+    """
+
+    name: str
+    shape: torch.Size
+    places: tuple[tuple[nn.Module, str], ...]
+    output_axis: int = 0
+    groups: int = 1
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def fan_in(self) -> int:
+        """Weights that feed one output unit (kernel included)."""
+        outputs = self.shape[self.output_axis] * (self.groups if self.output_axis else 1)
+        return self.size // outputs
+
+    @property
+    def weight(self) -> Tensor:
+        """The tensor in force: masked if a mask is installed."""
+        module, tensor_name = self.places[0]
+        return getattr(module, tensor_name)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The trainable tensor itself, below any mask."""
+        module, tensor_name = self.places[0]
+        return _parameter(module, tensor_name)
+
+
+def prunable_layers(
+    model: nn.Module, *, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> dict[str, Layer]:
+    """The prunable parameters of `model` by name, in the model's order.
+
+    By default the weights of all convolutions, transposed convolutions and linear layers, and the
+    input projections of attention. `include` replaces that choice by name patterns
+    (`"features.*"`), which may name any parameter with at least two axes; `exclude` takes away.
+
+    Raises:
+        ValueError: a pattern matches nothing, or nothing is left to prune.
+    """
+    names = {name for name, _, _ in _parameters(model)}
+    for pattern in (*(include or ()), *exclude):
+        _require_match(pattern, names)
+    layers: dict[str, Layer] = {}
+    seen: dict[int, str] = {}
+    for name, module, tensor_name in _parameters(model):
+        parameter = _parameter(module, tensor_name)
+        chosen = _is_weight(module, tensor_name) if include is None else _matches(name, include)
+        known = seen.get(id(parameter))
+        if known is not None:
+            layers[known] = _with_place(layers[known], module, tensor_name)
+        elif chosen and not _matches(name, exclude) and parameter.dim() >= 2:
+            seen[id(parameter)] = name
+            layers[name] = _layer(name, module, tensor_name)
+    if not layers:
+        raise ValueError(
+            "nothing to prune: no parameter with two or more axes is selected; "
+            "widen `include` or shorten `exclude`"
+        )
+    return layers
+
+
+def weights(layers: dict[str, Layer]) -> dict[str, Tensor]:
+    """The unmasked weights of the layers, detached."""
+    return {name: layer.parameter.detach() for name, layer in layers.items()}
+
+
+def _layer(name: str, module: nn.Module, tensor_name: str) -> Layer:
+    shape = _parameter(module, tensor_name).shape
+    axis = 1 if isinstance(module, _TRANSPOSED) else 0
+    groups = module.groups if isinstance(module, nn.modules.conv._ConvNd) else 1
+    return Layer(name, shape, ((module, tensor_name),), axis, groups)
+
+
+def _with_place(layer: Layer, module: nn.Module, tensor_name: str) -> Layer:
+    places = (*layer.places, (module, tensor_name))
+    return Layer(layer.name, layer.shape, places, layer.output_axis, layer.groups)
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every (qualified name, holding module, tensor name), masks looked through."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, parametrize.ParametrizationList) or ".parametrizations." in prefix:
+            continue
+        own = [name for name, value in module._parameters.items() if value is not None]
+        if parametrize.is_parametrized(module):
+            own += [n for n in module.parametrizations if isinstance(_original(module, n), Tensor)]
+        for tensor_name in sorted(own, key=_declaration_order(module)):
+            yield (f"{prefix}.{tensor_name}" if prefix else tensor_name), module, tensor_name
+
+
+def _declaration_order(module: nn.Module):
+    # A mask moves `weight` behind `bias` in the module's own table; names must not change order.
+    return lambda name: (name == "bias", name)
+
+
+def _original(module: nn.Module, tensor_name: str):
+    return module.parametrizations[tensor_name]._parameters.get("original")
+
+
+def _parameter(module: nn.Module, tensor_name: str) -> nn.Parameter:
+    if parametrize.is_parametrized(module, tensor_name):
+        return module.parametrizations[tensor_name].original
+    return module._parameters[tensor_name]
+
+
+def _is_weight(module: nn.Module, tensor_name: str) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return tensor_name in _PROJECTIONS
+    return isinstance(module, _WEIGHTED) and tensor_name == "weight"
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.weight") for p in patterns)
+
+
+def _require_match(pattern: str, names: set[str]) -> None:
+    if not any(_matches(name, (pattern,)) for name in names):
+        near = get_close_matches(pattern, sorted(names), n=1, cutoff=0.0)
+        hint = f"; nearest is {near[0]!r}" if near else ""
+        raise ValueError(f"layer pattern {pattern!r} matches no parameter of the model{hint}")

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks as parametrisations: a layer's weight *becomes* weight * mask, on any `nn.Module`.
+
+While a mask is installed the model is ordinary PyTorch: it trains, copies and attacks as before.
+`settle` freezes what was learned, `bake` removes the mechanism and leaves plain tensors.
+
+A parametrised model cannot be pickled whole, `type(layer) is nn.Conv2d` is false for its layers
+(use isinstance), and its state-dict keys change (`conv.parametrizations.weight.original`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from harprune.sparsity.density import Density
+from harprune.sparsity.layers import Layer, prunable_layers
+from harprune.sparsity.selection import keep_top, top_fraction
+
+
+class Mask(nn.Module, ABC):
+    """weight -> weight * mask, the mask broadcastable to the weight."""
+
+    @abstractmethod
+    def mask(self) -> Tensor:
+        """The mask in force, of zeros and ones."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask().to(weight.dtype)
+
+
+class FixedMask(Mask):
+    """A mask that no longer changes: `kept` is boolean, one entry per unit."""
+
+    def __init__(self, kept: Tensor):
+        super().__init__()
+        if kept.dtype != torch.bool:
+            raise ValueError(f"a fixed mask must be boolean, not {kept.dtype}; compare with zero")
+        self.register_buffer("kept", kept)
+
+    def mask(self) -> Tensor:
+        return self.kept
+
+
+class LearnedMask(Mask):
+    """The top `density` of |scores|; gradients flow straight through to both."""
+
+    def __init__(self, scores: Tensor, density: Density):
+        super().__init__()
+        self.scores = nn.Parameter(scores.detach().clone())
+        self.density = density
+
+    def mask(self) -> Tensor:
+        return top_fraction(self.scores, self.density())
+
+
+def install(layer: Layer, mask: Mask) -> None:
+    """Put `mask` on every place that holds the layer's weight, in place of an earlier one."""
+    for module, tensor_name in layer.places:
+        if parametrize.is_parametrized(module, tensor_name):
+            module.parametrizations[tensor_name][0] = mask
+        else:
+            # `unsafe` spares one trial evaluation of the mask; shape and dtype are ours to keep.
+            parametrize.register_parametrization(module, tensor_name, mask, unsafe=True)
+
+
+def installed(model: nn.Module) -> dict[str, tuple[Layer, Mask]]:
+    """The masked layers of `model` by name, each with its mask."""
+    found = {}
+    names = [n for n, m in model.named_modules() if parametrize.is_parametrized(m)]
+    if not names:
+        return {}
+    for name, layer in prunable_layers(model, include=("*",)).items():
+        module, tensor_name = layer.places[0]
+        if parametrize.is_parametrized(module, tensor_name):
+            mask = module.parametrizations[tensor_name][0]
+            if isinstance(mask, Mask):
+                found[name] = (layer, mask)
+    return found
+
+
+def densities(model: nn.Module) -> dict[str, Tensor]:
+    """The density of each layer under a `LearnedMask`, as differentiable scalars."""
+    return {
+        name: mask.density()
+        for name, (_, mask) in installed(model).items()
+        if isinstance(mask, LearnedMask)
+    }
+
+
+@torch.no_grad()
+def freeze(model: nn.Module, counts: Mapping[str, int]) -> None:
+    """Replace each `LearnedMask` by the `FixedMask` of its `counts[name]` best units."""
+    for name, (layer, mask) in installed(model).items():
+        if isinstance(mask, LearnedMask):
+            fix(layer, keep_top(mask.scores, counts[name]).bool())
+
+
+@torch.no_grad()
+def fix(layer: Layer, kept: Tensor) -> None:
+    """Install the boolean mask `kept` and set the pruned weights themselves to zero.
+
+    With their gradient masked they then stay zero under momentum and weight decay.
+    """
+    install(layer, FixedMask(kept))
+    layer.parameter.mul_(kept.to(layer.parameter.dtype))
+
+
+def kept_masks(model: nn.Module) -> dict[str, Tensor]:
+    """The boolean masks of all layers under a `FixedMask`."""
+    return {
+        name: mask.kept
+        for name, (_, mask) in installed(model).items()
+        if isinstance(mask, FixedMask)
+    }
+
+
+@torch.no_grad()
+def bake(model: nn.Module) -> nn.Module:
+    """Remove all masks in place and leave the products as plain parameters; returns `model`."""
+    for layer, _ in installed(model).values():
+        values = layer.weight.clone()
+        for module, tensor_name in layer.places:
+            parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
+        layer.parameter.copy_(values)
+    return model

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: named tensors and plain values in one safetensors file, atomic and checksummed.
+
+Nothing is unpickled. The JSON part and a SHA-256 over it and every tensor stand in the header's
+metadata, so a truncated or altered file is refused instead of half believed.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+FORMAT = "harprune-checkpoint-1"
+
+
+def save(path: str | Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Write `tensors` and JSON-able `values` to `path`: the old file or the new one, never half."""
+    # Own memory for each: safetensors refuses tensors that share storage.
+    own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    text = json.dumps(values, sort_keys=True)
+    metadata = {"format": FORMAT, "values": text, "sha256": _digest(own, text)}
+    with replacing(path) as temporary:
+        save_file(own, temporary, metadata=metadata)
+
+
+def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint back.
+
+    Raises:
+        ValueError: no such file, not a checkpoint of this program, truncated or altered.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged or no checkpoint ({error}); restore it or delete it "
+            "and run the command again"
+        ) from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is a safetensors file but not a {FORMAT}; give it as weights")
+    if metadata.get("sha256") != _digest(tensors, metadata.get("values", "")):
+        raise ValueError(
+            f"{path} is damaged: its checksum does not match; restore it or delete it "
+            "and run the command again"
+        )
+    return tensors, json.loads(metadata["values"])
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class replacing:
+    """A context that yields a temporary path and moves it over `path` when the block succeeds."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __enter__(self) -> Path:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        os.close(handle)
+        self.temporary = Path(name)
+        return self.temporary
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            self.temporary.unlink(missing_ok=True)
+            return
+        with open(self.temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(self.temporary, self.path)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON atomically."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def pack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under `prefix/`."""
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def unpack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `pack` put under `prefix/`."""
+    start = f"{prefix}/"
+    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+
+def pack_optimiser(optimiser: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as flat tensors `index/name`, and its plain values."""
+    state = optimiser.state_dict()
+    tensors, values = {}, {}
+    for index, entry in state["state"].items():
+        for name, value in entry.items():
+            target = tensors if isinstance(value, Tensor) else values
+            target[f"{index}/{name}"] = value
+    return tensors, {"state": values, "groups": state["param_groups"]}
+
+
+def unpack_optimiser(
+    optimiser: Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> None:
+    """Load into `optimiser` what `pack_optimiser` took from one of the same parameters."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **values["state"]}.items():
+        index, name = key.split("/", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimiser.load_state_dict({"state": state, "param_groups": values["groups"]})

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fit`: the only training loop. Stages differ in the loss they hand in and in what they train.
+
+Randomness is a function of (seed, step): the global generator is seeded anew before each step. A
+run that was killed can therefore go on from any step with nothing but the step's number.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from harprune.training.schedules import Schedule
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+_SEED_STRIDE = 1_000_003  # a prime, so that the seeds of different stages and steps do not meet
+
+
+class BatchSource(Protocol):
+    """Batches by epoch: the same (epoch, index) always gives the same batch."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, number: int, start: int = 0) -> Iterable[tuple[Tensor, Tensor]]: ...
+
+
+class Diverged(ValueError):
+    """The loss is not a finite number."""
+
+
+def fit(
+    model: nn.Module,
+    batches: BatchSource,
+    *,
+    loss: Loss,
+    optimiser: Optimizer,
+    schedule: Schedule,
+    epochs: int,
+    fabric: Fabric,
+    seed: int,
+    start: int = 0,
+    replays: int = 1,
+    after_step: Callable[[int, Tensor], None] = lambda step, loss: None,
+    after_epoch: Callable[[int], None] = lambda epoch: None,
+) -> None:
+    """Train the parameters in `optimiser`, and only these, for `epochs` over `batches`.
+
+    Args:
+        loss: (model, x, y) -> scalar. It may run an attack on the model it is given.
+        schedule: progress in [0, 1] -> multiplier of each group's learning rate.
+        start: step to begin with, counted over all epochs; earlier ones count as done.
+        replays: optimiser steps on each batch (free adversarial training).
+        after_step: called as (step, loss) when step `step` is done.
+        after_epoch: called with the number of the epoch that ended.
+
+    Raises:
+        Diverged: a loss that is not finite, named with its step.
+    """
+    total = epochs * len(batches)
+    with training_only(model, optimiser):
+        objective, optimiser = fabric.setup(_Objective(model, loss), optimiser)
+        rates = [group["lr"] for group in optimiser.param_groups]
+        for epoch in range(start // len(batches), epochs):
+            first = max(start - epoch * len(batches), 0)
+            for index, (x, y) in enumerate(batches.epoch(epoch, first), start=first):
+                step = epoch * len(batches) + index
+                torch.manual_seed(step_seed(seed, step, fabric.global_rank))
+                for group, rate in zip(optimiser.param_groups, rates):
+                    group["lr"] = rate * schedule(step / total)
+                for _ in range(replays):
+                    value = _step(fabric, objective, optimiser, x, y)
+                _require_finite(value, step, model)
+                after_step(step, value)
+            after_epoch(epoch)
+        for group, rate in zip(optimiser.param_groups, rates):
+            group["lr"] = rate
+
+
+class _Objective(nn.Module):
+    """The loss as a module, so that a data-parallel wrapper sees one forward and one backward.
+
+    The attack inside then runs on the bare model: no hooks, no buffers broadcast.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss):
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.loss(self.model, x, y)
+
+
+def _step(fabric, objective, optimiser, x: Tensor, y: Tensor) -> Tensor:
+    """One optimiser step; every mask is computed once and serves attack and loss."""
+    objective.train()
+    with parametrize.cached():
+        _fill_cache(objective)
+        value = objective(x, y)
+        fabric.backward(value)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return value.detach()
+
+
+def _fill_cache(model: nn.Module) -> None:
+    # A weight first touched under no_grad inside `cached()` would stay cached without a graph,
+    # and the loss would silently train nothing.
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            for name in module.parametrizations:
+                getattr(module, name)
+
+
+def _require_finite(value: Tensor, step: int, model: nn.Module) -> None:
+    # On an accelerator asking costs a synchronisation, so it is asked seldom there.
+    if value.device.type != "cpu" and step % 50:
+        return
+    if not torch.isfinite(value):
+        raise Diverged(f"the loss is {float(value)} at step {step}")
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of one step: different for every (seed, step, rank) a run can meet."""
+    return (seed * _SEED_STRIDE + step) * 1_024 + rank
+
+
+@contextmanager
+def training_only(model: nn.Module, optimiser: Optimizer) -> Iterator[None]:
+    """Freeze the parameters that `optimiser` does not hold; give back their flags afterwards."""
+    held = {id(p) for group in optimiser.param_groups for p in group["params"]}
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    for parameter, _ in before:
+        parameter.requires_grad_(id(parameter) in held)
+    try:
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)

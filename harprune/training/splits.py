@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images with their labels, and how they are divided into training, validation and test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harprune.training.folders import ImageFiles
+
+
+@dataclass(frozen=True, repr=False)
+class Split:
+    """Images with their labels.
+
+    Attributes:
+        images: (N, C, H, W), uint8, or float32 in [0, 1]; or `ImageFiles`, decoded when asked for.
+        labels: int64 (N,).
+    """
+
+    images: Tensor | ImageFiles
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if isinstance(self.images, Tensor) and self.images.dtype not in (
+            torch.uint8,
+            torch.float32,
+        ):
+            raise ValueError(
+                f"images are {self.images.dtype}; they must be uint8, or float32 in [0, 1]"
+            )
+        if len(self.images.shape) != 4:
+            raise ValueError(
+                f"images have shape {tuple(self.images.shape)}; they must be (N, C, H, W)"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.shape != (len(self.images),):
+            raise ValueError(
+                f"labels are {self.labels.dtype} {tuple(self.labels.shape)}; expected int64 "
+                f"({len(self.images)},)"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"Split({len(self)} images of shape {self.shape})"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    def subset(self, indices: Tensor) -> Split:
+        """The images at `indices`, in that order."""
+        files = isinstance(self.images, ImageFiles)
+        images = self.images.subset(indices) if files else self.images[indices]
+        return Split(images, self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training and a test split of the same classes."""
+
+    name: str
+    train: Split
+    test: Split
+    num_classes: int
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.classes) != self.num_classes:
+            raise ValueError(
+                f"{self.name} names {len(self.classes)} classes but num_classes is "
+                f"{self.num_classes}"
+            )
+        if self.train.shape != self.test.shape:
+            raise ValueError(
+                f"{self.name}: training images are {self.train.shape}, test images "
+                f"{self.test.shape}"
+            )
+        for part, split in (("train", self.train), ("test", self.test)):
+            _check_labels(split.labels, self.num_classes, f"{self.name} {part}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return self.train.shape
+
+
+def _check_labels(labels: Tensor, num_classes: int | None, what: str) -> None:
+    if len(labels) == 0:
+        raise ValueError(f"{what}: there are no images")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        top = "K - 1" if num_classes is None else num_classes - 1
+        raise ValueError(f"{what}: labels run from {low} to {high}; they must lie in 0..{top}")
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [0, 1]; float32 stays as it is."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def from_arrays(images: Any, labels: Any, *, num_classes: int | None = None) -> Split:
+    """A split of NumPy arrays or tensors.
+
+    Args:
+        images: (N, C, H, W) or (N, H, W), uint8 or float in [0, 1]; floats are kept as float32.
+        labels: (N,) integers from 0.
+        num_classes: if given, labels must lie below it.
+
+    Raises:
+        ValueError: a type, shape or range that does not fit.
+    """
+    pixels = _tensor(images)
+    if pixels.ndim == 3:
+        pixels = pixels[:, None]
+    if pixels.ndim != 4:
+        raise ValueError(f"images have shape {tuple(pixels.shape)}; they must be (N, C, H, W)")
+    if pixels.shape[-1] in (1, 3) and pixels.shape[1] not in (1, 3):
+        raise ValueError(
+            f"images have shape {tuple(pixels.shape)}, channels last; give images.transpose(0, "
+            "3, 1, 2)"
+        )
+    split = Split(_pixels(pixels), _integers(_tensor(labels)))
+    _check_labels(split.labels, num_classes, "labels")
+    return split
+
+
+def _tensor(values: Any) -> Tensor:
+    """Arrays are copied: the caller's may be read-only, reversed or changed later."""
+    return values if isinstance(values, Tensor) else torch.tensor(np.array(values))
+
+
+def _pixels(images: Tensor) -> Tensor:
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; they must be uint8, or float in [0, 1]")
+    images = images.float()
+    # Written so that NaN fails it too.
+    if images.numel() and not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError(
+            f"images run from {images.min():.4g} to {images.max():.4g}; floats must lie in [0, 1]"
+        )
+    return images
+
+
+def _integers(labels: Tensor) -> Tensor:
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim != 1:
+        raise ValueError(
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}; they must be integers "
+            "of shape (N,)"
+        )
+    return labels.long()
+
+
+def split_validation(split: Split, size: int | float, seed: int) -> tuple[Split, Split]:
+    """(train, validation): disjoint, each class in its share to within one image.
+
+    The same seed gives the same parts.
+
+    Args:
+        size: how many images (int) or which fraction (float in (0, 1)) go to validation.
+
+    Raises:
+        ValueError: a size that leaves either part empty.
+    """
+    count = round(size * len(split)) if isinstance(size, float) else size
+    if not 0 < count < len(split):
+        raise ValueError(
+            f"validation size {size} of {len(split)} images leaves a part empty; give a count "
+            "or a fraction in (0, 1)"
+        )
+    chosen = _stratified(split.labels, count, seed)
+    return split.subset((~chosen).nonzero().flatten()), split.subset(chosen.nonzero().flatten())
+
+
+def _stratified(labels: Tensor, count: int, seed: int) -> Tensor:
+    """A mask of `count` images in which each class has its share, largest remainders first."""
+    classes, sizes = labels.unique(return_counts=True)
+    shares = sizes.double() * count / len(labels)
+    quotas = shares.floor().long()
+    extra = (shares - quotas).argsort(descending=True, stable=True)[: count - int(quotas.sum())]
+    quotas[extra] += 1
+    generator = torch.Generator().manual_seed(mixed_seed(seed))
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    for label, quota in zip(classes.tolist(), quotas.tolist(), strict=True):
+        members = (labels == label).nonzero().flatten()
+        mask[members[torch.randperm(len(members), generator=generator)[:quota]]] = True
+    return mask
+
+
+def mixed_seed(*entropy: int) -> int:
+    """One 64-bit seed out of several integers: near seeds and epochs give unrelated streams."""
+    if min(entropy) < 0:
+        raise ValueError(f"seed {min(entropy)} is negative; it must be 0 or more")
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1

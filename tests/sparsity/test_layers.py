@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameters are prunable, and what their names are."""
+
+import pytest
+import torch
+from torch import nn
+
+from harprune.sparsity import masks
+from harprune.sparsity.density import GivenDensity
+from harprune.sparsity.granularity import Granularity
+from harprune.sparsity.layers import prunable_layers
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv1d(2, 4, 3)
+        self.three = nn.Conv3d(2, 4, 3)
+        self.up = nn.ConvTranspose2d(6, 4, 3, groups=2)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.norm = nn.BatchNorm2d(4)
+        self.table = nn.Embedding(5, 8)
+        self.head = nn.Linear(8, 3)
+
+
+def test_the_usual_layers_are_found_in_order_and_nothing_else():
+    assert list(prunable_layers(Mixed())) == [
+        "one.weight",
+        "three.weight",
+        "up.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+        "head.weight",
+    ]
+
+
+def test_names_do_not_change_under_masks():
+    model = Mixed()
+    before = list(prunable_layers(model))
+    for layer in prunable_layers(model).values():
+        masks.install(layer, masks.LearnedMask(layer.parameter, GivenDensity(0.5)))
+    assert list(prunable_layers(model)) == before
+    assert list(masks.installed(model)) == before
+
+
+def test_patterns_choose_and_take_away():
+    model = Mixed()
+    assert list(prunable_layers(model, include=("table.*", "head"))) == [
+        "table.weight",
+        "head.weight",
+    ]
+    assert "head.weight" not in prunable_layers(model, exclude=("head",))
+
+
+def test_a_pattern_that_matches_nothing_names_the_nearest():
+    with pytest.raises(ValueError, match=r"'haed.weight'.*nearest is 'head.weight'"):
+        prunable_layers(Mixed(), exclude=("haed.weight",))
+
+
+def test_a_model_without_weights_is_refused():
+    with pytest.raises(ValueError, match="nothing to prune"):
+        prunable_layers(nn.Sequential(nn.BatchNorm2d(3)))
+
+
+def test_fan_in_and_units_follow_the_kind_of_layer():
+    layers = prunable_layers(Mixed())
+    assert layers["one.weight"].fan_in == 2 * 3
+    assert layers["up.weight"].fan_in == 3 * 3 * 3
+    assert Granularity.FILTER.score_shape(layers["up.weight"]) == torch.Size([1, 2, 1, 1])
+    assert Granularity.CHANNEL.units(layers["three.weight"]) == 2
+    with pytest.raises(ValueError, match="groups"):
+        Granularity.CHANNEL.units(layers["up.weight"])
