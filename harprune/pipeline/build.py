@@ -311,7 +311,7 @@ def batches(
     """The training batches of a stage."""
     augment = None
     if recipe.data.augmentation == "default":
-        augment = default_augmentation(recipe.data.name, recipe.data.image_size)
+        augment = default_augmentation(recipe.data.name, split.shape[-1])
     return Batches(
         split,
         section.batch_size,

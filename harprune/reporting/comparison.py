@@ -132,7 +132,8 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
         if seed in members:
             raise ValueError(
                 f"{members[seed].folder} and {run.folder} are both {configuration} at density "
-                f"{density} with seed {seed}; compare runs that differ in method, allocation, density or seed"
+                f"{density} with seed {seed}; "
+                "compare runs that differ in method, allocation, density or seed"
             )
         members[seed] = run
     return [
@@ -316,7 +317,9 @@ def _sections(comparison: Mapping[str, Any], plot: Plot) -> Iterator[Section]:
         table = _paired_table(comparison["paired"])
         none = " There is no pair measured on the same images."
         yield Section("Pair by pair", table, text=text if table else text + none)
-    yield Section("How this was made", _runs_table(comparison), code=comparison["command"])
+    commands = [run["environment"].get("command") for run in comparison["runs"]]
+    script = "\n".join([*dict.fromkeys(filter(None, commands)), comparison["command"]])
+    yield Section("How this was made", _made_table(comparison), code=script)
 
 
 def _rows_table(comparison: Mapping[str, Any]) -> Table:
@@ -359,10 +362,14 @@ def _paired_table(paired: Sequence[Mapping[str, Any]]) -> Table | None:
     return Table(header, rows) if rows else None
 
 
-def _runs_table(comparison: Mapping[str, Any]) -> Table:
-    shown = ("commit", "versions", "machine", "command")
-    rows = tuple(
-        (run["run"], *(flatten(run["environment"].get(key)) for key in shown))
-        for run in comparison["runs"]
-    )
-    return Table(("run", *shown), rows, numeric=False)
+def _made_table(comparison: Mapping[str, Any]) -> Table:
+    """What the runs were made with; where they agree it is said once."""
+    rows = []
+    for key in ("commit", "python", "versions", "machine"):
+        found: dict[str, list[str]] = {}
+        for run in comparison["runs"]:
+            found.setdefault(flatten(run["environment"].get(key)), []).append(run["run"])
+        rows += [
+            (key, value, "all" if len(found) == 1 else ", ".join(r)) for value, r in found.items()
+        ]
+    return Table(("", "", "runs"), tuple(rows), numeric=False)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from harprune.reporting.records import STAGES, Audit, Epoch, Evaluation
+from harprune.reporting.records import STAGES, Audit, Epoch, Evaluation, Measure
 from harprune.reporting.summary import attack_order
 from harprune.reporting.tables import title_of
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
-RED, GREY, BLACK = "#D55E00", "#8A8A8A", "#222222"
+RED, GREY, PALE, BLACK = "#D55E00", "#8A8A8A", "#BDBDBD", "#222222"
 
 _STYLE = {
     "svg.hashsalt": "harprune",
@@ -53,7 +53,7 @@ _ALLOCATIONS = {
     "lamp": ("LAMP", PURPLE, "^"),
     "uniform": ("uniform", GREY, ""),
 }
-_MODELS = {"dense": (GREY, "///"), "finetuned": (BLUE, "")}
+_MODELS = {"dense": PALE, "finetuned": BLUE}
 
 
 def to_svg(draw: Callable[..., "Figure"], *data: Any) -> bytes:
@@ -84,11 +84,12 @@ def density_per_layer(audit: Audit) -> "Figure":
         axes.plot(
             empty, [0.02] * len(empty), "x", color=RED, transform=bottom, label="nothing kept"
         )
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    _density_axis(axes)
     axes.set_xticks(places, names, rotation=90, fontsize=7.5 if len(names) < 40 else 6)
     axes.set_ylabel("weights kept")
-    _legend(axes, columns=5)
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: labels[i] != "this run")
+    _legend(axes, [handles[i] for i in order], columns=5)
     return figure
 
 
@@ -102,7 +103,10 @@ def prune_course(epochs: Sequence[Epoch], target: float | None) -> "Figure":
         axes.plot([e.epoch for e in epochs], values, "-o", color=colour, markersize=3)
         axes.set_ylabel({"gamma": "γ", "density": "weights kept"}.get(name, name))  # noqa: RUF001
         if name == "density":
-            _density_axis(axes, target)
+            _density_axis(axes)
+            if target is not None:
+                axes.axhline(target, color=BLACK, linewidth=1, linestyle="--", label="budget")
+                axes.legend(loc="upper right")
         else:
             axes.set_ylim(bottom=0)
     met = [e.epoch for e in epochs if e.budget_met]
@@ -144,23 +148,10 @@ def accuracy_bars(evaluations: Mapping[str, Evaluation]) -> "Figure":
     figure, axes = _figure(6.8, 0.9 + 0.62 * len(measures))
     height = 0.8 / len(evaluations)
     for row, (model, evaluation) in enumerate(evaluations.items()):
-        known = [
-            (i, evaluation.measures[m]) for i, m in enumerate(measures) if m in evaluation.measures
-        ]
-        places = [i + (row - (len(evaluations) - 1) / 2) * height for i, _ in known]
-        values = [100 * measure.accuracy for _, measure in known]
-        ends = [[100 * end for end in measure.interval] for _, measure in known]
-        reach = [[max(0.0, v - lo) for v, (lo, _) in zip(values, ends, strict=True)],
-                 [max(0.0, hi - v) for v, (_, hi) in zip(values, ends, strict=True)]]  # fmt: skip
-        colour, hatch = _MODELS[model]
-        looks = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
-        style = {"ecolor": BLACK, "capsize": 2, "error_kw": {"elinewidth": 1}}
-        axes.barh(
-            places, values, height * 0.92, xerr=reach, label=title_of(model), **looks, **style
-        )
-        for place, value, (_, high) in zip(places, values, ends, strict=True):
-            axes.text(max(high, value) + 1, place, f"{value:.1f}", va="center", fontsize=8)
-    axes.set_yticks(range(len(measures)), ["clean", *(_short(name) for name in names)])
+        shift = (row - (len(evaluations) - 1) / 2) * height
+        known = {i + shift: evaluation.measures.get(m) for i, m in enumerate(measures)}
+        _bars(axes, {place: m for place, m in known.items() if m}, 0.92 * height, model)
+    axes.set_yticks(range(len(measures)), ["clean", *map(_short, names)])
     axes.invert_yaxis()
     axes.set_xlim(0, 108)
     axes.set_xticks(range(0, 101, 20))
@@ -168,6 +159,16 @@ def accuracy_bars(evaluations: Mapping[str, Evaluation]) -> "Figure":
     axes.set_xlabel("test accuracy in %, with 95 % interval")
     _legend(axes, columns=2)
     return figure
+
+
+def _bars(axes: "Axes", measures: Mapping[float, Measure], height: float, model: str) -> None:
+    """One model's bars, each at its place on the vertical axis."""
+    for place, measure in measures.items():
+        value, (low, high) = 100 * measure.accuracy, (100 * end for end in measure.interval)
+        axes.barh(place, value, height, color=_MODELS[model])
+        axes.plot([low, high], [place, place], "-|", color=BLACK, linewidth=1, markersize=5)
+        axes.text(max(high, value) + 1, place, f"{value:.1f}", va="center", fontsize=8)
+    axes.barh(0, 0, color=_MODELS[model], label=title_of(model))
 
 
 def points_by_row(rows: Sequence[tuple[str, Mapping[str, Sequence[float]]]]) -> "Figure":
@@ -218,13 +219,14 @@ def _panels(
     return figure, list(grid.flat)
 
 
-def _density_axis(axes: "Axes", target: float | None) -> None:
+def _density_axis(axes: "Axes") -> None:
+    """Densities on a logarithmic axis, in per cent."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    axes.yaxis.set_minor_formatter(lambda value, _: "")
-    if target is not None:
-        axes.axhline(target, color=BLACK, linewidth=1, linestyle="--", label="budget")
-        axes.legend(loc="upper right")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _epoch_axis(axes: "Axes", epochs: Sequence[Epoch]) -> None:
@@ -235,8 +237,10 @@ def _epoch_axis(axes: "Axes", epochs: Sequence[Epoch]) -> None:
     axes.set_xlabel("epoch")
 
 
-def _legend(axes: "Axes", *, columns: int) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
+def _legend(axes: "Axes", handles: Sequence[Any] | None = None, *, columns: int) -> None:
+    axes.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2
+    )
 
 
 def _positive(values: Sequence[float]) -> list[float]:

@@ -139,9 +139,10 @@ class Run:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Stages that have not left their artifact, in order."""
+        """Stages that have not left their artifact, in order; a dense attack only if asked for."""
         stages = [stage for stage in STAGES if stage not in self.finished]
-        return (*stages, *(f"attack/{m}" for m in ATTACKED if m not in self.attacked))
+        wanted = ATTACKED if self.section("attack").get("dense", True) else ATTACKED[1:]
+        return (*stages, *(f"attack/{m}" for m in wanted if m not in self.attacked))
 
     def of_stage(self, stage: str) -> tuple[Epoch, ...]:
         return tuple(epoch for epoch in self.epochs if epoch.stage == stage)

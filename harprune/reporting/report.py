@@ -132,7 +132,10 @@ def _sections(summary: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Itera
         yield Section("Where the weights are", layers, pictures["density"], text)
     if "prune" in pictures:
         yield Section("How the densities were found", plot=pictures["prune"])
-    yield Section("Training", stages_table(summary), pictures.get("validation"))
+    text = (
+        "Accuracy on validation images in the last epoch; passes are images sent through and back."
+    )
+    yield Section("Training", stages_table(summary), pictures.get("validation"), text)
     yield Section("How this was made", _made_table(summary))
 
 

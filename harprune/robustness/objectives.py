@@ -1,35 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training losses: functions (model, x, y) -> scalar, configured as frozen dataclasses.
+"""Training losses that harden a network: PGD-AT, TRADES, MART, Free and fast adversarial training.
 
-Attacks run in eval mode; the loss itself is taken in the model's own mode. `passes` counts forward
-passes that are differentiated, per image and step; `replays` the steps taken on each batch.
+An objective is called as `objective(model, x, y) -> scalar loss`. Its attack runs in eval mode,
+the forward passes that are differentiated in the model's own mode. `replays` says how many
+optimiser steps a batch gets, `passes` how many forward + backward passes per image a step costs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from harprune.robustness.attacks import Attack, clean_logits, kl_divergence, normal_start
+from harprune.robustness.attacks import (
+    PGD,
+    Attack,
+    clean_logits,
+    kl_divergence,
+    normal_start,
+    record,
+)
 from harprune.robustness.threat import Threat
 
 Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""(model, x, y) -> scalar loss."""
 
 TRADES_ATTACK = {"start": normal_start, "loss": kl_divergence, "target": clean_logits}
-"""What PGD needs to be the attack of TRADES."""
+"""Options of PGD that make it the attack of TRADES."""
 
 MART_ATTACK = {"start": normal_start}
-"""What PGD needs to be the attack of MART."""
+"""Options of PGD that make it the attack of MART."""
+
+
+def _adversarial(
+    attack: Attack, clean_forward: bool, model: nn.Module, x: Tensor, y: Tensor
+) -> Tensor:
+    if clean_forward:
+        # Not under no_grad: inside parametrize.cached() that would cache weights without a graph.
+        model(x)
+    return attack(model, x, y)
 
 
 @dataclass(frozen=True)
 class Natural:
     """Cross-entropy on the images as they are."""
 
-    passes: int = 1
-    replays: int = 1
+    @property
+    def replays(self) -> int:
+        return 1
+
+    @property
+    def passes(self) -> int:
+        return 1
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(model(x), y)
@@ -37,109 +60,176 @@ class Natural:
 
 @dataclass(frozen=True)
 class PGDAT:
-    """Adversarial training (Madry et al. 2018): cross-entropy on adversarial images only.
+    """Cross-entropy on attacked images (Madry et al. 2018, eq. 2.1).
 
-    Attributes:
-        clean_forward: first pass the clean batch in the model's own mode, gradients unused, so
-            that batch-norm statistics absorb it too (a hidden choice of HARP's released code).
+    Args:
+        attack: any attack, usually PGD.
+        clean_forward: first pass the clean batch through the model in its own mode, as the authors
+            of HYDRA and HARP do, so that batch-norm statistics absorb it too.
     """
 
     attack: Attack
     clean_forward: bool = False
-    replays: int = 1
+
+    @property
+    def replays(self) -> int:
+        return 1
 
     @property
     def passes(self) -> int:
         return self.attack.passes + 1
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        if self.clean_forward:
-            with torch.no_grad():
-                model(x)
-        return F.cross_entropy(model(self.attack(model, x, y)), y)
+        x_adv = _adversarial(self.attack, self.clean_forward, model, x, y)
+        return F.cross_entropy(model(x_adv), y)
 
 
 @dataclass(frozen=True)
 class TRADES:
-    """CE(x) + beta KL(p(x) || p(x_adv)) (Zhang et al. 2019, eq. 5)."""
+    """Cross-entropy on clean images + beta KL(p(x) || p(x_adv)) (Zhang et al. 2019, eq. 5).
+
+    Args:
+        attack: any attack, usually `PGD(..., **TRADES_ATTACK)`.
+        beta: weight of the second term, the paper's 1 / lambda.
+        clean_forward: as in `PGDAT`.
+    """
 
     attack: Attack
     beta: float = 6.0
-    replays: int = 1
+    clean_forward: bool = False
+
+    @property
+    def replays(self) -> int:
+        return 1
 
     @property
     def passes(self) -> int:
         return self.attack.passes + 2
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        x_adv = self.attack(model, x, y)
-        clean, adversarial = model(x), model(x_adv)
-        robust = kl_divergence(adversarial, clean).mean()
-        return F.cross_entropy(clean, y) + self.beta * robust
+        x_adv = _adversarial(self.attack, self.clean_forward, model, x, y)
+        clean = model(x)
+        return F.cross_entropy(clean, y) + self.beta * kl_divergence(model(x_adv), clean).mean()
 
 
 @dataclass(frozen=True)
 class MART:
-    """Boosted CE(x_adv) + beta KL(p(x) || p(x_adv)) (1 - p_y(x)) (Wang et al. 2020, eq. 11)."""
+    """Boosted cross-entropy on attacked images + beta KL weighted by the doubt on clean ones.
+
+    Wang et al. 2020, eq. 9-11: mean of -log p_y(x_adv) - log(1 - max_{k != y} p_k(x_adv)), plus
+    beta times the mean of KL(p(x) || p(x_adv)) (1 - p_y(x)).
+
+    Args:
+        attack: any attack, usually `PGD(..., **MART_ATTACK)`.
+        beta: weight of the second term, the paper's lambda.
+        clean_forward: as in `PGDAT`.
+    """
 
     attack: Attack
     beta: float = 5.0
-    replays: int = 1
+    clean_forward: bool = False
+
+    @property
+    def replays(self) -> int:
+        return 1
 
     @property
     def passes(self) -> int:
         return self.attack.passes + 2
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        x_adv = self.attack(model, x, y)
-        clean, adversarial = model(x), model(x_adv)
-        p_clean, p_adv = clean.softmax(dim=1), adversarial.softmax(dim=1)
-        rival = p_adv.scatter(1, y[:, None], 0.0).amax(dim=1)
-        boosted = F.cross_entropy(adversarial, y) - torch.log(1.0001 - rival + 1e-12).mean()
-        right = p_clean.gather(1, y[:, None]).squeeze(1)
-        robust = (kl_divergence(adversarial, clean) * (1.0000001 - right)).mean()
-        return boosted + self.beta * robust
+        x_adv = _adversarial(self.attack, self.clean_forward, model, x, y)
+        clean, attacked = model(x), model(x_adv)
+        doubt = 1 - clean.softmax(1).gather(1, y[:, None]).squeeze(1)
+        consistency = (kl_divergence(attacked, clean) * doubt).mean()
+        return _boosted_cross_entropy(attacked, y) + self.beta * consistency
 
 
-class Free:
-    """Free adversarial training (Shafahi et al. 2019): one backward pass for weights and noise.
+def _boosted_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean of -log p_y - log(1 - p_k), k the likeliest wrong class (Wang et al. 2020, eq. 9)."""
+    rival = logits.scatter(1, y[:, None], -torch.inf).argmax(1, keepdim=True)
+    # log(1 - p_k) as a sum over the other classes: finite however sure of k the model is.
+    others = logits.scatter(1, rival, -torch.inf).logsumexp(1) - logits.logsumexp(1)
+    return F.cross_entropy(logits, y) - others.mean()
 
-    Each batch is taken `replays` times; the noise persists from step to step and batch to batch,
-    and moves by epsilon along the input gradient that the caller's `backward()` brings with it.
-    """
 
-    def __init__(self, threat: Threat, replays: int = 4):
-        if replays < 1:
-            raise ValueError(f"replays {replays} must be at least 1")
-        self.threat = threat
-        self.replays = replays
-        self.passes = 1
-        self._noise: Tensor | None = None
+@dataclass(frozen=True)
+class FGSMRS:
+    """Cross-entropy after one step of `ratio` epsilon from a uniform start (Wong et al. 2020)."""
 
-    def __repr__(self) -> str:
-        return f"Free({self.threat}, replays={self.replays})"
+    threat: Threat
+    ratio: float = 1.25
+
+    def __post_init__(self) -> None:
+        if not self.ratio > 0:
+            raise ValueError(f"ratio = {self.ratio} must be above 0; the paper takes 1.25")
+
+    @property
+    def replays(self) -> int:
+        return 1
+
+    @property
+    def passes(self) -> int:
+        return 2
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        if self._noise is None or len(self._noise) < len(x):
-            self._noise = torch.zeros_like(x)
-        noise = self._noise[: len(x)].clone().requires_grad_(True)
-        noise.register_hook(lambda gradient: self._move(gradient, x))
-        # The ball is around 0 here; the images' own range is kept by the clamp.
+        x_adv = PGD(self.threat, 1, self.ratio * self.threat.epsilon)(model, x, y)
+        return F.cross_entropy(model(x_adv), y)
+
+
+@dataclass(repr=False, eq=False)
+class Free:
+    """Free adversarial training (Shafahi et al. 2019, algorithm 1).
+
+    Each batch gets `replays` optimiser steps; the backward pass of each also moves a noise buffer
+    by epsilon along the images' gradient. The buffer persists from batch to batch: `reset` it
+    where the recipe says so (HARP: each epoch), and carry `state_dict` through a resume.
+    """
+
+    threat: Threat
+    replays: int = 4
+
+    def __post_init__(self) -> None:
+        if self.replays < 1:
+            raise ValueError(f"replays = {self.replays} must be at least 1; the papers take 4 or 8")
+        self._noise: Tensor | None = None
+
+    __repr__ = record
+
+    @property
+    def passes(self) -> int:
+        return 1
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        noise = self._rows(x).clone().requires_grad_()
+        noise.register_hook(self._move)
         return F.cross_entropy(model((x + noise).clamp(0.0, 1.0)), y)
 
-    def _move(self, gradient: Tensor, x: Tensor) -> None:
-        current = self._noise[: len(x)]
-        moved = current + self.threat.epsilon * self.threat.ascent(gradient)
-        self._noise[: len(x)] = self.threat.project(x + moved, x) - x
+    def _rows(self, x: Tensor) -> Tensor:
+        """The buffer's rows for this batch; it grows to the largest batch seen."""
+        held = x.new_zeros((0, *x.shape[1:])) if self._noise is None else self._noise.to(x)
+        if held.shape[1:] != x.shape[1:]:
+            raise ValueError(
+                f"images of shape {tuple(x.shape[1:])} do not fit the noise of shape "
+                f"{tuple(held.shape[1:])}; call reset() before changing the data"
+            )
+        missing = max(len(x) - len(held), 0)
+        self._noise = torch.cat([held, x.new_zeros((missing, *x.shape[1:]))]) if missing else held
+        return self._noise[: len(x)]
+
+    def _move(self, gradient: Tensor) -> None:
+        """One step of epsilon along the gradient that the caller's backward pass brings."""
+        rows = self._noise[: len(gradient)]
+        rows.copy_(self.threat.clip(rows + self.threat.epsilon * self.threat.ascent(gradient)))
 
     def reset(self) -> None:
-        """Start again from no noise."""
+        """Forget the noise."""
         self._noise = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The noise, if there is any."""
-        return {} if self._noise is None else {"noise": self._noise}
+        """The noise, if any batch was seen."""
+        return {} if self._noise is None else {"noise": self._noise.clone()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state_dict` gave."""
-        self._noise = state.get("noise")
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up the noise that `state_dict` gave."""
+        self._noise = state["noise"].clone() if "noise" in state else None
