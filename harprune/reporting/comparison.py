@@ -11,7 +11,7 @@ from harprune.reporting import plots
 from harprune.reporting.document import Document, Plot, Section
 from harprune.reporting.pairing import paired_difference
 from harprune.reporting.records import Attacked, Run, read_run
-from harprune.reporting.summary import AUTOATTACK, attack_order
+from harprune.reporting.summary import AUTOATTACK, measure_order
 from harprune.reporting.tables import (
     Table,
     flatten,
@@ -126,7 +126,7 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
     """Runs by configuration and density, in order of appearance."""
     found: dict[tuple[str, float], dict[int, Run]] = {}
     for run in runs:
-        configuration, density = _configuration(run), run.section("budget").get("density")
+        configuration, density = _configuration(run), _density(run)
         members = found.setdefault((configuration, density), {})
         seed = run.recipe.get("seed", 0)
         if seed in members:
@@ -140,6 +140,13 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
         Group(_method(next(iter(members.values()))), configuration, density, members)
         for (configuration, density), members in found.items()
     ]
+
+
+def _density(run: Run) -> float:
+    density = run.section("budget").get("density")
+    if not isinstance(density, float | int):
+        raise ValueError(f"{run.folder / 'recipe.json'} has no budget.density; restore the file")
+    return float(density)
 
 
 def _method(run: Run) -> str:
@@ -203,8 +210,10 @@ def _measures(attacked: Sequence[Attacked]) -> dict[str, Any]:
     """Mean and sample standard deviation of each accuracy that every member has."""
     known = [member.evaluation.measures for member in attacked]
     shared = [name for name in known[0] if all(name in measures for measures in known)]
-    names = ["clean", *attack_order(name for name in shared if name != "clean")]
-    return {name: _statistics([measures[name].accuracy for measures in known]) for name in names}
+    return {
+        name: _statistics([measures[name].accuracy for measures in known])
+        for name in measure_order(shared)
+    }
 
 
 def _statistics(values: list[float]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harprune.reporting.records import STAGES, Audit, Epoch, Evaluation, Measure
-from harprune.reporting.summary import attack_order
+from harprune.reporting.summary import measure_order
 from harprune.reporting.tables import title_of
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 RED, GREY, PALE, BLACK = "#D55E00", "#8A8A8A", "#BDBDBD", "#222222"
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.hashsalt": "harprune",
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -45,8 +45,6 @@ _STYLE = {
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
     "figure.constrained_layout.use": True,
-    "savefig.bbox": "tight",
-    "savefig.pad_inches": 0.06,
 }
 _ALLOCATIONS = {
     "erk": ("ERK", ORANGE, "s"),
@@ -115,6 +113,7 @@ def prune_course(epochs: Sequence[Epoch], target: float | None) -> "Figure":
     if met:
         panels[0].set_title(f"budget first met in epoch {met[0]}", color=GREEN)
     _epoch_axis(panels[-1], epochs)
+    figure.align_ylabels(panels)
     return figure
 
 
@@ -143,15 +142,14 @@ def validation_course(epochs: Sequence[Epoch]) -> "Figure":
 
 def accuracy_bars(evaluations: Mapping[str, Evaluation]) -> "Figure":
     """Test accuracy, clean and under each attack, with 95 % intervals; a bar for each model."""
-    names = attack_order(n for evaluation in evaluations.values() for n in evaluation.attacks)
-    measures = ["clean", *names]
+    measures = measure_order(n for e in evaluations.values() for n in ("clean", *e.attacks))
     figure, axes = _figure(6.8, 0.9 + 0.62 * len(measures))
     height = 0.8 / len(evaluations)
     for row, (model, evaluation) in enumerate(evaluations.items()):
         shift = (row - (len(evaluations) - 1) / 2) * height
         known = {i + shift: evaluation.measures.get(m) for i, m in enumerate(measures)}
         _bars(axes, {place: m for place, m in known.items() if m}, 0.92 * height, model)
-    axes.set_yticks(range(len(measures)), ["clean", *map(_short, names)])
+    axes.set_yticks(range(len(measures)), [_short(name) for name in measures])
     axes.invert_yaxis()
     axes.set_xlim(0, 108)
     axes.set_xticks(range(0, 101, 20))

@@ -21,10 +21,13 @@ STAGES = {"pretrain": "dense", "prune": "pruned", "finetune": "finetuned"}
 ATTACKED = ("dense", "finetuned")
 """The models whose robustness a run measures."""
 
-_record = checked(frozen=True, config=ConfigDict(extra="ignore", strict=True))
+WORST_CASE = "worst case"
+"""An image counts when it withstands every attack."""
+
+_STRICT = ConfigDict(extra="ignore", strict=True)
 
 
-@_record
+@checked(frozen=True, config=_STRICT)
 class Epoch:
     """One finished epoch: mean training loss, validation accuracies, and what pruning adds."""
 
@@ -35,14 +38,14 @@ class Epoch:
     robust: Fraction
     learning_rate: float
     passes: Count
-    density: Fraction | None = None
+    density: float | None = None
     gamma: float | None = None
     penalty: float | None = None
     densities: dict[str, float] | None = None
     budget_met: bool | None = None
 
 
-@_record
+@checked(frozen=True, config=_STRICT)
 class Layer:
     """Kept weights of one layer, counted in the final tensor."""
 
@@ -55,7 +58,7 @@ class Layer:
         return self.kept / self.total
 
 
-@_record
+@checked(frozen=True, config=_STRICT)
 class Audit:
     """What the pruned network keeps, and what named allocations would have given each layer."""
 
@@ -74,9 +77,9 @@ class Audit:
                 raise ValueError(f"{count} {getattr(self, count)} but its layers sum to {summed}")
 
 
-@_record
+@checked(frozen=True, config=_STRICT)
 class Measure:
-    """Accuracy on `size` test images, with its 95 % interval; both in [0, 1]."""
+    """Accuracy on `size` test images, 95 % interval; `parts`: after each part of AutoAttack."""
 
     accuracy: Fraction
     interval: tuple[float, float]
@@ -84,13 +87,14 @@ class Measure:
     size: Annotated[int, Field(ge=1)]
     balanced: Fraction | None = None
     attack: str | None = None
+    parts: dict[str, Fraction] | None = None
 
     def __post_init__(self) -> None:
         if abs(self.correct / self.size - self.accuracy) > 1e-4:
             raise ValueError(f"accuracy {self.accuracy} is not correct {self.correct}/{self.size}")
 
 
-@_record
+@checked(frozen=True, config=_STRICT)
 class Check:
     """One sanity check of an evaluation."""
 
@@ -98,7 +102,7 @@ class Check:
     detail: str = ""
 
 
-@_record
+@checked(frozen=True, config=_STRICT)
 class Evaluation:
     """One model under attack."""
 
@@ -110,11 +114,15 @@ class Evaluation:
     attacks: dict[str, Measure]
     checks: dict[str, Check] = Field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    worst_case: Measure | None = None
 
     @property
     def measures(self) -> dict[str, Measure]:
-        """Clean accuracy and every attack, by name."""
-        return {"clean": self.clean, **self.attacks}
+        """Clean accuracy, every attack and, of several attacks, the worst case, by name."""
+        measures = {"clean": self.clean, **self.attacks}
+        if self.worst_case and len(self.attacks) > 1:
+            measures[WORST_CASE] = self.worst_case
+        return measures
 
 
 @dataclass(frozen=True)
@@ -203,6 +211,9 @@ def _read_outcomes(path: Path, evaluation: Evaluation) -> dict[str, np.ndarray]:
         raise _garbled(str(path), "it must hold 'index' and 'labels'")
     if len({array.shape for array in arrays.values()}) > 1 or arrays["index"].ndim != 1:
         raise _garbled(str(path), "its arrays differ in length")
+    if all(name in arrays for name in ("clean", *evaluation.attacks)):
+        withstood = [arrays[name] for name in ("clean", *evaluation.attacks)]
+        arrays[WORST_CASE] = np.logical_and.reduce(withstood)
     for name, measure in evaluation.measures.items():
         if name in arrays and int(arrays[name].sum()) != measure.correct:
             counted = f"{int(arrays[name].sum())} correct under {name}"

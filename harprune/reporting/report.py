@@ -152,7 +152,10 @@ def _attacks_table(summary: Mapping[str, Any]) -> Table:
 
 def _detail(measure: Mapping[str, Any]) -> tuple[str, str, str]:
     correct = f"{measure['correct']:,} of {measure['size']:,}"
-    return correct, format_percent(measure["balanced"]), measure["attack"] or ""
+    after = [f"{part} {format_percent(share)}" for part, share in (measure["parts"] or {}).items()]
+    definition = measure["attack"] or ""
+    parts = f"; accuracy after its parts: {', '.join(after)}" if after else ""
+    return correct, format_percent(measure["balanced"]), definition + parts
 
 
 def _made_table(summary: Mapping[str, Any]) -> Table:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from harprune.reporting.pairing import paired_difference
-from harprune.reporting.records import ATTACKED, STAGES, Attacked, Audit, Measure, Run
+from harprune.reporting.records import ATTACKED, STAGES, WORST_CASE, Attacked, Audit, Measure, Run
 
 AUTOATTACK = "autoattack"
 """The attack whose accuracy is called *the* robust accuracy."""
@@ -35,9 +35,10 @@ def summarise(run: Run) -> dict[str, Any]:
     }
 
 
-def attack_order(names: Iterable[str]) -> list[str]:
-    """Attacks without repetition, AutoAttack first."""
-    return sorted(dict.fromkeys(names), key=lambda name: name != AUTOATTACK)
+def measure_order(names: Iterable[str]) -> list[str]:
+    """Names without repetition: clean, AutoAttack, the other attacks as they come, worst case."""
+    place = {"clean": 0, AUTOATTACK: 1, WORST_CASE: 3}
+    return sorted(dict.fromkeys(names), key=lambda name: place.get(name, 2))
 
 
 def _stage(run: Run, stage: str) -> dict[str, Any]:
@@ -70,8 +71,8 @@ def _audit(audit: Audit) -> dict[str, Any]:
 def _results(attacked: Mapping[str, Attacked]) -> list[dict[str, Any]]:
     """Clean, AutoAttack, other attacks: the figures of each model and their difference."""
     order = [attacked[model].evaluation for model in reversed(ATTACKED) if model in attacked]
-    names = attack_order(name for evaluation in order for name in evaluation.attacks)
-    return [_result(attacked, name) for name in (["clean", *names] if order else [])]
+    names = measure_order(name for evaluation in order for name in evaluation.measures)
+    return [_result(attacked, name) for name in names]
 
 
 def _result(attacked: Mapping[str, Attacked], name: str) -> dict[str, Any]:
@@ -79,8 +80,8 @@ def _result(attacked: Mapping[str, Attacked], name: str) -> dict[str, Any]:
     for model in ATTACKED:
         known = attacked[model].evaluation.measures if model in attacked else {}
         entry[model] = _measure(known[name]) if name in known else None
-    outcomes = [attacked[model].outcomes if model in attacked else None for model in ATTACKED]
-    paired = paired_difference(*outcomes, name)
+    dense, finetuned = (attacked[m].outcomes if m in attacked else None for m in ATTACKED)
+    paired = paired_difference(dense, finetuned, name)
     return entry | {"difference": paired.as_dict() if paired else None}
 
 
@@ -92,6 +93,7 @@ def _measure(measure: Measure) -> dict[str, Any]:
         "correct": measure.correct,
         "size": measure.size,
         "attack": measure.attack,
+        "parts": measure.parts,
     }
 
 

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signs that an evaluation cannot be trusted: masked gradients, chance, a model still training.
+
+After the check lists of Carlini et al. 2019 and of RobustBench (Croce et al. 2021).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from harprune.robustness.attacks import APGD, FGSM, PGD, Attack, cross_entropy
+from harprune.robustness.autoattack import AutoAttack
+from harprune.robustness.threat import L2, Linf, Threat
+
+SAMPLE = 64
+"""Images on which a model is checked, at most."""
+
+ORDER_TOLERANCE = 0.005
+"""Accuracy by which a stronger attack may miss a weaker one before it counts: random starts."""
+
+NEAR_ZERO = 0.05
+"""Accuracy that may remain where the attacker may turn any image grey."""
+
+_STRENGTH = {FGSM: 0, PGD: 1, APGD: 1, AutoAttack: 2}
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether one check passed, and what was seen."""
+
+    passed: bool
+    detail: str
+
+
+def check_model(model: nn.Module, x: Tensor, y: Tensor, threat: Threat | None) -> dict[str, Check]:
+    """Check an eval-mode model on images x (N, ...) and their labels y (N,)."""
+    training = [name for name, module in model.named_modules() if module.training]
+    with torch.no_grad():
+        first, second = model(x), model(x)
+    right = first.argmax(1) == y
+    checks = {
+        "eval mode": Check(not training, f"{len(training)} modules in training mode"),
+        "deterministic output": _deterministic(first, second),
+        "finite logits": Check(bool(torch.isfinite(first).all()), f"{len(x)} images"),
+        "images in range": Check(
+            bool((x >= 0).all() and (x <= 1).all()), f"{x.min():.3g} to {x.max():.3g}"
+        ),
+        "labels fit": Check(
+            bool((y < first.shape[1]).all()), f"up to {int(y.max())}, {first.shape[1]} logits"
+        ),
+    }
+    if right.any():
+        checks["input gradient"] = _gradient(model, x[right], y[right])
+        if threat is not None:
+            checks["huge epsilon"] = _huge_epsilon(model, x[right], y[right], threat)
+    return checks
+
+
+def _deterministic(first: Tensor, second: Tensor) -> Check:
+    gap = float((first - second).abs().max())
+    return Check(torch.equal(first, second), f"two forward passes differ by up to {gap:.3g}")
+
+
+def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> Check:
+    """No image may be without a gradient: an attack could not move it."""
+    with torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        loss = cross_entropy(model(x), y).sum()
+        (gradient,) = torch.autograd.grad(loss, x)
+    zero = int((gradient.flatten(1) == 0).all(1).sum())
+    return Check(zero == 0, f"all zero on {zero} of {len(x)} images ({zero / len(x):.1%})")
+
+
+def _huge_epsilon(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Check:
+    """Where every image may become the grey one, nothing honest stays correct."""
+    huge = Linf(0.5) if isinstance(threat, Linf) else L2(0.5 * x[0].numel() ** 0.5)
+    x_adv = PGD(huge, 20)(model, x, y)
+    with torch.no_grad():
+        correct = int((model(x_adv).argmax(1) == y).sum())
+    return Check(correct <= NEAR_ZERO * len(x), f"{correct} of {len(x)} correct under {huge}")
+
+
+def check_order(
+    attacks: Mapping[str, Attack], outcomes: Mapping[str, np.ndarray]
+) -> dict[str, Check]:
+    """No stronger attack may leave more images correct than a weaker one of the same threat.
+
+    Args:
+        attacks: name -> attack; those of other kinds than this package's are not compared.
+        outcomes: name -> bool (N,), the images still correct.
+    """
+    known = {n: a for n, a in attacks.items() if type(a) in _STRENGTH}
+    pairs = [
+        (weak, strong)
+        for weak, strong in permutations(known, 2)
+        if _STRENGTH[type(known[weak])] < _STRENGTH[type(known[strong])]
+        and known[weak].threat == known[strong].threat
+    ]
+    if not pairs:
+        return {}
+    wrong = [
+        f"{strong} leaves {outcomes[strong].sum()} correct, {weak} {outcomes[weak].sum()}"
+        for weak, strong in pairs
+        if outcomes[strong].mean() > outcomes[weak].mean() + ORDER_TOLERANCE
+    ]
+    return {"attack order": Check(not wrong, "; ".join(wrong) or f"{len(pairs)} pairs in order")}
+
+
+def threat_of(attacks: Mapping[str, Attack]) -> Threat | None:
+    """The threat of the first attack of this package, if there is one."""
+    return next((a.threat for a in attacks.values() if type(a) in _STRENGTH), None)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HARP against its literal twin: loss, gradients, gamma, ablations."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from harprune.methods.base import Budget
+from harprune.methods.harp import HARP
+from harprune.models import create_model
+from harprune.robustness.attacks import PGD
+from harprune.robustness.objectives import PGDAT
+from harprune.robustness.threat import Linf
+from harprune.sparsity import allocation, masks
+from harprune.sparsity.audit import audit
+from harprune.sparsity.execution import twin
+from tests.oracles.literal_harp import (
+    literal_gamma,
+    literal_layers,
+    literal_network,
+    literal_penalty,
+    literal_pgd,
+)
+
+TARGET, GAMMA, EPSILON, STEP, STEPS = 0.01, 0.01, 8 / 255, 2 / 255, 3
+
+
+def small():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 9, 10),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "batch"), [("resnet18", 2), ("vgg16_bn", 2)])
+@pytest.mark.parametrize("on_twin", [False, True])
+def test_loss_and_gradients_equal_the_literal_twin(name, batch, on_twin):
+    torch.manual_seed(1)
+    plain = create_model(name, 10).double()
+    x, y = torch.rand(batch, 3, 32, 32, dtype=torch.float64), torch.arange(batch) % 10
+    noise = (2 * torch.rand_like(x) - 1) * EPSILON
+    model, method, budget = copy.deepcopy(plain), HARP(gamma=GAMMA), Budget(TARGET)
+    method.attach(model, budget)
+    model.double()
+    parts = masks.installed(model)
+    scores = {n: m.scores.detach() for n, (_, m) in parts.items()}
+    logits = {n: m.density.logit.detach() for n, (_, m) in parts.items()}
+    literal = literal_network(plain, scores, logits, 0.1 * TARGET)
+
+    literal.train()
+    x_adv = literal_pgd(literal, x, y, epsilon=EPSILON, step=STEP, steps=STEPS, noise=noise)
+    expected = F.cross_entropy(literal(x_adv), y) + literal_penalty(literal, TARGET, GAMMA, 0)
+    expected.backward()
+
+    attack = PGD(Linf(EPSILON), STEPS, STEP, start=lambda threat, x: (x + noise).clamp(0, 1))
+    function = twin(model) if on_twin else None
+    objective = PGDAT((lambda m, x, y: attack(function.current(), x, y)) if on_twin else attack)
+    model.train()
+    with parametrize.cached():
+        loss = objective(model, x, y) + method.penalty(model)
+        loss.backward()
+
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    for key, layer in literal_layers(literal).items():
+        mask = parts[key][1]
+        scale = layer.scores.grad.abs().max()
+        assert torch.allclose(mask.scores.grad, layer.scores.grad, rtol=1e-9, atol=1e-9 * scale)
+        assert mask.density.logit.grad.item() == pytest.approx(layer.logit.grad.item(), rel=1e-9)
+
+
+def hold_hardware_loss(method, monkeypatch, losses):
+    remaining = iter(losses)
+    current = {}
+
+    def hardware_loss(model):
+        return torch.tensor(current["loss"])
+
+    monkeypatch.setattr(method, "hardware_loss", hardware_loss)
+    return remaining, current
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [9.0, 3.0, 0.5, 0.0, 0.2, 0.0],
+        [0.0, 0.0],
+        [1.0] * 5,
+        [0.1, 0.00004, 0.3],
+        [0.1, 0.00006, 0.0],
+    ],
+)
+def test_gamma_grows_by_steps_until_an_epoch_ends_within_the_budget(losses, monkeypatch):
+    method = HARP(gamma=0.03)
+    remaining, current = hold_hardware_loss(method, monkeypatch, losses)
+    weights = []
+    for epoch, loss in enumerate(remaining):
+        weights.append(method.weight)
+        current["loss"] = loss
+        method.epoch_ended(nn.Module(), epoch)
+    assert weights == pytest.approx(literal_gamma(0.03, losses))
+
+
+def test_gamma_goes_on_where_its_state_was_saved():
+    first = HARP(gamma=0.5)
+    first._steps, first._reached = 4, True
+    second = HARP(gamma=0.5)
+    second.load_state_dict(first.state_dict())
+    assert (second.weight, second._reached) == (2.0, True)
+
+
+@pytest.mark.parametrize("density", [0.3, 0.05])
+@pytest.mark.parametrize("share", [allocation.uniform, allocation.erk, allocation.lamp])
+def test_settling_meets_the_budget_to_the_unit_whatever_was_learned(density, share):
+    torch.manual_seed(0)
+    model, method, budget = small(), HARP(), Budget(density, allocation=share)
+    method.attach(model, budget)
+    for _, mask in masks.installed(model).values():
+        nn.init.normal_(mask.density.logit, std=3.0)
+        nn.init.normal_(mask.scores)
+    method.settle(model)
+    x = torch.rand(2, 3, 8, 8)
+    logits = model.eval()(x)
+    masks.bake(model)
+    counts = audit(budget.layers(model), density)
+    assert counts.kept == counts.budget
+    assert torch.equal(model(x), logits)
+
+
+def test_training_moves_scores_and_densities_and_nothing_else():
+    torch.manual_seed(0)
+    model, method = small(), HARP()
+    method.attach(model, Budget(0.1))
+    held = {id(p) for g in method.trainable(model) for p in g["params"]}
+    names = {n.rpartition(".")[2] for n, p in model.named_parameters() if id(p) in held}
+    assert names == {"scores", "logit"}
+    assert all(group["weight_decay"] == 0.0 for group in method.trainable(model))
+
+
+def test_parity_switches_widen_what_is_trained_and_decayed():
+    model = small()
+    method = HARP(train_batch_norm=True, decay_scores=True, decay_densities=True)
+    method.attach(model, Budget(0.1))
+    groups = method.trainable(model)
+    assert [len(g["params"]) for g in groups] == [3, 3, 2]
+    assert all("weight_decay" not in g for g in groups)
+
+
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [({"learn_densities": False}, "scores"), ({"learn_scores": False}, "logit")],
+)
+def test_ablations_train_one_kind_only(options, trained):
+    model, method = small(), HARP(**options)
+    method.attach(model, Budget(0.1))
+    held = {id(p) for g in method.trainable(model) for p in g["params"]}
+    names = {n.rpartition(".")[2] for n, p in model.named_parameters() if id(p) in held}
+    assert names == {trained}
+
+
+def test_densities_start_at_ten_times_the_target_or_where_told():
+    for options, start in [({}, 0.2), ({"start_density": 0.1}, 0.1)]:
+        model, method = small(), HARP(**options)
+        method.attach(model, Budget(0.02, allocation=allocation.uniform))
+        assert method.metrics(model)["density"] == pytest.approx(start, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"gamma": -1.0}, "gamma -1"), ({"start_density": 2.0}, "start_density 2"),
+     ({"learn_scores": False, "learn_densities": False}, "trains nothing")],
+)  # fmt: skip
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        HARP(**options)

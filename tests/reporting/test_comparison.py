@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs side by side: means over seeds, pairs of the same images, and refusals."""
+
+import json
+from statistics import mean
+
+import numpy as np
+import pytest
+
+from harprune.reporting.comparison import compare_runs, write_comparison
+
+
+@pytest.fixture
+def six_runs(make_run):
+    return [
+        make_run(f"{method}-{seed}", method=method, seed=seed, quality=quality)
+        for method, quality in (("harp", 0.5), ("hydra", 0.4))
+        for seed in range(3)
+    ]
+
+
+def accuracies(folders, attack: str, model: str = "finetuned") -> list[float]:
+    found = []
+    for folder in folders:
+        record = json.loads((folder / f"attack/{model}/evaluation.json").read_text())
+        found.append({**record["attacks"], "clean": record["clean"]}[attack]["accuracy"])
+    return found
+
+
+def test_seeds_are_averaged_with_their_sample_spread(six_runs):
+    rows = compare_runs(six_runs)["rows"]
+    assert [row["configuration"] for row in rows] == ["dense", "harp + erk", "hydra + erk"]
+    for row, folders in zip(rows[1:], (six_runs[:3], six_runs[3:]), strict=True):
+        assert row["seeds"] == [0, 1, 2]
+        for name in ("clean", "autoattack", "pgd-20"):
+            values = accuracies(folders, name)
+            spread = (sum((v - mean(values)) ** 2 for v in values) / 2) ** 0.5
+            assert row["measures"][name]["mean"] == pytest.approx(mean(values))
+            assert row["measures"][name]["spread"] == pytest.approx(spread)
+        audit = json.loads((folders[0] / "audit.json").read_text())
+        assert (row["kept"], row["total"]) == ([audit["kept"]] * 3, audit["total"])
+
+
+def test_the_same_dense_network_counts_once(six_runs):
+    dense = compare_runs(six_runs)["rows"][0]
+    assert dense["seeds"] == [0, 1, 2]
+    assert dense["measures"]["autoattack"]["values"] == accuracies(
+        six_runs[:3], "autoattack", "dense"
+    )
+    assert dense["kept"] == [dense["total"]] * 3
+
+
+def test_densities_are_rows_of_their_own_and_one_seed_has_no_spread(make_run):
+    folders = [make_run(f"at-{density}", density=density) for density in (0.1, 0.05)]
+    rows = compare_runs(folders)["rows"]
+    assert [row["density"] for row in rows] == [1.0, 0.1, 0.05]
+    assert all(row["measures"]["clean"]["spread"] is None for row in rows)
+
+
+def test_allocation_and_options_tell_configurations_apart(make_run):
+    folders = [
+        make_run("a", allocation=None),
+        make_run("b", allocation="lamp"),
+        make_run("c", options={"learn_scores": False}),
+    ]
+    names = [row["configuration"] for row in compare_runs(folders)["rows"][1:]]
+    assert names == ["harp", "harp + lamp", "harp + erk (learn_scores=False)"]
+
+
+@pytest.mark.parametrize("baseline", ["hydra", "hydra + erk"])
+def test_the_baseline_is_paired_seed_by_seed(six_runs, baseline):
+    paired = compare_runs(six_runs, baseline=baseline)["paired"]
+    assert [(p["configuration"], p["seed"], p["measure"]) for p in paired] == [
+        ("harp + erk", seed, measure) for seed in range(3) for measure in ("clean", "autoattack")
+    ]
+    for pair in paired:
+        ours, theirs = (
+            np.load(six_runs[pair["seed"] + offset] / "attack/finetuned/outcomes.npz")[
+                pair["measure"]
+            ]
+            for offset in (0, 3)
+        )
+        assert pair["won"] == sum(a and not b for a, b in zip(ours, theirs, strict=True))
+        assert pair["lost"] == sum(b and not a for a, b in zip(ours, theirs, strict=True))
+        assert pair["difference"] == pytest.approx(ours.mean() - theirs.mean())
+
+
+def test_dense_can_be_the_baseline(six_runs):
+    paired = compare_runs(six_runs[:1], baseline="dense")["paired"]
+    dense = accuracies(six_runs[:1], "autoattack", "dense")[0]
+    pruned = accuracies(six_runs[:1], "autoattack")[0]
+    assert paired[1]["difference"] == pytest.approx(pruned - dense)
+
+
+def test_densities_are_paired_with_their_own(make_run):
+    folders = [
+        make_run(f"{method}-{density}", method=method, density=density)
+        for method in ("harp", "hydra")
+        for density in (0.1, 0.05)
+    ]
+    paired = compare_runs(folders, baseline="hydra")["paired"]
+    assert [p["density"] for p in paired] == [0.1, 0.1, 0.05, 0.05]
+
+
+def test_a_baseline_must_be_known_and_one(six_runs, make_run):
+    with pytest.raises(
+        ValueError, match="baseline 'admm' is not among the runs; choose one of: dense"
+    ):
+        compare_runs(six_runs, baseline="admm")
+    other = make_run("lamp", method="hydra", allocation="lamp")
+    with pytest.raises(ValueError, match=r"several .* hydra \+ erk, hydra \+ lamp"):
+        compare_runs([*six_runs, other], baseline="hydra")
+
+
+def test_refusals_name_the_folders(make_run):
+    done = make_run("done")
+    with pytest.raises(
+        ValueError, match=r"half is not finished \(finetune, attack/finetuned missing\)"
+    ):
+        compare_runs([done, make_run("half", until="prune")])
+    with pytest.raises(ValueError, match=r"done and .*again are both harp \+ erk at density 0\.05"):
+        compare_runs([done, make_run("again")])
+    with pytest.raises(ValueError, match=r"small has images 100 but .*done has 200"):
+        compare_runs([done, make_run("small", seed=1, size=100)])
+    with pytest.raises(ValueError, match="nothing to compare"):
+        compare_runs([])
+    with pytest.raises(ValueError, match=r"end it in \.md"):
+        write_comparison([done], done / "x.txt", title="t", note="", command="c")
+
+
+def test_another_threat_is_another_protocol(make_run):
+    runs = [make_run("a"), make_run("b", seed=1)]
+    recipe = json.loads((runs[1] / "recipe.json").read_text())
+    recipe["threat"]["epsilon"] = "4/255"
+    (runs[1] / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match="threat norm linf, epsilon 4/255 but"):
+        compare_runs(runs)
+
+
+def test_the_written_files_agree_and_repeat_bit_by_bit(six_runs, tmp_path):
+    out = tmp_path / "results" / "digits.md"
+    given = {"title": "Digits", "note": "A note.", "command": "harprune report ..."}
+    comparison = write_comparison(six_runs, out, **given, baseline="hydra")
+    first = {path.suffix: path.read_bytes() for path in out.parent.iterdir()}
+    assert set(first) == {".md", ".json", ".svg"}
+    assert json.loads(first[".json"]) == comparison
+    text = first[".md"].decode()
+    for row in comparison["rows"]:
+        robust = row["measures"]["autoattack"]
+        assert f"{100 * robust['mean']:.2f} ± {100 * robust['spread']:.2f}" in text
+        assert f"{row['kept'][0]:,} / {row['total']:,}" in text
+    assert "5 % kept (95 % sparse)" in text
+    assert "![Digits: clean and robust accuracy](digits.svg)" in text
+    assert "harprune run recipes/hydra-2.toml --out runs/hydra-2\nharprune report ...\n```" in text
+    write_comparison(six_runs, out, **given, baseline="hydra")
+    assert {path.suffix: path.read_bytes() for path in out.parent.iterdir()} == first
+
+
+def test_an_attack_not_run_everywhere_is_said(make_run, tmp_path):
+    runs = [make_run("a"), make_run("b", seed=1, attacks=("pgd-20",))]
+    out = tmp_path / "c.md"
+    comparison = write_comparison(runs, out, title="t", note="", command="c")
+    assert "autoattack" not in comparison["rows"][1]["measures"]
+    assert "not run" in out.read_text()
+
+
+def test_failed_checks_of_any_run_are_shown(make_run, tmp_path):
+    run = make_run(failing=("gradients",))
+    write_comparison([run], tmp_path / "c.md", title="t", note="", command="c")
+    text = (tmp_path / "c.md").read_text()
+    assert "**Warning:** harp + erk, seed 0, finetuned: check 'gradients' FAILED" in text

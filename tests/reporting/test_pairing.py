@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paired differences against the arithmetic done image by image."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harprune.reporting.pairing import PairedDifference, paired_difference
+
+PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40)
+
+
+def outcomes(right: list[bool], **other) -> dict[str, np.ndarray]:
+    count = len(right)
+    fields = {"index": np.arange(count), "labels": np.zeros(count), "clean": np.array(right)}
+    return fields | other
+
+
+@given(PAIRS)
+def test_difference_and_interval_equal_those_of_the_mean_of_differences(pairs):
+    first, second = (list(side) for side in zip(*pairs, strict=True))
+    paired = paired_difference(outcomes(first), outcomes(second), "clean")
+    each = np.array(second, dtype=float) - np.array(first, dtype=float)
+    half = 1.959963985 * each.std() / np.sqrt(len(each))
+    assert paired.difference == pytest.approx(each.mean())
+    assert paired.interval == pytest.approx((each.mean() - half, each.mean() + half), abs=1e-7)
+
+
+@given(st.integers(0, 6), st.integers(0, 6))
+def test_p_value_equals_the_count_over_all_sign_patterns(lost, won):
+    n = lost + won
+    patterns = [sum(signs) for signs in itertools.product((0, 1), repeat=n)]
+    extreme = sum(abs(k - n / 2) >= abs(won - n / 2) for k in patterns) / len(patterns)
+    assert PairedDifference(lost, won, 20).p_value == pytest.approx(extreme)
+
+
+def test_many_discordant_images_do_not_overflow():
+    assert 0 < PairedDifference(4700, 5300, 20000).p_value < 1e-8
+    assert PairedDifference(5000, 5000, 20000).p_value == 1.0
+
+
+@given(PAIRS)
+def test_exchanging_the_models_changes_the_sign_alone(pairs):
+    first, second = (list(side) for side in zip(*pairs, strict=True))
+    there = paired_difference(outcomes(first), outcomes(second), "clean")
+    back = paired_difference(outcomes(second), outcomes(first), "clean")
+    assert there.difference == -back.difference
+    assert there.interval == pytest.approx(tuple(-end for end in reversed(back.interval)))
+    assert there.p_value == back.p_value
+
+
+def test_other_images_are_not_paired():
+    here = outcomes([True, False])
+    assert paired_difference(here, None, "clean") is None
+    assert paired_difference(here, here, "autoattack") is None
+    assert paired_difference(here, outcomes([True, False, True]), "clean") is None
+    assert paired_difference(here, outcomes([True, False], index=np.array([1, 0])), "clean") is None
+
+
+def test_other_labels_for_the_same_images_are_refused():
+    with pytest.raises(ValueError, match="other labels to the same images"):
+        paired_difference(
+            outcomes([True, False]), outcomes([True, False], labels=np.ones(2)), "clean"
+        )

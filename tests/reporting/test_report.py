@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of one run: its numbers are those of the files, and it is the same each time."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from harprune.reporting.report import write_report
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def cells(markdown: str, start: str) -> list[str]:
+    """The cells of the table row that begins with `start`, bold or not."""
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    found = [[cell.strip().strip("*") for cell in row.strip("|").split("|")] for row in rows]
+    return next(row for row in found if row[0] == start)
+
+
+def percent(measure: dict) -> str:
+    low, high = measure["interval"]
+    return f"{100 * measure['accuracy']:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+
+
+def test_the_result_table_says_what_the_files_say(make_run):
+    folder = make_run()
+    summary = write_report(folder)
+    text = (folder / "report/report.md").read_text()
+    records = {
+        model: json.loads((folder / f"attack/{model}/evaluation.json").read_text())
+        for model in ("dense", "finetuned")
+    }
+    names = {"clean accuracy": "clean", "pgd-20": "pgd-20"}
+    names |= {"AutoAttack (the robust accuracy)": "autoattack"}
+    for title, name in names.items():
+        dense, finetuned = (
+            {**record["attacks"], "clean": record["clean"]}[name] for record in records.values()
+        )
+        row = cells(text, title)
+        assert row[1:3] == [percent(dense), percent(finetuned)]
+        assert row[4] == "200"
+        arrays = [np.load(folder / f"attack/{model}/outcomes.npz")[name] for model in records]
+        each = arrays[1].astype(float) - arrays[0].astype(float)
+        half = 1.96 * each.std() / len(each) ** 0.5
+        shown = [float(number) for number in re.findall(r"[-+]\d+\.\d+", row[3])]
+        assert shown == pytest.approx(
+            [100 * each.mean(), 100 * (each.mean() - half), 100 * (each.mean() + half)], abs=0.02
+        )
+    audit = json.loads((folder / "audit.json").read_text())
+    kept = cells(text, "prunable weights kept")
+    assert kept[1:3] == [
+        f"{audit['total']:,} / {audit['total']:,}",
+        f"{audit['kept']:,} / {audit['total']:,}",
+    ]
+    assert summary["audit"]["kept"] == audit["kept"]
+    fc = audit["layers"]["fc"]
+    assert cells(text, "fc")[1:3] == [f"{fc['kept']:,}", f"{fc['total']:,}"]
+
+
+def test_autoattack_comes_first_and_is_called_the_robust_accuracy(make_run):
+    folder = make_run(attacks=("fgsm", "pgd-20", "autoattack"))
+    summary = write_report(folder)
+    assert [r["measure"] for r in summary["results"]] == [
+        "clean",
+        "autoattack",
+        "fgsm",
+        "pgd-20",
+        "worst case",
+    ]
+    text = (folder / "report/report.md").read_text()
+    assert "Robust accuracy (AutoAttack, 200 test images)" in text
+
+
+def test_the_parts_of_autoattack_are_told(make_run):
+    folder = make_run()
+    write_report(folder)
+    text = (folder / "report/report.md").read_text()
+    assert "autoattack(); accuracy after its parts: apgd-ce 75.00, square " in text
+
+
+def test_the_worst_case_is_paired_over_images_that_withstand_every_attack(make_run):
+    folder = make_run()
+    worst = [
+        np.logical_and.reduce([arrays[name] for name in ("clean", "pgd-20", "autoattack")])
+        for arrays in (np.load(folder / f"attack/{m}/outcomes.npz") for m in ("dense", "finetuned"))
+    ]
+    result = write_report(folder)["results"][-1]
+    assert result["measure"] == "worst case"
+    assert result["finetuned"]["correct"] == worst[1].sum()
+    assert result["difference"]["won"] == (~worst[0] & worst[1]).sum()
+
+
+def test_without_autoattack_no_number_is_called_robust(make_run):
+    folder = make_run(attacks=("pgd-20",))
+    write_report(folder)
+    text = (folder / "report/report.md").read_text()
+    assert "AutoAttack was not run: no number here is a robust accuracy" in text
+    assert "Robust accuracy (" not in text
+
+
+def test_the_same_folder_gives_the_same_bits(make_run):
+    folder = make_run()
+    write_report(folder)
+    first = files_of(folder / "report")
+    write_report(folder)
+    assert files_of(folder / "report") == first
+    assert {"report.json", "report.md", "report.html"} < first.keys()
+    assert {f"plots/{n}.svg" for n in ("accuracy", "density", "prune", "validation")} < first.keys()
+
+
+def test_the_returned_summary_is_the_json_file(make_run):
+    folder = make_run()
+    assert write_report(folder) == json.loads((folder / "report/report.json").read_text())
+
+
+def test_failed_checks_and_flags_stand_at_the_top(make_run):
+    folder = make_run(failing=("gradients",), flags=("Square gained 3 images",))
+    summary = write_report(folder)
+    assert [c["passed"] for c in summary["checks"]] == [False, False] + [True] * 5
+    top, _, rest = (folder / "report/report.md").read_text().partition("## ")
+    assert "check 'gradients' FAILED on the dense model: measured gradients" in top
+    assert "flag raised on the dense model: Square gained 3 images" in top
+    assert "2 of 7 failed" in rest
+    assert "| **dense** | **gradients** | **FAILED** |" in rest
+
+
+def test_keeping_more_than_the_budget_is_a_failed_check(make_run):
+    folder = make_run()
+    audit = json.loads((folder / "audit.json").read_text())
+    (folder / "audit.json").write_text(json.dumps(audit | {"budget": audit["kept"] - 1}))
+    failed = [c["check"] for c in write_report(folder)["checks"] if not c["passed"]]
+    assert failed == ["budget"]
+
+
+@pytest.mark.parametrize(
+    ("until", "missing", "drawn"),
+    [
+        ("pretrain", "prune, finetune, attack/dense, attack/finetuned", {"validation"}),
+        ("prune", "finetune, attack/dense, attack/finetuned", {"density", "prune", "validation"}),
+        ("finetune", "attack/dense, attack/finetuned", {"density", "prune", "validation"}),
+    ],
+)
+def test_an_unfinished_run_is_reported_and_says_what_is_missing(make_run, until, missing, drawn):
+    folder = make_run(until=until)
+    summary = write_report(folder)
+    text = (folder / "report/report.md").read_text()
+    assert f"this run is not complete; missing: {missing}." in text
+    assert set(summary["plots"]) == drawn
+    assert "## Result" not in text
+    assert cells(text, until)[1] == "finished"
+
+
+def test_a_run_that_has_not_begun_is_reported(make_run):
+    folder = make_run(until="pretrain")
+    for name in ("metrics.jsonl", "environment.json", "dense.safetensors"):
+        (folder / name).unlink()
+    assert write_report(folder)["plots"] == {}
+    assert cells((folder / "report/report.md").read_text(), "pretrain")[1:3] == ["not started", "0"]
+
+
+def test_a_method_without_gamma_is_reported(make_run):
+    folder = make_run(method="hydra")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for key in ("gamma", "penalty", "density", "densities", "budget_met"):
+            line.pop(key, None)
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert "prune" not in write_report(folder)["plots"]
+
+
+def test_an_evaluation_of_one_model_alone_is_reported(make_run):
+    folder = make_run()
+    for path in (folder / "attack/dense").iterdir():
+        path.unlink()
+    summary = write_report(folder)
+    assert all(r["dense"] is None and r["difference"] is None for r in summary["results"])
+    assert "missing: attack/dense." in (folder / "report/report.md").read_text()
+
+
+def test_other_images_give_no_difference(make_run):
+    folder = make_run()
+    path = folder / "attack/dense/outcomes.npz"
+    arrays = dict(np.load(path))
+    np.savez(path, **{**arrays, "index": arrays["index"] + 1})
+    assert all(result["difference"] is None for result in write_report(folder)["results"])
+
+
+def test_a_layer_that_keeps_nothing_is_drawn(make_run):
+    folder = make_run()
+    audit = json.loads((folder / "audit.json").read_text())
+    audit["kept"] -= audit["layers"]["fc"]["kept"]
+    audit["layers"]["fc"]["kept"] = 0
+    (folder / "audit.json").write_text(json.dumps(audit))
+    write_report(folder)
+    drawn = (folder / "report/plots/density.svg").read_text()
+    assert "<!-- nothing kept -->" in drawn  # matplotlib notes each text beside its outlines
+
+
+def test_plots_are_well_formed_and_undated(make_run):
+    folder = make_run()
+    write_report(folder)
+    for path in (folder / "report/plots").iterdir():
+        ElementTree.fromstring(path.read_bytes())
+        assert b"<dc:date>" not in path.read_bytes()
+
+
+class Page(HTMLParser):
+    """Collects a page's words, its pictures and the tags left open."""
+
+    VOID = frozenset({"meta", "img", "br"})
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.words, self.images, self.open = "", [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.images += [dict(attributes)] if tag == "img" else []
+        self.open += [] if tag in self.VOID else [tag]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words += data
+
+
+def test_the_page_needs_no_other_file_and_escapes_what_it_shows(make_run):
+    folder = make_run(flags=("<script>alert(1)</script>",))
+    write_report(folder)
+    text = (folder / "report/report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert "<script" not in text
+    assert "<script>alert(1)</script>" in page.words
+    assert len(page.images) == 4
+    assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in page.images)
+    assert all(image["alt"] for image in page.images)
+    assert not re.search(r'(src|href)="(?!data:)', text)
+
+
+def test_how_it_was_made_is_said(make_run):
+    folder = make_run("mine", seed=7, until="pretrain")
+    write_report(folder)
+    text = (folder / "report/report.md").read_text()
+    assert cells(text, "recipe")[1] == "mine"
+    assert cells(text, "seed")[1] == "7"
+    assert cells(text, "commit")[1] == "0123456789ab"
+    assert cells(text, "versions")[1] == "harprune 0.1.0, torch 2.13.0"
+    assert cells(text, "command")[1] == "harprune run recipes/mine.toml --out runs/mine"
+
+
+def test_nothing_but_the_report_is_left_behind(make_run):
+    folder = make_run()
+    before = files_of(folder)
+    write_report(folder)
+    after = files_of(folder)
+    assert {name: after[name] for name in before} == before
+    assert all(name.startswith("report/") for name in after.keys() - before.keys())
+    assert not [name for name in after if Path(name).name.startswith(".")]
