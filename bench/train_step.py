@@ -58,7 +58,9 @@ def ours(arch: str, density: float, x: Tensor, y: Tensor, *, low: bool):
     """One step of the product's own loop, in float32 or with bf16 passes."""
     model, method = network(arch), HARP(gamma=GAMMA, start_density=density)
     method.attach(model, Budget(density, allocation=uniform))
-    attack = OnTwin(PGD(Linf(EPSILON), STEPS, STEP), twin(model, dtype=torch.bfloat16 if low else None))
+    attack = OnTwin(
+        PGD(Linf(EPSILON), STEPS, STEP), twin(model, dtype=torch.bfloat16 if low else None)
+    )
     objective = PGDAT(attack)
     optimiser = torch.optim.SGD(method.trainable(model), lr=0.1, momentum=0.9)
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed" if low else "32-true")

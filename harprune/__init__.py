@@ -1,2 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""harprune."""
+"""Prune adversarially robust networks to 1 % of their weights, and prove that they stay robust.
+
+The names below are the public face; each is imported from its wing on first use, so that
+`import harprune` (and `harprune --help`) need not wait for torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "prune": "harprune.pipeline.api",
+    "evaluate": "harprune.pipeline.api",
+    "Pruned": "harprune.pipeline.api",
+    "read_recipe": "harprune.pipeline.recipe",
+    "create_model": "harprune.models",
+    "list_models": "harprune.models",
+    "load_weights": "harprune.models",
+    "load_dataset": "harprune.training.data",
+    "split_validation": "harprune.training.data",
+    "Split": "harprune.training.data",
+    "Linf": "harprune.robustness.threat",
+    "L2": "harprune.robustness.threat",
+    "paired": "harprune.robustness.evaluation",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'harprune' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -198,6 +198,7 @@ def test_user_errors_are_not_asserts_and_nothing_is_unpickled(path):
             faults.append(f"line {node.value.lineno}: allow_pickle must be False")
     picklers = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
     names = imported_names(tree, module_name(path), is_package=path.name == "__init__.py")
+    names = [name for name in names if name != "pickle.UnpicklingError"]  # torch.load raises it
     faults += [f"imports {name}" for name in names if name.split(".")[0] in picklers]
     faults += [f"imports {name}, which hides torch.load" for name in names if name == "torch.load"]
     assert not faults

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from harprune.pipeline import build, stages
 from harprune.pipeline.build import Materials
@@ -43,11 +42,12 @@ def prune(
     density: float,
     threat: Threat | None = None,
     method: str = "harp",
+    pretrain_epochs: int = 0,
     prune_epochs: int = 20,
     finetune_epochs: int = 100,
     seed: int = 0,
     out: str | Path | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     quiet: bool = False,
 ) -> Pruned:
     """Prune a robust network and finetune what is left; `model` itself is not changed.
@@ -59,6 +59,7 @@ def prune(
         density: fraction of the weights to keep, in (0, 1).
         threat: what to be robust against; Linf(8/255) if absent.
         method: harp, hydra, magnitude or random.
+        pretrain_epochs: robust training before pruning; none for a network that is robust.
         out: a folder in which the run is kept, and continued after an interruption.
         options: further recipe sections, as `{"finetune": {"learning_rate": 0.02}}`.
 
@@ -66,7 +67,21 @@ def prune(
         ValueError: whatever a recipe or the data refuse, in one line.
     """
     threat = threat or Linf(8 / 255)
-    recipe = _recipe(model, threat, seed, options, density, method, prune_epochs, finetune_epochs)
+    content = {
+        "name": type(model).__name__,
+        "seed": seed,
+        "data": {"name": "given in Python"},
+        "model": {"name": type(model).__name__},
+        "threat": {"norm": "linf" if isinstance(threat, Linf) else "l2", "epsilon": threat.epsilon},
+        "budget": {"density": density},
+        "method": {"name": method},
+        "pretrain": {"epochs": pretrain_epochs},
+        "prune": {"epochs": prune_epochs},
+        "finetune": {"epochs": finetune_epochs},
+    }
+    for section, values in (options or {}).items():
+        content[section] = {**content.get(section, {}), **values}
+    recipe = make_recipe(content, source="harprune.prune")
     materials = _materials(model, train, validation)
     with tempfile.TemporaryDirectory() if out is None else nullcontext(str(out)) as folder:
         with Run(folder, recipe, command="harprune.prune") as run:
@@ -142,43 +157,16 @@ def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation
     )
 
 
-def _recipe(model, threat, seed, options, density, method, prune_epochs, finetune_epochs) -> Recipe:
-    norm = "linf" if isinstance(threat, Linf) else "l2"
-    content: dict[str, Any] = {
-        "name": type(model).__name__,
-        "seed": seed,
-        "data": {"name": "given in Python"},
-        "model": {"name": type(model).__name__},
-        "threat": {"norm": norm, "epsilon": threat.epsilon},
-        "budget": {"density": density},
-        "method": {"name": method},
-        "prune": {"epochs": prune_epochs},
-        "finetune": {"epochs": finetune_epochs},
-    }
-    for section, values in (options or {}).items():
-        inherited = content.get(section, {})
-        content[section] = {**inherited, **values} if isinstance(inherited, dict) else values
-    return make_recipe(content, source="harprune.prune")
-
-
 def _materials(model: nn.Module, train: Images, validation: Images) -> Materials:
-    learning, selecting = _split(train), _split(validation)
-    materials = Materials(
-        train=learning,
-        validation=selecting,
+    return Materials(
+        train=_split(train),
+        validation=_split(validation),
         test=None,
-        num_classes=0,
+        num_classes=None,
         network=lambda: copy.deepcopy(model).cpu(),
-        given=True,
+        given=False,
     )
-    return Materials(**{**vars(materials), "num_classes": _classes(model, materials.example)})
 
 
 def _split(images: Images) -> Split:
     return images if isinstance(images, Split) else from_arrays(*images)
-
-
-@torch.no_grad()
-def _classes(model: nn.Module, example: Tensor) -> int:
-    network = copy.deepcopy(model).cpu().eval()
-    return network(example).shape[-1]

@@ -61,7 +61,7 @@ class Materials:
     train: Split
     validation: Split
     test: Split | None
-    num_classes: int
+    num_classes: int | None
     network: Callable[[], nn.Module]
     given: bool
 

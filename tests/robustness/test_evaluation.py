@@ -100,6 +100,17 @@ def test_the_seed_starts_the_attacks(run):
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
+def test_each_batch_draws_its_own_random_numbers(run):
+    drawn = []
+
+    def noise(net, x, y):
+        drawn.append(float(torch.rand(())))
+        return x
+
+    run({"noise": noise})
+    assert len(set(drawn)) == 4
+
+
 def test_images_may_be_anything_indexable_and_a_subset(run, images, labels):
     class Lazy:
         def __getitem__(self, index):

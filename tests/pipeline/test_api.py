@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any network, pruned by one call: exact to the unit, plain again afterwards."""
+
+import copy
+import runpy
+import sys
+from math import floor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import harprune
+from harprune.sparsity.layers import prunable_layers
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "prune_your_model.py"
+
+
+class Transformer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        self.position = nn.Parameter(torch.zeros(1, 4, 16))
+        self.norm = nn.LayerNorm(16)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.mlp = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        seen = self.norm(tokens)
+        tokens = tokens + self.attention(seen, seen, seen, need_weights=False)[0]
+        return self.head((tokens + self.mlp(tokens)).mean(dim=1))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(192, 32)
+        self.one, self.two = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.two.weight = self.one.weight
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x):
+        hidden = torch.relu(self.inner(x.flatten(1)))
+        return self.head(torch.relu(self.two(torch.relu(self.one(hidden)))))
+
+
+def depthwise():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, groups=4), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4),
+    )  # fmt: skip
+
+
+def mlp():
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 4))
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(64, 3, 8, 8, generator=generator)
+    return x, torch.arange(64) % 4
+
+
+@pytest.mark.parametrize("build", [Transformer, depthwise, Tied, mlp])
+@pytest.mark.parametrize("method", ["harp", "hydra", "magnitude", "random"])
+@pytest.mark.parametrize("cost", ["parameters", "multiply-adds"])
+def test_any_model_is_pruned_to_the_unit_and_plain_again(build, method, cost, images):
+    torch.manual_seed(0)
+    model = build()
+    before = copy.deepcopy(model.state_dict())
+    pruned = harprune.prune(
+        model,
+        images,
+        images,
+        density=0.05,
+        method=method,
+        prune_epochs=1,
+        finetune_epochs=1,
+        options={
+            "objective": {"steps": 2},
+            "validation": {"size": 16, "steps": 1},
+            "prune": {"batch_size": 32},
+            "finetune": {"batch_size": 32},
+            "budget": {"cost": cost},
+        },
+        quiet=True,
+    )
+    total = sum(layer.size for layer in prunable_layers(model).values())
+    counted = sum(
+        int(layer.weight.count_nonzero()) for layer in prunable_layers(pruned.model).values()
+    )
+    assert counted == pruned.audit.kept
+    if cost == "parameters":
+        assert counted == floor(0.05 * total) == pruned.audit.budget
+    plain = build()
+    plain.load_state_dict(pruned.model.state_dict(), strict=True)
+    assert torch.equal(plain.eval()(images[0]), pruned.model(images[0]))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_example_runs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "1"])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert "kept 1428 of 28576 prunable weights" in shown
+    assert "pgd-20" in shown
+
+
+def test_a_run_of_the_api_goes_on_where_it_was(tmp_path, images):
+    options = {"validation": {"size": 8, "steps": 1}, "objective": {"steps": 1},
+               "finetune": {"batch_size": 32}, "prune": {"batch_size": 32}}  # fmt: skip
+    common = {
+        "density": 0.1,
+        "prune_epochs": 1,
+        "finetune_epochs": 1,
+        "options": options,
+        "quiet": True,
+    }
+    torch.manual_seed(0)
+    model = mlp()
+    first = harprune.prune(model, images, images, out=tmp_path / "run", **common)
+    again = harprune.prune(model, images, images, out=tmp_path / "run", **common)
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name])
