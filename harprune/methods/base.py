@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from harprune.sparsity import masks
 from harprune.sparsity.allocation import Allocation, apportion, erk
-from harprune.sparsity.audit import budget_of
+from harprune.sparsity.audit import Audit, audit, budget_of
 from harprune.sparsity.costs import Cost, parameter_prices, weighted_cost
 from harprune.sparsity.density import Density, GivenDensity
 from harprune.sparsity.granularity import Granularity
@@ -81,6 +81,15 @@ class Budget:
         minimum = {name: max(1, ceil(least * n - 1e-9)) for name, n in units.items()}
         budget = budget_of(self.density, total)
         return apportion(densities, units, budget, price=price, minimum=minimum)
+
+    def audit(self, model: nn.Module) -> Audit:
+        """What `model` keeps, counted from its tensors; refused above the budget.
+
+        Raises:
+            ValueError: more is kept than the budget allows, or a layer is empty.
+        """
+        layers = self.layers(model)
+        return audit(layers, self.density, self.prices(model, layers)).require_within_budget()
 
 
 class Method(ABC):

@@ -2,11 +2,11 @@
 """Weights that others trained, read from their checkpoints; nothing is ever unpickled."""
 
 import os
-import pickle
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ def _read_torch(path: Path) -> object:
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise ValueError(
             f"{path}: holds more than tensors and would have to be unpickled, which can run any "
             "code; save the state dict alone: torch.save(model.state_dict(), path)"

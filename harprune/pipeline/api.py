@@ -19,7 +19,8 @@ from harprune.pipeline.run import Run
 from harprune.robustness import evaluation
 from harprune.robustness.evaluation import Evaluation
 from harprune.robustness.threat import Linf, Threat
-from harprune.sparsity.audit import Audit, audit
+from harprune.sparsity.audit import Audit
+from harprune.sparsity.execution import twin
 from harprune.training.splits import Split, from_arrays
 
 Images = Split | tuple[Any, Any]
@@ -83,17 +84,13 @@ def prune(
         content[section] = {**content.get(section, {}), **values}
     recipe = make_recipe(content, source="harprune.prune")
     materials = _materials(model, train, validation)
-    with tempfile.TemporaryDirectory() if out is None else nullcontext(str(out)) as folder:
-        with Run(folder, recipe, command="harprune.prune") as run:
-            console = Console(run.folder / "log.txt", quiet=quiet)
-            shop = stages.Workshop(run, materials, build.fabric(recipe.execution), console)
-            stages.pretrain(shop)
-            stages.prune(shop)
-            stages.finetune(shop)
-            stages.report(shop)
-            pruned = stages.load_network(shop, "finetune").cpu().eval()
-            budget = build.budget(recipe, materials.example)
-            return Pruned(pruned, audit(budget.layers(pruned), density))
+    place = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out))
+    with place as folder, Run(folder, recipe, command="harprune.prune") as run:
+        console = Console(run.folder / "log.txt", quiet=quiet)
+        shop = stages.Workshop(run, materials, build.fabric(recipe.execution), console)
+        stages.run_until(shop)
+        pruned = stages.load_network(shop, "finetune").cpu().eval()
+        return Pruned(pruned, build.budget(recipe, materials.example).audit(pruned))
 
 
 def evaluate(
@@ -121,6 +118,7 @@ def evaluate(
     split = _split(test)
     device = next(model.parameters()).device
     index = evaluation.subset(split.labels, size, seed)
+    fast = twin(model)
     with Console(quiet=quiet).bar(f"attack {name}", len(index)) as bar:
         return evaluation.evaluate(
             model,
@@ -134,6 +132,7 @@ def evaluate(
             device=device,
             progress=bar.update_of,
             threat=threat,
+            function=None if fast is None else fast.current(),
             name=name,
         )
 

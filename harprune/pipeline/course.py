@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The course of one training stage: what is remembered between its steps, and all a resume needs."""
+"""The course of one training stage: what it remembers between steps, and all a resume needs."""
 
 import time
 from dataclasses import dataclass, field

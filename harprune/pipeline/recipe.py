@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What to do: a recipe, read from TOML, checked at the door, and never changed afterwards.
 
-Every field has its meaning beside it; `harprune recipe` prints them all with their defaults. A value may be
-overridden by `--set section.key=value`, the value again in TOML.
+Every field has its meaning beside it; `harprune recipe` prints them all with their defaults. A
+value may be overridden by `--set section.key=value`, the value again in TOML.
 """
 
 import tomllib

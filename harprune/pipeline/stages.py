@@ -24,13 +24,13 @@ from harprune.reporting.report import write_report
 from harprune.robustness import evaluation
 from harprune.robustness.attacks import eval_mode
 from harprune.sparsity import allocation, masks
-from harprune.sparsity.audit import Audit, audit
+from harprune.sparsity.audit import Audit
 from harprune.sparsity.execution import Twin, twin
 from harprune.sparsity.layers import weights
 from harprune.training import checkpoint
-from harprune.training.splits import to_float
 from harprune.training.loop import Diverged, fit
 from harprune.training.schedules import make_schedule
+from harprune.training.splits import to_float
 
 _VALIDATION_BATCH = 250
 
@@ -103,7 +103,7 @@ def prune(shop: Workshop) -> None:
     method.settle(model)
     tensors = checkpoint.pack("mask", masks.kept_masks(model))
     masks.bake(model)
-    counts = audit(budget.layers(model), budget.density).require_within_budget()
+    counts = budget.audit(model)
     shop.console.say(f"pruned: {counts.kept} of {counts.total} {counts.denominator} kept")
     _write_audit(shop, counts, budget)
     clean, robust = validate(shop, model, _twin(shop, model))
@@ -124,7 +124,7 @@ def finetune(shop: Workshop) -> None:
     if shop.recipe.finetune.epochs:
         history = learn(shop, "finetune", model, [{"params": list(model.parameters())}])
     masks.bake(model)
-    counts = audit(budget.layers(model), budget.density).require_within_budget()
+    counts = budget.audit(model)
     _write_audit(shop, counts, budget)
     clean, robust = validate(shop, model, _twin(shop, model))
     shop.console.say(f"finetuned network: {_percent(clean, robust)} on validation images")
@@ -143,9 +143,11 @@ def attack(shop: Workshop) -> None:
     for name, stage in (("dense", "pretrain"), ("finetuned", "finetune")):
         if name == "dense" and not section.dense:
             continue
+        model = load_network(shop, stage)
+        fast = twin(model) if shop.recipe.execution.twin else None
         with shop.console.bar(f"attack {name}", len(index)) as bar:
             result = evaluation.evaluate(
-                load_network(shop, stage).eval(),
+                model,
                 Floats(test.images),
                 test.labels,
                 attacks,
@@ -157,6 +159,7 @@ def attack(shop: Workshop) -> None:
                 device=shop.engine.device,
                 progress=bar.update_of,
                 threat=bound,
+                function=None if fast is None else fast.current(),
                 name=name,
             )
         for line in result.lines():

@@ -28,7 +28,6 @@ from harprune.robustness.evaluation import (
     subset,
 )
 from harprune.robustness.objectives import (
-    FGSMRS,
     MART,
     MART_ATTACK,
     PGDAT,
@@ -44,7 +43,6 @@ from harprune.robustness.threat import L2, Linf, Threat, make_threat, parse_epsi
 __all__ = [
     "APGD",
     "FGSM",
-    "FGSMRS",
     "L2",
     "MART",
     "MART_ATTACK",

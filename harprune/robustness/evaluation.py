@@ -132,6 +132,7 @@ def evaluate(
     progress: Progress | None = None,
     checks: bool = True,
     threat: Threat | None = None,
+    function: nn.Module | None = None,
     name: str = "model",
 ) -> Evaluation:
     """Clean accuracy of `model`, then accuracy under each attack, in eval mode.
@@ -149,6 +150,8 @@ def evaluate(
         num_classes: checked against labels and logits.
         device: where batches go; the model's when None.
         threat: what every x_adv must keep to; also sets the norm of the sanity checks.
+        function: computes the same as `model` at less cost; attacks run on it, but every verdict
+            is the model's own, and a check compares the two.
         name: the model's name in the record.
 
     Raises:
@@ -161,20 +164,21 @@ def evaluate(
         raise ValueError(f"{len(index)} images in batches of {batch_size}: both must be at least 1")
     device = torch.device(device) if device is not None else _device(model)
     data = _Data(images, labels.cpu().long()[index], index, batch_size, device, num_classes)
+    attacked = model if function is None else function
     with eval_mode(model):
         identity = _identity(model, data, seed, attacks) if folder is not None else {}
         state = _State.open(folder, identity, data)
         for row in ("clean", *attacks):
             for batch in range(state.done.get(row, 0), len(data)):
                 with seeded(_batch_seed(seed, batch), device):
-                    _run_batch(model, data, batch, row, attacks.get(row), threat, state)
+                    _run_batch(model, attacked, data, batch, row, attacks.get(row), threat, state)
                 state.done[row] = batch + 1
                 state.save()
                 if progress is not None:
                     progress(*_so_far(state, data, row, batch))
         if checks and not state.checks:
             with seeded(_batch_seed(seed, -1), device):
-                state.checks = _check(model, data, attacks, threat, state.outcomes)
+                state.checks = _check(model, attacked, data, attacks, threat, state.outcomes)
     result = _summarise(state, attacks, threat, seed, name)
     state.finish(result)
     return result
@@ -182,6 +186,7 @@ def evaluate(
 
 def _check(
     model: nn.Module,
+    attacked: nn.Module,
     data: "_Data",
     attacks: Mapping[str, Attack],
     threat: Threat | None,
@@ -189,6 +194,8 @@ def _check(
 ) -> dict[str, Check]:
     x, y = data.head(sanity.SAMPLE)
     checks = sanity.check_model(model, x, y, threat or sanity.threat_of(attacks))
+    if attacked is not model:
+        checks |= sanity.check_same_function(_logits(model, x), _logits(attacked, x))
     return checks | sanity.check_order(attacks, outcomes)
 
 
@@ -228,6 +235,7 @@ class _Data:
 
 def _run_batch(
     model: nn.Module,
+    attacked: nn.Module,
     data: _Data,
     batch: int,
     row: str,
@@ -246,15 +254,15 @@ def _run_batch(
         return
     x, y = x[right], y[right]
     if isinstance(attack, AutoAttack):
-        outcome = attack.attack(model, x, y)
-        x_adv, standing = outcome.x_adv, list(outcome.survivors.values())[-1]
+        outcome = attack.attack(attacked, x, y)
+        x_adv = outcome.x_adv
         state.parts[row] = list(outcome.survivors)
         state.flags = list(dict.fromkeys([*state.flags, *(f"{row}: {f}" for f in outcome.flags)]))
         for part, survivors in outcome.survivors.items():
             state.put(f"{row}:{part}", rows, _spread(right, survivors))
     else:
-        x_adv = attack(model, x, y)
-        standing = _logits(model, x_adv).argmax(1) == y
+        x_adv = attack(attacked, x, y)
+    standing = _logits(model, x_adv).argmax(1) == y
     _require_allowed(row, x_adv, x, threat)
     state.put(row, rows, _spread(right, standing))
 

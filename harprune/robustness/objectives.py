@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harprune.robustness.attacks import (
-    PGD,
     Attack,
     clean_logits,
     kl_divergence,
@@ -151,30 +150,6 @@ def _boosted_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     # log(1 - p_k) as a sum over the other classes: finite however sure of k the model is.
     others = logits.scatter(1, rival, -torch.inf).logsumexp(1) - logits.logsumexp(1)
     return F.cross_entropy(logits, y) - others.mean()
-
-
-@dataclass(frozen=True)
-class FGSMRS:
-    """Cross-entropy after one step of `ratio` epsilon from a uniform start (Wong et al. 2020)."""
-
-    threat: Threat
-    ratio: float = 1.25
-
-    def __post_init__(self) -> None:
-        if not self.ratio > 0:
-            raise ValueError(f"ratio = {self.ratio} must be above 0; the paper takes 1.25")
-
-    @property
-    def replays(self) -> int:
-        return 1
-
-    @property
-    def passes(self) -> int:
-        return 2
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        x_adv = PGD(self.threat, 1, self.ratio * self.threat.epsilon)(model, x, y)
-        return F.cross_entropy(model(x_adv), y)
 
 
 @dataclass(repr=False, eq=False)

@@ -60,6 +60,15 @@ def check_model(model: nn.Module, x: Tensor, y: Tensor, threat: Threat | None) -
     return checks
 
 
+def check_same_function(logits: Tensor, others: Tensor) -> dict[str, Check]:
+    """Whether the function that is attacked says what the model says, to float tolerance."""
+    gap = float((logits - others).abs().max())
+    agree = torch.equal(logits.argmax(1), others.argmax(1))
+    small = gap <= 1e-3 * max(1.0, float(logits.abs().max()))
+    detail = f"logits differ by up to {gap:.2g} on {len(logits)} images"
+    return {"attacked function": Check(agree and small, detail)}
+
+
 def _deterministic(first: Tensor, second: Tensor) -> Check:
     gap = float((first - second).abs().max())
     return Check(torch.equal(first, second), f"two forward passes differ by up to {gap:.3g}")

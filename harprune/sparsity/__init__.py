@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""How a network is sparse: layers, masks, densities, budgets and their exact count."""

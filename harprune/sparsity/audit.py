@@ -17,6 +17,7 @@ class LayerCount:
     shape: tuple[int, ...]
     total: int
     kept: int
+    price: int = 1
 
     @property
     def density(self) -> float:
@@ -28,7 +29,8 @@ class Audit:
     """How many weights a network really keeps.
 
     The denominator is the number of prunable weights: biases and batch norm are neither pruned
-    nor counted. `budget` is floor(density * total).
+    nor counted. `budget` is what `spent`, the kept weights times their layers' prices, may come
+    to: floor(density * dense price). With parameters as the cost every price is 1.
     """
 
     layers: Mapping[str, LayerCount]
@@ -47,11 +49,16 @@ class Audit:
     def density(self) -> float:
         return self.kept / self.total
 
+    @property
+    def spent(self) -> int:
+        return sum(layer.kept * layer.price for layer in self.layers.values())
+
     def require_within_budget(self) -> "Audit":
         """Raises ValueError where more is kept than the budget allows or a layer is empty."""
-        if self.kept > self.budget:
+        if self.spent > self.budget:
             raise ValueError(
-                f"{self.kept} of {self.total} weights are kept, above the budget of {self.budget}"
+                f"{self.kept} of {self.total} weights are kept at a cost of {self.spent}, above "
+                f"the budget of {self.budget}"
             )
         empty = [name for name, layer in self.layers.items() if layer.kept == 0]
         if empty:
@@ -67,6 +74,7 @@ class Audit:
             "denominator": self.denominator,
             "total": self.total,
             "kept": self.kept,
+            "spent": self.spent,
             "budget": self.budget,
             "density": self.density,
             "layers": {
@@ -81,11 +89,15 @@ def budget_of(density: float, total: int) -> int:
     return floor(density * total + 1e-6)
 
 
-def audit(layers: Mapping[str, Layer], density: float = 1.0) -> Audit:
+def audit(
+    layers: Mapping[str, Layer], density: float = 1.0, prices: Mapping[str, int] | None = None
+) -> Audit:
     """Count the non-zero weights in force in `layers`; a shared weight counts once."""
+    prices = prices or dict.fromkeys(layers, 1)
     counts = {
-        name: LayerCount(tuple(layer.shape), layer.size, int(torch.count_nonzero(layer.weight)))
+        name: LayerCount(
+            tuple(layer.shape), layer.size, int(torch.count_nonzero(layer.weight)), prices[name]
+        )
         for name, layer in layers.items()
     }
-    total = sum(c.total for c in counts.values())
-    return Audit(counts, budget_of(density, total))
+    return Audit(counts, budget_of(density, sum(c.total * c.price for c in counts.values())))

@@ -37,7 +37,12 @@ def multiply_add_prices(
     was_training = [(m, m.training) for m in model.modules()]
     # Gradients on, so that attention takes its open path instead of one fused operator.
     with parametrize.cached(), torch.enable_grad():
-        storages = {_storage(layer.weight): name for name, layer in layers.items()}
+        # Under a mask, each place of a shared weight holds a product of its own.
+        storages = {
+            _storage(getattr(module, tensor_name)): name
+            for name, layer in layers.items()
+            for module, tensor_name in layer.places
+        }
         counter = _MultiplyAdds(storages)
         try:
             model.eval()

@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""How a network learns: data, the one loop, schedules, checkpoints."""

@@ -108,7 +108,7 @@ def test_the_example_runs(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "1"])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     shown = capsys.readouterr().out
-    assert "kept 1428 of 28576 prunable weights" in shown
+    assert "kept 1448 of 28960 prunable weights" in shown
     assert "pgd-20" in shown
 
 

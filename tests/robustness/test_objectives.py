@@ -9,7 +9,6 @@ from torch.nn.utils import parametrize
 
 from harprune.robustness.attacks import PGD
 from harprune.robustness.objectives import (
-    FGSMRS,
     MART,
     MART_ATTACK,
     PGDAT,
@@ -35,7 +34,6 @@ def every_objective():
         PGDAT(pgd),
         TRADES(PGD(THREAT, 3, **TRADES_ATTACK)),
         MART(PGD(THREAT, 3, **MART_ATTACK)),
-        FGSMRS(THREAT),
         Free(THREAT),
     ]
 
@@ -97,7 +95,7 @@ def test_mart_stays_finite_on_a_model_sure_of_the_wrong_class():
 def test_fast_training_takes_one_long_step_from_a_uniform_start(double, threat):
     model, x, y = double
     torch.manual_seed(9)
-    ours = FGSMRS(threat)(model, x, y)
+    ours = PGDAT(PGD(threat, 1, 1.25 * threat.epsilon))(model, x, y)
     torch.manual_seed(9)
     start = threat.random_start(x).requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(model(start), y, reduction="sum"), start)
@@ -258,5 +256,3 @@ def test_reprs_are_records():
 def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="replays"):
         Free(THREAT, replays=0)
-    with pytest.raises(ValueError, match="ratio"):
-        FGSMRS(THREAT, ratio=0)

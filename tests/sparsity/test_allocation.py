@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.oracles.naive_allocation import naive_erk, naive_global, naive_igq, naive_lamp
 
 from harprune.sparsity.allocation import (
     Explicit,
@@ -20,6 +19,7 @@ from harprune.sparsity.allocation import (
     uniform,
     write_allocation,
 )
+from tests.oracles.naive_allocation import naive_erk, naive_global, naive_igq, naive_lamp
 
 SHAPES = {"stem": (8, 3, 3, 3), "middle": (16, 8, 3, 3), "wide": (32, 16, 3, 3), "head": (10, 32)}
 

@@ -28,7 +28,7 @@ def test_the_weight_is_the_product_and_baking_changes_no_logit():
     model, x = network(), torch.rand(2, 3, 8, 8)
     plain = copy.deepcopy(model)
     learned(model, GivenDensity(0.25))
-    masks.freeze(model, {name: 10 for name in masks.installed(model)})
+    masks.freeze(model, dict.fromkeys(masks.installed(model), 10))
     logits = model(x)
     assert torch.equal(masks.bake(model)(x), logits)
     assert [int(torch.count_nonzero(m.weight)) for m in (model[0], model[3])] == [10, 10]
