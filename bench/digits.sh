@@ -17,7 +17,7 @@ chain() { # seed: the dense network, then everything pruned from it
     "$harprune" run recipes/digits.toml --until pretrain --out "runs/digits/dense-seed$1" \
         --set "name=digits-dense-seed$1" --set "seed=$1" --set execution.threads=1
     for density in 0.05 0.01; do
-        prune "$1" harp erk "$density" "$([ "$density" = 0.05 ] && echo true || echo false)" ", gamma = 0.1"
+        prune "$1" harp erk "$density" "$([ "$density" = 0.05 ] && echo true || echo false)" ", gamma = 0.05"
         prune "$1" hydra uniform "$density" false ""
         prune "$1" magnitude lamp "$density" false ""
     done

@@ -5,13 +5,22 @@ Every field has its meaning beside it; `harprune recipe` prints them all with th
 value may be overridden by `--set section.key=value`, the value again in TOML.
 """
 
+import copy
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 Epsilon = float | str
 
@@ -28,7 +37,8 @@ class Data(Section):
     """The images."""
 
     name: str = "digits"
-    """digits, cifar10, cifar100, svhn, mnist, fashion_mnist, folder, or module:function."""
+    """digits, cifar10, cifar100, svhn, mnist, fashion_mnist, tiny_imagenet, folder, or
+    module:function."""
     folder: str | None = None
     """Where the files lie; the user's cache when absent (see `harprune data`)."""
     image_size: int | None = Field(None, ge=1)
@@ -43,7 +53,7 @@ class Model(Section):
     """The network."""
 
     name: str = "small_cnn"
-    """A name of `harprune doctor --models`, module:function, torchvision:NAME or timm:NAME."""
+    """A name that `harprune doctor` lists, module:function, torchvision:NAME or timm:NAME."""
     width: int | None = Field(None, ge=1)
     """Channels of the first stage; the architecture's usual number when absent."""
     mean: tuple[float, ...] | None = None
@@ -62,6 +72,14 @@ class Threat(Section):
     epsilon: Epsilon = "8/255"
     """Its radius, for images in [0, 1]; a number or a fraction in quotes."""
 
+    @field_validator("epsilon")
+    @classmethod
+    def _radius(cls, value: Epsilon, info: ValidationInfo) -> Epsilon:
+        from harprune.robustness.threat import make_threat
+
+        make_threat(info.data.get("norm", "linf"), value)
+        return value
+
 
 class Objective(Section):
     """The training loss."""
@@ -76,6 +94,15 @@ class Objective(Section):
     """Weight of the robust term; 6 in trades and 5 in mart when absent."""
     replays: int = Field(4, ge=1)
     """Steps on each batch in free adversarial training."""
+
+    @field_validator("step_size")
+    @classmethod
+    def _step(cls, value: Epsilon | None) -> Epsilon | None:
+        from harprune.robustness.threat import parse_epsilon
+
+        if value is not None:
+            parse_epsilon(value)
+        return value
 
 
 class Training(Section):
@@ -245,7 +272,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: unreadable, an unknown key (the nearest is named) or a value out of range.
     """
     try:
-        content = tomllib.loads(Path(path).read_text())
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"recipe {path} cannot be read: {error}") from None
     return make_recipe(content, overrides, source=str(path))
@@ -255,9 +282,7 @@ def make_recipe(
     content: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe"
 ) -> Recipe:
     """A checked `Recipe` from nested values; see `read_recipe`."""
-    merged: dict[str, Any] = {
-        key: dict(value) if isinstance(value, Mapping) else value for key, value in content.items()
-    }
+    merged = copy.deepcopy(dict(content))
     for override in overrides:
         _override(merged, override)
     try:
@@ -276,8 +301,13 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") ->
             yield f"{prefix}{key}: {a!r} -> {b!r}"
 
 
-def describe(section: type[Section] = Recipe, prefix: str = "") -> Iterator[str]:
-    """The documented fields with their defaults, as the lines of a TOML file."""
+def describe(
+    section: type[Section] = Recipe, prefix: str = "", *, notes: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
+    """The documented fields with their defaults, as the lines of a TOML file.
+
+    `notes` adds comments to sections, by their names.
+    """
     nested = []
     for name, field in section.model_fields.items():
         kind = field.annotation
@@ -285,26 +315,41 @@ def describe(section: type[Section] = Recipe, prefix: str = "") -> Iterator[str]
             nested.append((name, kind))
             continue
         value = field.get_default()
-        yield f"# {field.description}"
+        yield f"# {' '.join((field.description or '').split())}"
         yield f"# {name} =" if value is None else f"{name} = {_toml(value)}"
+    yield from (f"# {note}" for note in notes.get(prefix.removesuffix("."), ()))
     for name, kind in nested:
         yield f"\n[{prefix}{name}]  # {(kind.__doc__ or '').splitlines()[0]}"
-        yield from describe(kind, f"{prefix}{name}.")
+        yield from describe(kind, f"{prefix}{name}.", notes=notes)
+
+
+def as_toml(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Nested values as the lines of a TOML file; None, which TOML cannot say, is left out."""
+    nested = {key: value for key, value in content.items() if isinstance(value, Mapping)}
+    for key, value in content.items():
+        if key not in nested and value is not None:
+            yield f"{key} = {_toml(value)}"
+    for key, value in nested.items():
+        yield f"\n[{prefix}{key}]"
+        yield from as_toml(value, f"{prefix}{key}.")
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return f"[{', '.join(_toml(v) for v in value)}]"
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    # A JSON string is a TOML string.
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _override(content: dict[str, Any], text: str) -> None:
     path, equals, value = text.partition("=")
-    if not equals or not path.strip():
-        raise ValueError(f"--set {text!r} must have the form section.key=value")
     *sections, key = path.strip().split(".")
+    if not equals or not all((*sections, key)):
+        raise ValueError(
+            f"--set {text!r} must have the form section.key=value, as --set prune.epochs=5"
+        )
     target = content
     for section in sections:
         target = target.setdefault(section, {})
@@ -318,21 +363,59 @@ def _override(content: dict[str, Any], text: str) -> None:
 
 def _first_fault(error: ValidationError) -> str:
     fault = error.errors(include_url=False)[0]
-    path = [str(part) for part in fault["loc"]]
+    path = _path(fault["loc"])
     if fault["type"] == "extra_forbidden":
         return _unknown_key(path)
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(path)} = {fault['input']!r}: {message[0].lower()}{message[1:]}"
+    name, given = ".".join(path), _short(fault["input"])
+    if fault["type"] == "model_type":
+        return f"{name} = {given} must be a section; write its keys under [{name}]"
+    message = fault["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    # A rule of another wing may have begun with the key and the value itself.
+    rule = message.removeprefix(f"{path[-1]} = {given} ")
+    return f"{name} = {given} {rule}" if rule != message else f"{name} = {given}: {_lower(message)}"
+
+
+def _path(location: Sequence[int | str]) -> list[str]:
+    """The key at which a fault lies, without the member of a union that pydantic tried last."""
+    path: list[str] = []
+    section: type[Section] | None = Recipe
+    for part in location:
+        if section is None and isinstance(part, str):
+            break
+        path.append(str(part))
+        section = _section_of(section, str(part)) if section else None
+    return path
 
 
 def _unknown_key(path: list[str]) -> str:
-    section: Any = Recipe
+    section: type[Section] | None = Recipe
     for part in path[:-1]:
-        section = _section_type(section.model_fields[part].annotation)
-    near = get_close_matches(path[-1], list(section.model_fields), n=1, cutoff=0.0)
-    return f"unknown key {'.'.join(path)!r}; the nearest known is {'.'.join([*path[:-1], *near])!r}"
+        section = _section_of(section, part) if section else None
+    homes = [name for name in _sections() if path[-1] in _sections()[name].model_fields]
+    known = list(section.model_fields) if section else []
+    near = get_close_matches(path[-1], known, n=1, cutoff=0.6 if homes else 0.0)
+    nearest = ".".join([*path[:-1], *near]) if near else f"{homes[0]}.{path[-1]}"
+    return f"unknown key {'.'.join(path)!r}; the nearest known is {nearest!r}"
 
 
-def _section_type(annotation: Any) -> type[Section]:
+def _sections() -> dict[str, type[Section]]:
+    kinds = {name: _section_of(Recipe, name) for name in Recipe.model_fields}
+    return {name: kind for name, kind in kinds.items() if kind is not None}
+
+
+def _section_of(section: type[Section], key: str) -> type[Section] | None:
+    """The section that `key` of `section` is, or None where it is a value or unknown."""
+    if key not in section.model_fields:
+        return None
+    annotation = section.model_fields[key].annotation
     options = getattr(annotation, "__args__", (annotation,))
-    return next(o for o in options if isinstance(o, type) and issubclass(o, Section))
+    return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]

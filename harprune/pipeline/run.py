@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from harprune.pipeline.recipe import Recipe, changes
+from harprune.pipeline.recipe import Recipe, as_toml, changes
 from harprune.training import checkpoint
 
 STAGES = ("pretrain", "prune", "finetune")
@@ -33,12 +33,13 @@ class Run:
 
     Args:
         folder: created when absent.
-        recipe: what the run is about; a folder holding another one is refused.
+        recipe: what the run is about; a folder in which another one has begun is refused.
         source: the recipe as the user wrote it, kept beside the resolved one.
         command: how to repeat the run, for the record.
 
     Raises:
         ValueError: the folder belongs to another recipe, or another process works in it.
+        OSError: the folder cannot be made or written.
     """
 
     def __init__(self, folder: str | Path, recipe: Recipe, *, source: str = "", command: str = ""):
@@ -47,6 +48,8 @@ class Run:
         self.leader = int(os.environ.get("RANK", "0")) == 0
         if not self.leader:
             return
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file, not a run folder; choose another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder / ".lock")
         try:
@@ -68,7 +71,7 @@ class Run:
     def _adopt(self, source: str, command: str) -> None:
         resolved = self.recipe.model_dump(mode="json")
         record = self.folder / "recipe.json"
-        if record.exists():
+        if record.exists() and self.begun:
             differing = list(changes(_read_json(record), resolved))
             if differing:
                 raise ValueError(
@@ -76,10 +79,18 @@ class Run:
                     f"{'; ...' if len(differing) > 3 else ''}); choose another --out"
                 )
             return
+        given = self.recipe.model_dump(mode="json", exclude_unset=True)
+        source = source or "\n".join(as_toml(given)) + "\n"
         checkpoint.write_text(self.folder / "recipe.toml", source)
         environment = json.dumps(environment_of(command), indent=1)
         checkpoint.write_text(self.folder / "environment.json", environment + "\n")
         checkpoint.write_text(record, json.dumps(resolved, indent=1) + "\n")
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was computed here: a recipe that failed before may be corrected."""
+        files = [f(stage) for stage in STAGES for f in (self.artifact, self.progress, self.best)]
+        return any(path.exists() for path in files)
 
     def artifact(self, stage: str) -> Path:
         """The file that a finished training stage leaves."""
@@ -165,7 +176,7 @@ def _lock(path: Path):
     file = open(path, "a+")  # noqa: SIM115 - the open file *is* the lock, released at exit
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "unknown"
         file.close()
@@ -180,9 +191,12 @@ def _lock(path: Path):
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError:
-        raise ValueError(f"{path} is damaged; restore it or choose another --out") from None
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged; restore it or choose another --out")
+    return content
 
 
 def command_line() -> str:

@@ -60,6 +60,15 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(metadata["values"])
 
 
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether `path` says of itself that it is a checkpoint of this program."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
+
+
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
@@ -70,7 +79,11 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 class replacing:
-    """A context that yields a temporary path and moves it over `path` when the block succeeds."""
+    """A context that yields a temporary path and moves it over `path` when the block succeeds.
+
+    Raises:
+        OSError: the file cannot be written; what stood at `path` stands there still.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -83,11 +96,22 @@ class replacing:
         return self.temporary
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is not None:
+        try:
+            if error is not None:
+                raise error
+            self._commit()
+        except (OSError, SafetensorError) as fault:
+            raise OSError(
+                f"{self.path} could not be written ({fault}); what was there before is intact: "
+                "make room and run the command again"
+            ) from None
+        finally:
             self.temporary.unlink(missing_ok=True)
-            return
+
+    def _commit(self) -> None:
         with open(self.temporary, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(self.temporary, 0o644)  # mkstemp makes it private; a run is for others to read
         os.replace(self.temporary, self.path)
 
 
