@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import floor
 
 import torch
+from torch import Tensor, nn
 
 from harprune.sparsity.layers import Layer
 
@@ -53,6 +54,11 @@ class Audit:
     def spent(self) -> int:
         return sum(layer.kept * layer.price for layer in self.layers.values())
 
+    @property
+    def thin(self) -> list[str]:
+        """Layers that keep fewer weights than they have outputs: some of these are constants."""
+        return [name for name, layer in self.layers.items() if layer.kept < layer.shape[0]]
+
     def require_within_budget(self) -> "Audit":
         """Raises ValueError where more is kept than the budget allows or a layer is empty."""
         if self.spent > self.budget:
@@ -82,6 +88,17 @@ class Audit:
                 for name, c in self.layers.items()
             },
         }
+
+
+def connected(model: nn.Module, x: Tensor) -> bool:
+    """Whether the logits still depend on the images `x`, in the mode the model is in."""
+    x = x.detach().requires_grad_(True)
+    with torch.enable_grad():
+        logits = model(x)
+        # A random mixture: the sum of logits may be constant where each of them is not.
+        mixture = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+        (gradient,) = torch.autograd.grad((logits * mixture.to(logits)).sum(), x)
+    return bool(gradient.any())
 
 
 def budget_of(density: float, total: int) -> int:

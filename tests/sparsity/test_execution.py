@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The twin computes what the model computes, and follows it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from harprune.models import create_model, list_models
+from harprune.sparsity import masks
+from harprune.sparsity.density import GivenDensity
+from harprune.sparsity.execution import twin
+from harprune.sparsity.layers import prunable_layers
+
+SMALL = [n for n in list_models() if not n.startswith(("wrn", "resnet34", "resnet50", "vgg"))]
+
+
+def stirred(model):
+    """Batch-norm statistics that are not those of a fresh network."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.running_mean, -0.3, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+    return model.double()
+
+
+@pytest.mark.parametrize("name", [*SMALL, "wrn28_4", "vgg16_bn"])
+def test_logits_and_input_gradients_equal_the_models(name):
+    torch.manual_seed(0)
+    channels, side = (1, 28) if name == "trades_small_cnn" else (3, 32)
+    model = stirred(create_model(name, 10, in_channels=channels)).eval()
+    for layer in prunable_layers(model).values():
+        masks.install(layer, masks.LearnedMask(layer.parameter, GivenDensity(0.3)))
+    x = torch.rand(2, channels, side, side, dtype=torch.float64, requires_grad=True)
+    function = twin(model).current()
+    expected, logits = model(x), function(x)
+    assert torch.allclose(logits, expected, rtol=1e-10, atol=1e-10)
+    wanted, got = (torch.autograd.grad(z.square().sum(), x)[0] for z in (expected, logits))
+    assert torch.allclose(got, wanted, rtol=1e-8, atol=1e-10)
+
+
+def test_the_twin_is_in_eval_mode_whatever_the_model_is_in():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4)).train()
+    function, x = twin(model).current(), torch.rand(3, 4)
+    assert torch.equal(function(x), function(x))
+    assert model[2].num_batches_tracked == 0
+    assert torch.allclose(function(x), model.eval()(x), atol=1e-6)
+
+
+def test_it_follows_the_weights_when_asked():
+    model, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval(), torch.rand(1, 1, 5, 5)
+    follower = twin(model)
+    before = follower.current()(x)
+    with torch.no_grad():
+        model[0].weight.mul_(2.0)
+        model[1].running_mean.add_(1.0)
+    assert torch.allclose(follower.current()(x), model(x), atol=1e-6)
+    assert not torch.allclose(before, model(x))
+
+
+def test_reading_weights_for_the_twin_leaves_the_cache_trainable():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3))
+    (layer,) = prunable_layers(model).values()
+    masks.install(layer, masks.LearnedMask(layer.parameter, GivenDensity(0.5)))
+    follower, x = twin(model), torch.rand(1, 1, 5, 5)
+    with parametrize.cached():
+        follower.current()(x)
+        model(x).sum().backward()
+    assert masks.installed(model)["0.weight"][1].scores.grad is not None
+
+
+def test_a_batch_norm_used_twice_or_seen_from_elsewhere_is_not_folded_away():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.norm(y) + self.norm(self.conv(y)) + y
+
+    torch.manual_seed(0)
+    model = stirred(Shared()).eval()
+    x = torch.rand(2, 2, 4, 4, dtype=torch.float64)
+    assert torch.allclose(twin(model).current()(x), model(x), atol=1e-12)
+
+
+def test_a_model_that_cannot_be_traced_has_no_twin():
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    assert twin(Branching()) is None
+
+
+def test_bf16_is_near_and_gives_logits_in_the_type_of_the_images():
+    model = create_model("small_cnn", 10).eval()
+    x = torch.rand(4, 3, 16, 16)
+    logits = twin(model, dtype=torch.bfloat16).current()(x)
+    assert logits.dtype == torch.float32
+    assert torch.allclose(logits, model(x), atol=0.05)
