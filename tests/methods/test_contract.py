@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every method owes: the table of methods x promises."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from harprune.methods.base import Budget
+from harprune.methods.harp import HARP
+from harprune.methods.hydra import HYDRA
+from harprune.methods.oneshot import Magnitude, Random
+from harprune.sparsity import allocation, masks
+from harprune.sparsity.costs import multiply_add_prices
+from harprune.sparsity.granularity import Granularity
+from harprune.training.loop import training_only
+
+METHODS = [HARP(gamma=0.1), HARP(learn_densities=False), HARP(learn_scores=False), HYDRA(),
+           Magnitude(), Random()]  # fmt: skip
+
+
+@pytest.fixture(params=METHODS, ids=repr)
+def method(request):
+    return copy.deepcopy(request.param)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 9, 10),
+    )  # fmt: skip
+
+
+X, Y = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
+
+
+def train(model, method, steps=3):
+    groups = method.trainable(model)
+    if not groups:
+        return
+    optimiser = torch.optim.SGD(groups, lr=0.5, momentum=0.9)
+    with training_only(model, optimiser):
+        for step in range(steps):
+            (F.cross_entropy(model(X), Y) + method.penalty(model)).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            method.step_ended(model, step)
+            method.epoch_ended(model, step)
+
+
+@pytest.mark.parametrize("density", [0.3, 0.05])
+def test_masks_are_of_zeros_and_ones_and_only_what_is_trainable_moves(method, model, density):
+    method.attach(model, Budget(density))
+    held = {id(p) for g in method.trainable(model) for p in g["params"]}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train(model, method)
+    for _, mask in masks.installed(model).values():
+        assert set(mask.mask().unique().tolist()) <= {0.0, 1.0}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != (id(parameter) in held), name
+
+
+@pytest.mark.parametrize(
+    "share", [allocation.uniform, allocation.erk, allocation.lamp, allocation.igq]
+)
+def test_settling_is_exact_and_neither_it_nor_baking_changes_the_logits(method, model, share):
+    budget = Budget(0.1, allocation=share)
+    method.attach(model, budget)
+    train(model, method)
+    method.settle(model)
+    assert all(isinstance(m, masks.FixedMask) for _, m in masks.installed(model).values())
+    logits = model.eval()(X)
+    masks.bake(model)
+    assert torch.equal(model(X), logits)
+    counts = budget.audit(model)
+    assert counts.kept == counts.budget
+
+
+@pytest.mark.parametrize("grain", [Granularity.FILTER, Granularity.CHANNEL])
+def test_filters_and_channels_are_kept_within_the_budget(method, model, grain):
+    budget = Budget(0.4, granularity=grain)
+    method.attach(model, budget)
+    train(model, method)
+    method.settle(model)
+    masks.bake(model)
+    counts = budget.audit(model)
+    largest = max(grain.unit_size(layer) for layer in budget.layers(model).values())
+    assert counts.budget - largest < counts.kept <= counts.budget
+
+
+def test_a_budget_in_multiply_adds_is_met(method, model):
+    budget = Budget(0.2, prices=lambda model, layers: multiply_add_prices(model, layers, X[:1]))
+    method.attach(model, budget)
+    train(model, method)
+    method.settle(model)
+    masks.bake(model)
+    counts = budget.audit(model)
+    dearest = max(layer.price for layer in counts.layers.values())
+    assert counts.budget - dearest < counts.spent <= counts.budget
+
+
+def test_a_resumed_stage_ends_where_the_undisturbed_one_does(method, model):
+    other = copy.deepcopy(model)
+    method.attach(model, Budget(0.1))
+    train(model, method, steps=2)
+    state, values = model.state_dict(), method.state_dict()
+    resumed = copy.deepcopy(method)
+    resumed.__init__(**{n: getattr(method, n) for n in _options(method)})
+    resumed.attach(other, Budget(0.1))
+    other.load_state_dict(state)
+    resumed.load_state_dict(values)
+    train(model, method)
+    train(other, resumed)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values())
+    )
+
+
+def _options(method):
+    return [n for n, f in method.__dataclass_fields__.items() if f.init]
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0, 1.5, -0.1])
+def test_a_budget_outside_its_range_is_refused(density):
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        Budget(density)
+
+
+def test_a_collapsed_allocation_is_refused_unless_a_floor_is_set(model):
+    with torch.no_grad():
+        model[0].weight.mul_(1e-6)
+    with pytest.raises(ValueError, match=r"layer collapse.*0\.weight"):
+        HYDRA().attach(model, Budget(0.05, allocation=allocation.global_magnitude, floor=0.0))
+    method = HYDRA()
+    method.attach(model, Budget(0.05, allocation=allocation.global_magnitude))
+    method.settle(model)
