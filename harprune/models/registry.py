@@ -4,11 +4,7 @@
 import difflib
 import fnmatch
 import importlib
-import inspect
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from torch import nn
@@ -28,6 +24,7 @@ from harprune.models.resnet import (
 from harprune.models.small import small_cnn
 from harprune.models.vgg import vgg16_bn
 from harprune.models.wideresnet import wrn28_4, wrn28_10, wrn34_10
+from harprune.user_code import accepted, current_directory_importable, user_function
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "cifar_base": cifar_base,
@@ -179,10 +176,10 @@ def _unknown_member(package: str, name: str, known: Sequence[str]) -> str:
 
 
 def _from_user(name: str, num_classes: int, in_channels: int, width: int | None) -> nn.Module:
-    with _current_directory_importable():
-        function = _user_function(name)
+    with current_directory_importable():
+        function = user_function(name, "model")
         offered = {"num_classes": num_classes, "in_channels": in_channels, **_given(width)}
-        taken = _accepted(function, offered)
+        taken = accepted(function, offered)
         if width is not None and "width" not in taken:
             raise ValueError(f"{name} takes no width; leave out width={width} or add the argument")
         network = function(**taken)
@@ -191,38 +188,3 @@ def _from_user(name: str, num_classes: int, in_channels: int, width: int | None)
             f"{name} returned {type(network).__name__}; it must return a torch.nn.Module"
         )
     return network
-
-
-@contextmanager
-def _current_directory_importable() -> Iterator[None]:
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
-
-
-def _user_function(name: str) -> Callable[..., nn.Module]:
-    module_name, _, function_name = name.partition(":")
-    if not (module_name and function_name):
-        raise ValueError(f"model {name!r} is not of the form module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"model {name!r}: cannot import {module_name!r} from {os.getcwd()} or the installed "
-            f"packages ({error})"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"model {name!r}: {module.__name__} defines no function {function_name!r}")
-    return function
-
-
-def _accepted(function: Callable[..., object], offered: dict[str, int]) -> dict[str, int]:
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return offered
-    return {key: value for key, value in offered.items() if key in parameters}

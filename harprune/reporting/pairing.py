@@ -3,11 +3,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
 
 import numpy as np
 
-_Z95 = 1.959963984540054
+from harprune.intervals import mcnemar, paired_interval
 
 
 @dataclass(frozen=True)
@@ -29,20 +28,13 @@ class PairedDifference:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % normal interval: variance (b10 + b01 - (b01 - b10)^2 / n) / n^2."""
-        n = self.size
-        spread = sqrt(self.won + self.lost - (self.won - self.lost) ** 2 / n) / n
-        return self.difference - _Z95 * spread, self.difference + _Z95 * spread
+        """95 % interval of the difference (Agresti & Min 2005)."""
+        return paired_interval(self.lost, self.won, self.size)
 
     @property
     def p_value(self) -> float:
         """Exact two-sided McNemar test: is a discordant image as likely lost as won?"""
-        discordant = self.lost + self.won
-        term = tail = 1
-        for k in range(min(self.lost, self.won)):
-            term = term * (discordant - k) // (k + 1)  # binomial coefficient, exact
-            tail += term
-        return min(1.0, 2 * tail / 2**discordant)
+        return mcnemar(self.lost, self.won)
 
     def as_dict(self) -> dict:
         return {

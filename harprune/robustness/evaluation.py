@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harprune.intervals import mcnemar, paired_interval, wilson
 from harprune.robustness import sanity
 from harprune.robustness.attacks import Attack, eval_mode, seeded
 from harprune.robustness.autoattack import SQUARE_TOLERANCE, AutoAttack, square_gain
-from harprune.robustness.intervals import mcnemar, paired_interval, wilson
 from harprune.robustness.sanity import Check
 from harprune.robustness.threat import Threat
 

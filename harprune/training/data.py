@@ -7,12 +7,8 @@ The parts that every user of data needs are here by name; each lives in a file o
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +28,7 @@ from harprune.training.formats import (
     read_svhn,
 )
 from harprune.training.splits import Dataset, Split, from_arrays, split_validation, to_float
+from harprune.user_code import accepted, current_directory_importable, user_function
 
 __all__ = [
     "Batches",
@@ -349,42 +346,12 @@ def _images(files: ImageFiles, decode: bool) -> Tensor | ImageFiles:
 
 def _from_user(name: str, folder: str | os.PathLike[str] | None, image_size: int | None) -> Dataset:
     offered = {"folder": folder, "image_size": image_size}
-    with _current_directory_importable():
-        function = _user_function(name)
-        parameters = inspect.signature(function).parameters
-        taken = {key: value for key, value in offered.items() if key in parameters}
-        dataset = function(**taken)
+    with current_directory_importable():
+        function = user_function(name, "data set")
+        dataset = function(**accepted(function, offered))
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"{name} returned {type(dataset).__name__}; it must return "
             "harprune.training.data.Dataset"
         )
     return dataset
-
-
-@contextmanager
-def _current_directory_importable() -> Iterator[None]:
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
-
-
-def _user_function(name: str) -> Callable[..., Dataset]:
-    module_name, _, function_name = name.partition(":")
-    if not (module_name and function_name):
-        raise ValueError(f"data set {name!r} is not of the form module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"data set {name!r}: cannot import {module_name!r} from {os.getcwd()} or the "
-            f"installed packages ({error})"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"data set {name!r}: {module_name} defines no function {function_name!r}")
-    return function

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from harprune.intervals import paired_interval
 from harprune.reporting.report import write_report
 
 
@@ -47,11 +48,11 @@ def test_the_result_table_says_what_the_files_say(make_run):
         assert row[1:3] == [percent(dense), percent(finetuned)]
         assert row[4] == "200"
         arrays = [np.load(folder / f"attack/{model}/outcomes.npz")[name] for model in records]
-        each = arrays[1].astype(float) - arrays[0].astype(float)
-        half = 1.96 * each.std() / len(each) ** 0.5
+        lost, won = (int((a & ~b).sum()) for a, b in (arrays, arrays[::-1]))
+        ends = paired_interval(lost, won, 200)
         shown = [float(number) for number in re.findall(r"[-+]\d+\.\d+", row[3])]
         assert shown == pytest.approx(
-            [100 * each.mean(), 100 * (each.mean() - half), 100 * (each.mean() + half)], abs=0.02
+            [100 * (won - lost) / 200, 100 * ends[0], 100 * ends[1]], abs=0.006
         )
     audit = json.loads((folder / "audit.json").read_text())
     kept = cells(text, "prunable weights kept")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from harprune.intervals import wilson
 from harprune.robustness import sanity
 from harprune.robustness.attacks import APGD, FGSM, PGD, Margin
 from harprune.robustness.autoattack import AutoAttack
@@ -19,7 +20,6 @@ from harprune.robustness.evaluation import (
     paired,
     subset,
 )
-from harprune.robustness.intervals import wilson
 from harprune.robustness.threat import L2, Linf
 
 THREAT = Linf(0.02)

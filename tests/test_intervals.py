@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harprune.robustness.intervals import Z, mcnemar, paired_interval, wilson
+from harprune.intervals import Z, mcnemar, paired_interval, wilson
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`module:function` of the user: found from the current directory, called with what it takes."""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def current_directory_importable() -> Iterator[None]:
+    """The current directory comes first among the places modules are imported from."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def user_function(name: str, what: str) -> Callable[..., Any]:
+    """The function that "module:function" names; `what` it is for goes into the errors.
+
+    Raises:
+        ValueError: not of that form, no such module, or no such function in it.
+    """
+    module_name, _, function_name = name.partition(":")
+    if not (module_name and function_name):
+        raise ValueError(f"{what} {name!r} is not of the form module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"{what} {name!r}: cannot import {module_name!r} from {os.getcwd()} or the installed "
+            f"packages ({error})"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"{what} {name!r}: {module_name} defines no function {function_name!r}")
+    return function
+
+
+def accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the `offered` arguments that the function's signature takes."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return dict(offered)
+    return {key: value for key, value in offered.items() if key in parameters}
