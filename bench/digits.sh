@@ -9,7 +9,7 @@ harprune="${HARPRUNE:-harprune}"
 prune() { # seed method allocation density: one pruned network, from the dense one of its seed
     "$harprune" run recipes/digits.toml --out "runs/digits/$2-$4-seed$1" \
         --set "name=digits-$2-$4-seed$1" --set "seed=$1" --set execution.threads=1 \
-        --set "model.weights=runs/digits/dense-seed$1/dense.safetensors" \
+        --set "model.weights=runs/digits/dense-seed$1/dense.safetensors" --set attack.size=360 --set attack.batch_size=360 \
         --set "attack.dense=$5" --set "budget.density=$4" --set "budget.allocation=$3" \
         --set "method={name = \"$2\"$6}"
 }

@@ -42,6 +42,15 @@ class Table:
             "| " + " | ".join(map(_cell, row)) + " |" for row in [self.header, rule, *body]
         )
 
+    def lines(self) -> list[str]:
+        """The table in aligned columns, for a terminal."""
+        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        sides = ["<", *(">" if self.numeric else "<" for _ in widths[1:])]
+        return [
+            "  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)).rstrip()
+            for row in (self.header, *self.rows)
+        ]
+
 
 def title_of(name: str) -> str:
     """How a model, measure or attack is called for people."""

@@ -39,3 +39,8 @@ def test_markdown_escapes_what_would_break_a_row():
     assert table.markdown() == (
         "| a | b |\n| :-- | --: |\n| x\\|y | two lines |\n| **strong** |  |"
     )
+
+
+def test_a_table_for_the_terminal_is_aligned():
+    table = Table(("%", "dense", "pruned"), (("clean", "98.00", "7.00"), ("kept", "10 / 10", "")))
+    assert table.lines() == ["%        dense  pruned", "clean    98.00    7.00", "kept   10 / 10"]
