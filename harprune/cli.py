@@ -1,45 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line. Heavy imports stay inside the commands, so that `--help` answers at once."""
 
-import json
+import errno
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help=(
         "Prune adversarially robust networks to 1 % of their weights, and prove that they stay "
-        "robust.\n\nStart with `harprune run recipes/digits.toml --out runs/digits`. Every command "
-        "can be repeated safely: what is done is not done again, what was interrupted goes on."
+        "robust.\n\nEvery command can be repeated safely: what is done is not done again, what "
+        "was interrupted goes on."
+    ),
+    epilog=(
+        "Start here (a few minutes on a laptop):\n\n"
+        "  harprune run recipes/digits.toml --out runs/digits\n\n"
+        "  harprune recipe > mine.toml\n\n"
+        "  harprune run mine.toml --out runs/mine --set budget.density=0.01"
     ),
 )
 
-Set = Annotated[
-    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a recipe value.")
+Model = Annotated[
+    str,
+    typer.Option(
+        help="Network: a name that `harprune doctor` lists, module:function of yours, "
+        "torchvision:NAME or timm:NAME."
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="The run folder, made or continued.")]
+DataName = Annotated[
+    str,
+    typer.Option(help="Data set: digits, cifar10, ..., folder, or module:function of yours."),
+]
+Set = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Override a recipe value; as often as you like. `harprune recipe` lists the keys.",
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result, and nothing else, as JSON on stdout.")
+]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="The run folder: made, or continued where it stopped.")
+]
 Folder = Annotated[
-    Path | None, typer.Option("--data-dir", help="Where the data files lie; the cache when absent.")
+    Path | None,
+    typer.Option(
+        "--data-dir", help="Where the data files lie; $HARPRUNE_DATA or the user's cache if absent."
+    ),
 ]
 Epsilon = Annotated[str, typer.Option(help="Radius for images in [0, 1], as 8/255 or 0.031.")]
-Norm = Annotated[str, typer.Option(help="linf or l2.")]
+Norm = Annotated[Literal["linf", "l2"], typer.Option(help="Norm that bounds the perturbation.")]
+Stage = Literal["pretrain", "prune", "finetune", "attack", "report"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_INTERRUPTED = 130
+_Usage: type = typer.BadParameter.__mro__[1]  # what every fault in a command line derives from
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
+def start(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(epilog="Example: harprune run recipes/digits.toml --out runs/digits --set seed=1")
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe (TOML); see recipes/.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe (TOML); `harprune recipe` writes one.")],
     out: Out,
     overrides: Set = [],  # noqa: B006 - typer copies it
-    until: Annotated[
-        str, typer.Option(help="Stop after pretrain, prune, finetune, attack or report.")
-    ] = "report",
+    until: Annotated[Stage, typer.Option(help="Stop when this stage is done.")] = "report",
     as_json: Json = False,
 ) -> None:
     """Run a recipe through all stages: pretrain, prune, finetune, attack, report.
@@ -49,14 +87,18 @@ def run(
     from harprune.pipeline.recipe import read_recipe
 
     resolved = read_recipe(recipe, overrides)
-    _run(resolved, out, source=recipe.read_text(), until=until, as_json=as_json)
+    source = recipe.read_text(encoding="utf-8-sig")
+    _run(resolved, out, source=source, until=until, as_json=as_json)
 
 
-@app.command()
+@app.command(
+    epilog="Example: harprune prune --model resnet18 --weights robust.pt --data cifar10 "
+    "--density 0.01 --out runs/mine"
+)
 def prune(
-    model: Annotated[str, typer.Option(help="Network: a name, module:function, torchvision:NAME.")],
+    model: Model,
     weights: Annotated[Path, typer.Option(help="Its robust weights (safetensors or state dict).")],
-    data: Annotated[str, typer.Option(help="Data set: a name or module:function.")],
+    data: DataName,
     density: Annotated[float, typer.Option(help="Fraction of the weights to keep, as 0.01.")],
     out: Out,
     data_dir: Folder = None,
@@ -88,14 +130,17 @@ def prune(
         "finetune": {"epochs": finetune_epochs},
     }
     resolved = make_recipe(content, overrides, source="harprune prune")
-    _run(resolved, out, source=json.dumps(content, indent=1), as_json=as_json)
+    _run(resolved, out, as_json=as_json)
 
 
-@app.command()
+@app.command(
+    epilog="Example: harprune evaluate --model small_cnn --data digits "
+    "--weights runs/digits/finetuned.safetensors --epsilon 0.1 --attack pgd-20"
+)
 def evaluate(
-    model: Annotated[str, typer.Option(help="Network: a name, module:function, torchvision:NAME.")],
+    model: Model,
     weights: Annotated[Path, typer.Option(help="Its weights: an artifact of a run, or others'.")],
-    data: Annotated[str, typer.Option(help="Data set: a name or module:function.")],
+    data: DataName,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Keep per-image outcomes here, and resume.")
     ] = None,
@@ -103,7 +148,10 @@ def evaluate(
     norm: Norm = "linf",
     epsilon: Epsilon = "8/255",
     attack: Annotated[
-        list[str], typer.Option(help="fgsm, pgd-20, cw-20, apgd-ce, apgd-dlr, autoattack.")
+        list[str],
+        typer.Option(
+            help="fgsm, pgd-STEPS, cw-STEPS, apgd-ce, apgd-dlr or autoattack; repeat for several."
+        ),
     ] = ["autoattack"],  # noqa: B006
     size: Annotated[
         int | None, typer.Option(help="Number of test images; all when absent.")
@@ -113,7 +161,10 @@ def evaluate(
     overrides: Set = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Measure clean accuracy and robustness of a network on test images."""
+    """Measure clean accuracy and robustness of a network on test images.
+
+    Robust accuracy means autoattack; the other attacks only bound it from above.
+    """
     from harprune.pipeline.api import evaluate_recipe
     from harprune.pipeline.recipe import make_recipe
 
@@ -127,15 +178,19 @@ def evaluate(
     recipe = make_recipe(content, overrides, source="harprune evaluate")
     result = evaluate_recipe(recipe, out)
     if as_json:
-        typer.echo(json.dumps(result.as_dict(), indent=1))
+        record = asdict(result)
+        del record["outcomes"]
+        _print_json(record)
     else:
         for line in result.lines():
             typer.echo(line)
 
 
-@app.command()
+@app.command(
+    epilog="Example: harprune report runs/harp-* runs/hydra-* --out results.md --baseline hydra"
+)
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, finished or not.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Compare the runs in this Markdown file.")
     ] = None,
@@ -144,7 +199,9 @@ def report(
     baseline: Annotated[
         str | None, typer.Option(help="Method to test the others against, pair by pair.")
     ] = None,
-    tensorboard: Annotated[bool, typer.Option(help="Also write TensorBoard event files.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write TensorBoard event files.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write the report of each run; with --out, one table that compares them."""
@@ -162,14 +219,19 @@ def report(
             runs, out, title=title, note=note, command=command_line(), baseline=baseline
         )
     if as_json:
-        typer.echo(json.dumps(content, indent=1))
+        _print_json(content)
     else:
         typer.echo("\n".join(str(folder / "report" / "report.html") for folder in runs))
 
 
-@app.command()
+@app.command(epilog="Example: harprune data cifar10 --data-dir ~/data")
 def data(
-    name: Annotated[str, typer.Argument(help="cifar10, cifar100, svhn, mnist, fashion_mnist.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="cifar10, cifar100, svhn, mnist, fashion_mnist, tiny_imagenet; digits is built in."
+        ),
+    ],
     data_dir: Folder = None,
 ) -> None:
     """Download a data set's official files, checked, and say what is in them."""
@@ -182,12 +244,13 @@ def data(
     )
 
 
-@app.command()
+@app.command(epilog="Example: harprune recipe > mine.toml")
 def recipe() -> None:
     """Print every key of a recipe with its meaning and default, as a TOML file to start from."""
+    from harprune.pipeline.build import method_notes
     from harprune.pipeline.recipe import describe
 
-    typer.echo("\n".join(describe()))
+    typer.echo("\n".join(describe(notes={"method": method_notes()})))
 
 
 @app.command()
@@ -197,33 +260,58 @@ def doctor(as_json: Json = False) -> None:
 
     findings = diagnose()
     if as_json:
-        typer.echo(json.dumps(findings, indent=1))
+        _print_json(findings)
     else:
         width = max(map(len, findings))
         typer.echo("\n".join(f"{name:<{width}}  {value}" for name, value in findings.items()))
 
 
-def _run(recipe, out: Path, *, source: str, until: str = "report", as_json: bool) -> None:
+def _run(recipe, out: Path, *, source: str = "", until: str = "report", as_json: bool) -> None:
+    from harprune.pipeline import build
     from harprune.pipeline.run import Run, command_line
     from harprune.pipeline.stages import open_workshop, run_until
 
+    build.check(recipe)
     with Run(out, recipe, source=source, command=command_line()) as folder:
         content = run_until(open_workshop(folder), until)
     if as_json:
-        typer.echo(json.dumps(content, indent=1))
+        _print_json(content)
+
+
+def _print_json(content) -> None:
+    from harprune.reporting.writing import to_json
+
+    typer.echo(to_json(content), nl=False)
 
 
 def main() -> None:
     """Entry point: a user's error is one line and exit code 2, never a traceback."""
+    sys.exit(_guarded())
+
+
+def _guarded() -> int:
     try:
-        app()
-    except (ValueError, OSError) as error:
-        text = " ".join(str(error).split())
-        sys.exit(_fail(f"harprune: {text}", 2))
-    except KeyboardInterrupt:
-        sys.exit(_fail("harprune: interrupted; give the same command again to go on", 130))
+        code = app(prog_name="harprune", standalone_mode=False) or 0
+    except _Usage as error:
+        command = error.ctx.command_path if error.ctx else "harprune"
+        fault = error.format_message().replace("Value error, ", "").rstrip(".")
+        return _fail(f"{fault}; see `{command} --help`", 2)
+    except OSError as error:
+        full = "; make room and give the same command again" if error.errno in _FULL else ""
+        return _fail(f"{error}{full}", 2)
+    except ValueError as error:
+        return _fail(str(error), 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+            raise
+        return _fail(f"{error}; lower the batch_size and give the same command again", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:
+        return _fail("interrupted; give the same command again to go on", code)
+    return code
 
 
 def _fail(text: str, code: int) -> int:
-    print(text, file=sys.stderr)
+    print(f"harprune: {' '.join(text.split())}", file=sys.stderr)
     return code

@@ -84,6 +84,8 @@ def prune(
         content[section] = {**content.get(section, {}), **values}
     recipe = make_recipe(content, source="harprune.prune")
     materials = _materials(model, train, validation)
+    build.check(recipe)
+    build.rehearse(recipe, materials)
     place = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out))
     with place as folder, Run(folder, recipe, command="harprune.prune") as run:
         console = Console(run.folder / "log.txt", quiet=quiet)
@@ -115,7 +117,7 @@ def evaluate(
         out: a folder for per-image outcomes, from which an interrupted evaluation goes on.
     """
     threat = threat or Linf(8 / 255)
-    split = _split(test)
+    split = _split(test, "test")
     device = next(model.parameters()).device
     index = evaluation.subset(split.labels, size, seed)
     fast = twin(model)
@@ -139,6 +141,7 @@ def evaluate(
 
 def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation:
     """Evaluate the network of a recipe, with the weights it names, as its attack section says."""
+    build.check(recipe)
     engine = build.fabric(recipe.execution)
     dataset = build.load_data(recipe.data)
     model = build.network(recipe.model, dataset, recipe.seed).to(engine.device)
@@ -158,8 +161,8 @@ def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation
 
 def _materials(model: nn.Module, train: Images, validation: Images) -> Materials:
     return Materials(
-        train=_split(train),
-        validation=_split(validation),
+        train=_split(train, "training"),
+        validation=_split(validation, "validation"),
         test=None,
         num_classes=None,
         network=lambda: copy.deepcopy(model).cpu(),
@@ -167,5 +170,7 @@ def _materials(model: nn.Module, train: Images, validation: Images) -> Materials
     )
 
 
-def _split(images: Images) -> Split:
-    return images if isinstance(images, Split) else from_arrays(*images)
+def _split(images: Images, what: str) -> Split:
+    split = images if isinstance(images, Split) else from_arrays(*images)
+    build.require_pixels(split, what)
+    return split

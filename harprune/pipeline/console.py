@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 logger = logging.getLogger("harprune")
 
+_REDRAW = 0.1  # seconds: as often as rich draws a bar
+
 
 class Bar:
     """Progress of one piece of work; `update(done, text)` as often as you like.
@@ -39,10 +41,17 @@ class Bar:
         if not self._plain:
             self._progress.start()
 
+    @property
+    def due(self) -> bool:
+        """Whether an update would show: for who must pay for the text, as an accelerator does."""
+        wait = self._every if self._plain else _REDRAW
+        return self._first is None or time.monotonic() - self._printed >= wait
+
     def update(self, done: int, text: str = "") -> None:
         if self._first is None:
             self._first = done
         if not self._plain:
+            self._printed = time.monotonic()
             self._progress.update(self._task, completed=done, text=text)
         elif time.monotonic() - self._printed >= self._every:
             self._printed = time.monotonic()

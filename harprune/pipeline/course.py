@@ -12,11 +12,14 @@ from harprune.methods.base import Method
 from harprune.pipeline.run import Run
 from harprune.robustness.objectives import Free, Objective
 from harprune.training import checkpoint
+from harprune.training.loop import Diverged
 
 
 @dataclass
 class Course:
     """Progress of `stage`: step reached, metrics per epoch, best epoch so far.
+
+    An epoch has `steps` batches.
 
     `save` and `restore` carry it, with model, method, optimiser and the objective's own state,
     through the run's progress file. Randomness needs no saving: it is a function of the step.
@@ -28,11 +31,13 @@ class Course:
     optimiser: Optimizer
     objective: Objective
     method: Method | None
+    steps: int
     step: int = 0
     loss_sum: float = 0.0
     passes: int = 0
     history: list[dict] = field(default_factory=list)
     best: list | None = None
+    _losses: list[Tensor] = field(default_factory=list)
     _saved: float = field(default_factory=time.monotonic)
 
     def restore(self) -> bool:
@@ -41,6 +46,7 @@ class Course:
         if not path.exists():
             return False
         tensors, values = checkpoint.load(path)
+        self._require_best(values["best"])
         self.model.load_state_dict(checkpoint.unpack("model", tensors))
         checkpoint.unpack_optimiser(
             self.optimiser, checkpoint.unpack("optimiser", tensors), values["optimiser"]
@@ -54,7 +60,13 @@ class Course:
         return True
 
     def save(self) -> None:
-        """Write the progress file."""
+        """Write the progress file.
+
+        Raises:
+            Diverged: the weights are not finite; the last file stays.
+        """
+        self._require_finite()
+        self._sum_losses()
         self._saved = time.monotonic()
         if not self.run.leader:
             return
@@ -69,24 +81,54 @@ class Course:
         values |= {"optimiser": plain, "method": self.method.state_dict() if self.method else {}}
         checkpoint.save(self.run.progress(self.stage), tensors, values)
 
+    def _require_best(self, best: list | None) -> None:
+        """Fail now, not after the last epoch, where the best one cannot be read any more."""
+        path = self.run.best(self.stage)
+        if best is not None and not path.exists():
+            raise ValueError(
+                f"{path} is missing, to which {self.run.progress(self.stage)} refers; restore it, "
+                "or delete the other as well and the stage starts again"
+            )
+        if best is not None:
+            checkpoint.load(path)
+
+    def _require_finite(self) -> None:
+        # The loss of the last step came before its update.
+        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            raise Diverged(f"the weights are not finite after step {self.step - 1}")
+
     def step_ended(self, step: int, loss: Tensor, images: int) -> None:
         """Count one optimiser step; checkpoint when the last one is old."""
         self.step = step + 1
-        self.loss_sum += float(loss)
+        self._losses.append(loss)
         self.passes += images * self.objective.passes
-        if time.monotonic() - self._saved > 60 * self.run.recipe.execution.checkpoint_minutes:
+        # What follows the last step of an epoch must not be skipped: `epoch_ended` saves it.
+        within = self.step % self.steps != 0
+        age = time.monotonic() - self._saved
+        if within and age > 60 * self.run.recipe.execution.checkpoint_minutes:
             self.save()
 
-    def epoch_ended(self, record: dict, steps: int, *, eligible: bool) -> bool:
+    def _sum_losses(self) -> None:
+        # Read together, because reading one waits for an accelerator to have finished its step.
+        # One after another: `sum` compensates, and would give other bits after a resume.
+        for loss in torch.stack(self._losses).tolist() if self._losses else ():
+            self.loss_sum += loss
+        self._losses.clear()
+
+    def epoch_ended(self, record: dict, *, eligible: bool) -> bool:
         """Append the epoch's record, keep it if it is the best so far, checkpoint.
 
         Epochs that are not `eligible` (the budget is not met) give way to any that is; among
         them the latest counts.
         """
-        record = {**record, "loss": self.loss_sum / steps, "passes": self.passes}
+        self._sum_losses()
+        record = {**record, "loss": self.loss_sum / self.steps, "passes": self.passes}
         self.loss_sum = 0.0
         self.history.append(record)
+        if isinstance(self.objective, Free):
+            self.objective.reset()  # each epoch begins without noise, as in HARP's authors' code
         score = [1, record["robust"], record["clean"]] if eligible else [0, record["epoch"], 0]
+        self._require_finite()
         improved = self.best is None or score > self.best[:3]
         if improved:
             self.best = [*score, record["epoch"]]

@@ -8,7 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from harprune.models.registry import list_models
+from harprune.training.data import data_folder, list_datasets
 
+_REQUIRED = ("numpy", "safetensors", "lightning-fabric", "pyautoattack", "scikit-learn")
 _OPTIONAL = {
     "torchvision": "networks by torchvision:NAME",
     "timm": "networks by timm:NAME",
@@ -19,19 +21,22 @@ _OPTIONAL = {
 def diagnose() -> dict[str, str]:
     """Findings by subject, for people and, as JSON, for machines."""
     findings = {
-        "harprune": version("harprune"),
+        "harprune": _installed("harprune") or "run from its source, not installed",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}",
         "gpu": _gpu(),
-        "data": os.environ.get("HARPRUNE_DATA", "the user's cache (set HARPRUNE_DATA to change)"),
+        "data": _data(),
     }
+    for package in _REQUIRED:
+        findings[package] = _installed(package) or f"missing; pip install {package}"
     for package, use in _OPTIONAL.items():
         findings[package] = (
-            _installed(package) or f"missing; needed for {use}: pip install {package}"
+            _installed(package) or f"missing; needed for {use}: pip install 'harprune[{package}]'"
         )
     findings["models"] = ", ".join(list_models())
+    findings["data sets"] = ", ".join(list_datasets())
     return findings
 
 
@@ -41,6 +46,12 @@ def _gpu() -> str:
     built = torch.version.cuda or torch.version.hip
     reason = "torch sees none" if built else "this build of torch is for the CPU"
     return f"none ({reason}); everything runs on the CPU"
+
+
+def _data() -> str:
+    folder = data_folder()
+    state = "" if folder.is_dir() else "not there yet; "
+    return f"{folder} ({state}set HARPRUNE_DATA to change)"
 
 
 def _installed(package: str) -> str | None:

@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -25,6 +26,11 @@ from harprune.pipeline.recipe import Recipe, as_toml, changes
 from harprune.training import checkpoint
 
 STAGES = ("pretrain", "prune", "finetune")
+# .NAME.xxxxxxxx, as `tempfile` draws it, of the files that a run writes, and where they lie.
+_TEMPORARY = re.compile(
+    r"\.\w+\.(toml|jsonl?|progress|best|safetensors|npz|md|html|svg)\.[a-z0-9_]{8}"
+)
+_PLACES = (".*", "attack/*/.*", "report/.*", "report/plots/.*")
 _ARTIFACTS = {"pretrain": "dense", "prune": "pruned", "finetune": "finetuned"}
 
 
@@ -54,6 +60,7 @@ class Run:
         self._lock = _lock(self.folder / ".lock")
         try:
             self._adopt(source, command)
+            self._tidy()
         except BaseException:
             self.close()
             raise
@@ -86,6 +93,19 @@ class Run:
         checkpoint.write_text(self.folder / "environment.json", environment + "\n")
         checkpoint.write_text(record, json.dumps(resolved, indent=1) + "\n")
 
+    def _tidy(self) -> None:
+        """Remove what killed processes left: half-written files, progress of finished stages."""
+        for path in [path for place in _PLACES for path in self.folder.glob(place)]:
+            if _TEMPORARY.fullmatch(path.name) and path.is_file():
+                path.unlink()
+        for stage in STAGES:
+            if self.artifact(stage).exists():
+                self._forget(stage)
+
+    def _forget(self, stage: str) -> None:
+        self.progress(stage).unlink(missing_ok=True)
+        self.best(stage).unlink(missing_ok=True)
+
     @property
     def begun(self) -> bool:
         """Whether anything was computed here: a recipe that failed before may be corrected."""
@@ -112,8 +132,7 @@ class Run:
         """Write a stage's artifact, then drop what was kept to resume it."""
         if self.leader:
             checkpoint.save(self.artifact(stage), tensors, values)
-            self.progress(stage).unlink(missing_ok=True)
-            self.best(stage).unlink(missing_ok=True)
+            self._forget(stage)
 
     def write_metrics(self, histories: Mapping[str, list[dict]]) -> None:
         """One line per finished epoch of each stage, in order."""

@@ -21,10 +21,11 @@ from harprune.pipeline.course import Course
 from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.run import STAGES, Run
 from harprune.reporting.report import write_report
+from harprune.reporting.tables import results_table
 from harprune.robustness import evaluation
 from harprune.robustness.attacks import eval_mode
 from harprune.sparsity import allocation, masks
-from harprune.sparsity.audit import Audit
+from harprune.sparsity.audit import Audit, connected
 from harprune.sparsity.execution import Twin, twin
 from harprune.sparsity.layers import weights
 from harprune.training import checkpoint
@@ -54,10 +55,16 @@ class Workshop:
 
 
 def open_workshop(run: Run) -> Workshop:
-    """The workshop of an open run: data loaded, device chosen, processes joined."""
+    """The workshop of an open run: data loaded, device chosen, processes joined.
+
+    Raises:
+        ValueError: data, weights or network that are missing or do not fit each other.
+    """
     engine = build.fabric(run.recipe.execution)
     console = Console(run.folder / "log.txt" if run.leader else None, quiet=not run.leader)
-    return Workshop(run, build.materials(run.recipe), engine, console)
+    materials = build.materials(run.recipe)
+    build.rehearse(run.recipe, materials)
+    return Workshop(run, materials, engine, console)
 
 
 def run_until(shop: Workshop, last: str = "report") -> dict:
@@ -105,11 +112,28 @@ def prune(shop: Workshop) -> None:
     masks.bake(model)
     counts = budget.audit(model)
     shop.console.say(f"pruned: {counts.kept} of {counts.total} {counts.denominator} kept")
+    _alarm(shop, model, counts)
     _write_audit(shop, counts, budget)
     clean, robust = validate(shop, model, _twin(shop, model))
     shop.console.say(f"pruned network: {_percent(clean, robust)} on validation images")
     tensors |= checkpoint.pack("model", model.state_dict())
     _finish(shop, "prune", tensors, history, clean, robust)
+
+
+def _alarm(shop: Workshop, model: nn.Module, counts: Audit) -> None:
+    """Warn of layers near collapse; refuse a mask that cuts the logits off from the image."""
+    if counts.thin:
+        shop.console.say(
+            f"warning: {len(counts.thin)} layers keep fewer weights than they have outputs, "
+            f"the first is {counts.thin[0]} with {counts.layers[counts.thin[0]].kept}"
+        )
+    with eval_mode(model):
+        x = to_float(shop.materials.validation.images[torch.arange(1)]).to(shop.engine.device)
+        if not connected(model, x):
+            raise ValueError(
+                "layer collapse: the pruned network's output no longer depends on the image; "
+                "raise budget.floor or budget.density, or choose another allocation"
+            )
 
 
 def finetune(shop: Workshop) -> None:
@@ -171,6 +195,9 @@ def report(shop: Workshop) -> dict:
     if not shop.run.leader:
         return {}
     content = write_report(shop.run.folder)
+    if table := results_table(content):
+        for line in table.lines():
+            shop.console.say(line)
     shop.console.say(f"report: {shop.run.folder / 'report' / 'report.html'}")
     return content
 
@@ -192,24 +219,21 @@ def learn(
     batches = build.batches(
         shop.materials.train, shop.recipe, section, shop.engine, shop.seed(stage)
     )
-    if not len(batches):
-        raise ValueError(
-            f"{stage}.batch_size = {section.batch_size} exceeds the {len(shop.materials.train)} "
-            "training images; lower it"
-        )
-    course = Course(shop.run, stage, model, optimiser, objective, method)
+    course = Course(shop.run, stage, model, optimiser, objective, method, len(batches))
     if course.restore():
+        shop.run.write_metrics(_histories(shop, course))
         shop.console.say(f"{stage}: going on at step {course.step}")
     with shop.console.bar(stage, section.epochs * len(batches)) as bar:
 
         def after_step(step: int, loss: Tensor) -> None:
-            course.step_ended(step, loss, section.batch_size * objective.replays)
             if method is not None:
                 method.step_ended(model, step)
-            bar.update(step + 1, f"loss {float(loss):.3f}")
+            course.step_ended(step, loss, section.batch_size * objective.replays)
+            if bar.due:
+                bar.update(step + 1, f"loss {float(loss):.3f}")
 
         def after_epoch(epoch: int) -> None:
-            _end_epoch(shop, course, epoch, len(batches), fast, section.epochs)
+            _end_epoch(shop, course, epoch, fast, section.epochs)
 
         try:
             fit(
@@ -230,6 +254,7 @@ def learn(
             )
         except Diverged as error:
             raise _diverged(shop.run, stage, error) from None
+    shop.engine.barrier()  # until rank 0 has written the best epoch
     chosen = course.take_best()
     shop.console.say(f"{stage}: epoch {chosen + 1} of {section.epochs} selected")
     return course.history
@@ -241,9 +266,7 @@ def _loss(objective, method: Method | None) -> Callable[[nn.Module, Tensor, Tens
     return lambda model, x, y: objective(model, x, y) + method.penalty(model)
 
 
-def _end_epoch(
-    shop: Workshop, course: Course, epoch: int, steps: int, fast: Twin | None, epochs: int
-) -> None:
+def _end_epoch(shop: Workshop, course: Course, epoch: int, fast: Twin | None, epochs: int) -> None:
     """Validate, let the method react, record, checkpoint, say."""
     clean, robust = validate(shop, course.model, fast)
     record = {"epoch": epoch, "clean": clean, "robust": robust}
@@ -253,7 +276,7 @@ def _end_epoch(
         record |= course.method.metrics(course.model)
         eligible = course.method.budget_met(course.model)
         course.method.epoch_ended(course.model, epoch)
-    course.epoch_ended(record, steps, eligible=eligible)
+    course.epoch_ended(record, eligible=eligible)
     shop.run.write_metrics(_histories(shop, course))
     shop.console.say(f"{course.stage} {epoch + 1}/{epochs}: {_summary(course.history[-1])}")
 
@@ -272,8 +295,8 @@ def validate(shop: Workshop, model: nn.Module, fast: Twin | None) -> tuple[float
             y = split.labels[part].to(shop.engine.device)
             hits[0] += _correct(function, x, y)
             hits[1] += _correct(function, attack(function, x, y), y)
-    clean, robust = (hits / len(index)).tolist()
-    return clean, robust
+    clean, robust = hits.tolist()
+    return clean / len(index), robust / len(index)
 
 
 @torch.no_grad()
@@ -284,8 +307,7 @@ def _correct(model: nn.Module, x: Tensor, y: Tensor) -> int:
 def load_network(shop: Workshop, stage: str) -> nn.Module:
     """The plain network that `stage` left, strictly loaded."""
     model = shop.materials.network()
-    tensors, _ = checkpoint.load(shop.run.artifact(stage))
-    model.load_state_dict(checkpoint.unpack("model", tensors))
+    build.load_artifact(model, shop.run.artifact(stage))
     return model.to(shop.engine.device)
 
 

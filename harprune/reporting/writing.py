@@ -22,7 +22,7 @@ def write(path: Path, content: str | bytes) -> None:
         os.chmod(temporary, 0o644)  # mkstemp makes it private; a report is for others to read
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 

@@ -449,7 +449,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         # From memory: numpy leaves a file open that is no archive.
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, EOFError, BadZipFile, NotImplementedError) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it to start again") from None
 
 

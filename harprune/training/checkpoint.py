@@ -26,7 +26,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], values: Mapping[str, A
     """Write `tensors` and JSON-able `values` to `path`: the old file or the new one, never half."""
     # Own memory for each: safetensors refuses tensors that share storage.
     own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    text = json.dumps(values, sort_keys=True)
+    text = json.dumps(values)
     metadata = {"format": FORMAT, "values": text, "sha256": _digest(own, text)}
     with replacing(path) as temporary:
         save_file(own, temporary, metadata=metadata)
@@ -44,7 +44,10 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            mapped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            digest = _digest(mapped, metadata.get("values", ""))
+            # What safetensors gives lies in the mapped file, which others may truncate.
+            tensors = {name: tensor.clone() for name, tensor in mapped.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is damaged or no checkpoint ({error}); restore it or delete it "
@@ -52,7 +55,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file but not a {FORMAT}; give it as weights")
-    if metadata.get("sha256") != _digest(tensors, metadata.get("values", "")):
+    if metadata.get("sha256") != digest:
         raise ValueError(
             f"{path} is damaged: its checksum does not match; restore it or delete it "
             "and run the command again"
@@ -97,16 +100,17 @@ class replacing:
 
     def __exit__(self, kind, error, trace) -> None:
         try:
-            if error is not None:
-                raise error
-            self._commit()
-        except (OSError, SafetensorError) as fault:
-            raise OSError(
-                f"{self.path} could not be written ({fault}); what was there before is intact: "
-                "make room and run the command again"
-            ) from None
+            if error is None:
+                self._commit()
+        except OSError as fault:
+            error = fault
         finally:
             self.temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise OSError(
+                f"{self.path} could not be written ({error}); what was there before is intact: "
+                "make room and give the same command again"
+            ) from None
 
     def _commit(self) -> None:
         with open(self.temporary, "rb+") as file:
@@ -138,14 +142,17 @@ def unpack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pack_optimiser(optimiser: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as flat tensors `index/name`, and its plain values."""
+    """An optimiser's state as flat tensors `index/name`, and its plain values.
+
+    Learning rate and the like are not state: the recipe has them, and a schedule has bent them.
+    """
     state = optimiser.state_dict()
     tensors, values = {}, {}
     for index, entry in state["state"].items():
         for name, value in entry.items():
             target = tensors if isinstance(value, Tensor) else values
             target[f"{index}/{name}"] = value
-    return tensors, {"state": values, "groups": state["param_groups"]}
+    return tensors, {"state": values}
 
 
 def unpack_optimiser(
@@ -156,4 +163,5 @@ def unpack_optimiser(
     for key, value in {**tensors, **values["state"]}.items():
         index, name = key.split("/", 1)
         state.setdefault(int(index), {})[name] = value
-    optimiser.load_state_dict({"state": state, "param_groups": values["groups"]})
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": state, "param_groups": groups})

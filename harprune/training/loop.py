@@ -3,6 +3,10 @@
 
 Randomness is a function of (seed, step): the global generator is seeded anew before each step. A
 run that was killed can therefore go on from any step with nothing but the step's number.
+
+With several processes each takes its rows of every batch. Gradients and the loss are averaged, so
+the weights stay equal; batch norm counts with each process's own rows, and before every forward
+its running statistics are those of rank 0. The noise of an attack is each rank's own.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -62,9 +66,8 @@ def fit(
         Diverged: a loss that is not finite, named with its step.
     """
     total = epochs * len(batches)
-    with training_only(model, optimiser):
+    with training_only(model, optimiser), peak_rates(optimiser) as rates:
         objective, optimiser = fabric.setup(_Objective(model, loss), optimiser)
-        rates = [group["lr"] for group in optimiser.param_groups]
         for epoch in range(start // len(batches), epochs):
             first = max(start - epoch * len(batches), 0)
             for index, (x, y) in enumerate(batches.epoch(epoch, first), start=first):
@@ -74,11 +77,10 @@ def fit(
                     group["lr"] = rate * schedule(step / total)
                 for _ in range(replays):
                     value = _step(fabric, objective, optimiser, x, y)
-                _require_finite(value, step, model)
+                _require_finite(value, step)
                 after_step(step, value)
+            _share_buffers(fabric, model)
             after_epoch(epoch)
-        for group, rate in zip(optimiser.param_groups, rates):
-            group["lr"] = rate
 
 
 class _Objective(nn.Module):
@@ -93,6 +95,7 @@ class _Objective(nn.Module):
         self.loss = loss
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        _fill_cache(self.model)
         return self.loss(self.model, x, y)
 
 
@@ -100,12 +103,12 @@ def _step(fabric, objective, optimiser, x: Tensor, y: Tensor) -> Tensor:
     """One optimiser step; every mask is computed once and serves attack and loss."""
     objective.train()
     with parametrize.cached():
-        _fill_cache(objective)
         value = objective(x, y)
         fabric.backward(value)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return value.detach()
+    # The mean over processes: all of them record, and stop at, the same loss.
+    return fabric.all_reduce(value.detach(), reduce_op="mean")
 
 
 def _fill_cache(model: nn.Module) -> None:
@@ -117,7 +120,14 @@ def _fill_cache(model: nn.Module) -> None:
                 getattr(module, name)
 
 
-def _require_finite(value: Tensor, step: int, model: nn.Module) -> None:
+def _share_buffers(fabric: Fabric, model: nn.Module) -> None:
+    """Rank 0's buffers to every process, as before each step, so that all validate one network."""
+    if fabric.world_size > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def _require_finite(value: Tensor, step: int) -> None:
     # On an accelerator asking costs a synchronisation, so it is asked seldom there.
     if value.device.type != "cpu" and step % 50:
         return
@@ -127,7 +137,18 @@ def _require_finite(value: Tensor, step: int, model: nn.Module) -> None:
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
     """The seed of one step: different for every (seed, step, rank) a run can meet."""
-    return (seed * _SEED_STRIDE + step) * 1_024 + rank
+    return ((seed * _SEED_STRIDE + step) * 1_024 + rank) % 2**63  # as much as torch takes
+
+
+@contextmanager
+def peak_rates(optimiser: Optimizer) -> Iterator[list[float]]:
+    """The learning rate of each group, given back afterwards whatever was made of it."""
+    rates = [group["lr"] for group in optimiser.param_groups]
+    try:
+        yield rates
+    finally:
+        for group, rate in zip(optimiser.param_groups, rates):
+            group["lr"] = rate
 
 
 @contextmanager

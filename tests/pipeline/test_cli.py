@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands as a user gives them: help, results on the two streams, repeating, interrupting."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from harprune.pipeline.recipe import Recipe, make_recipe, read_recipe
+from harprune.reporting.records import read_run
+from harprune.training import checkpoint
+
+from .conftest import contents
+
+COMMANDS = ("run", "prune", "evaluate", "report", "data", "recipe", "doctor")
+
+
+def test_help_names_every_command_and_an_example(command):
+    said = command("--help")
+    assert said.code == 0 and said.err == ""
+    assert all(re.search(rf"│ {name} +[A-Z]", said.out) for name in COMMANDS)
+    assert "harprune run recipes/digits.toml --out runs/digits" in said.out
+    assert command() == said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_help(command, name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    said = command(name, "--help")
+    assert said.code == 0 and said.err == ""
+    options = [line for line in said.out.splitlines() if re.match(r"│ [* ]*--", line)]
+    assert options
+    for line in options:
+        text = re.split(r"<[^>]*>|SECTION\.KEY=VALUE", line)[-1].strip(" │")
+        assert re.match(r"[A-Z$a-z].{8,}", text), line
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; sys.argv = ['harprune', 'run', '--help']\n"
+        "from harprune.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_printed_recipe_is_a_recipe(command, here):
+    said = command("recipe")
+    assert said.code == 0 and said.err == ""
+    Path("full.toml").write_text(said.out)
+    assert read_recipe("full.toml") == Recipe()
+
+
+def test_doctor_says_what_is_there(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("HARPRUNE_DATA", str(tmp_path / "images"))
+    said, plain = command("doctor", "--json"), command("doctor")
+    findings = json.loads(said.out)
+    assert said.err == plain.err == ""
+    assert findings["data"].startswith(f"{tmp_path / 'images'} (not there yet")
+    assert "small_cnn" in findings["models"]
+    assert [line.split("  ")[0] for line in plain.out.splitlines()] == list(findings)
+
+
+def test_data_says_what_is_in_a_set(command):
+    said = command("data", "digits")
+    assert (said.code, said.err) == (0, "")
+    expected = "digits: 1437 training and 360 test images of shape (1, 8, 8), 10 classes\n"
+    assert said.out == expected
+
+
+def test_a_run_prints_json_alone_and_can_be_repeated(command, here):
+    first = command("run", "tiny.toml", "--out", "run", "--json")
+    assert first.code == 0
+    assert json.loads(first.out)["missing"] == []
+    assert Path("run/recipe.toml").read_text() == Path("tiny.toml").read_text()
+    before = contents(here / "run")
+    again = command("run", "tiny.toml", "--out", "run", "--json")
+    assert again.code == 0 and again.out == first.out
+    assert contents(here / "run") == before
+    assert "finetune 1/2" in first.err and "finetune 1/2" not in again.err
+    assert {p.stat().st_mode & 0o777 for p in (here / "run").glob("*.safetensors")} == {0o644}
+
+
+def test_until_stops_after_the_stage_and_the_rest_follows(command, here, finished):
+    said = command("run", "tiny.toml", "--out", "other", "--until", "pretrain", "--json")
+    assert said.code == 0 and json.loads(said.out) == {}
+    assert read_run("other").finished == {"pretrain"}
+    assert command("run", "tiny.toml", "--out", "other").code == 0
+    for name in ("dense", "pruned", "finetuned"):
+        ours, values = checkpoint.load(here / "other" / f"{name}.safetensors")
+        theirs, others = checkpoint.load(finished / f"{name}.safetensors")
+        assert values == others and ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours, theirs = contents(here / "other"), contents(finished)
+    same = [n for n in ours if n.startswith("attack/") or n in ("audit.json", "metrics.jsonl")]
+    assert len(same) == 6
+    assert all(ours[name] == theirs[name] for name in same)
+
+
+def test_reports_of_finished_runs(command, finished):
+    said = command("report", finished, "--json")
+    assert said.code == 0 and said.err == ""
+    assert list(json.loads(said.out)) == [str(finished)]
+    plain = command("report", finished, "--out", "table.md", "--title", "Mine")
+    assert plain.out == f"{finished / 'report' / 'report.html'}\n"
+    assert "Mine" in Path("table.md").read_text()
+
+
+def test_evaluate_resumes_and_refuses_another_model(command, finished):
+    def evaluate(weights: str, *more: object):
+        return command(
+            "evaluate", "--model", "small_cnn", "--set", "model.width=4", "--weights",
+            finished / weights, "--data", "stripes_of_tests:load", "--attack", "pgd-10", *more,
+        )  # fmt: skip
+
+    first = evaluate("finetuned.safetensors", "--out", "e", "--json")
+    record = json.loads(first.out)
+    assert first.code == 0 and first.err == ""
+    assert record["size"] == 24 and list(record["attacks"]) == ["pgd-10"]
+    before = contents(Path("e"))
+    assert evaluate("finetuned.safetensors", "--out", "e", "--json").out == first.out
+    assert contents(Path("e")) == before
+    refusal = evaluate("dense.safetensors", "--out", "e").refusal
+    assert refusal.startswith("e holds an evaluation whose model differs")
+    assert contents(Path("e")) == before
+    lines = evaluate("finetuned.safetensors").out.splitlines()
+    assert lines[0].startswith("clean ") and lines[1].startswith("pgd-10 ")
+
+
+def test_evaluate_on_digits(command, here):
+    Path("d.toml").write_text("validation.size = 20\npretrain.epochs = 0\nmodel.width = 4\n")
+    assert command("run", "d.toml", "--out", "d", "--until", "pretrain").code == 0
+    said = command(
+        "evaluate", "--model", "small_cnn", "--set", "model.width=4", "--data", "digits",
+        "--weights", "d/dense.safetensors", "--attack", "pgd-10", "--size", 40,
+    )  # fmt: skip
+    assert said.code == 0 and re.search(r"pgd-10 [0-9.]+ % \[.*\] of 40", said.out)
+
+
+def test_prune_takes_given_weights_and_leaves_a_recipe(command, finished):
+    sets = ["model.width=4", "prune.batch_size=20", "finetune.batch_size=20", "objective.steps=1",
+            "attack.attacks=['fgsm']", "validation.steps=1", "data.validation=12"]  # fmt: skip
+    said = command(
+        "prune", "--model", "small_cnn", "--weights", finished / "dense.safetensors",
+        "--data", "stripes_of_tests:load", "--density", 0.1, "--out", "pruned", "--method", "hydra",
+        "--prune-epochs", 1, "--finetune-epochs", 1, "--json",
+        *[part for value in sets for part in ("--set", value)],
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    audit = json.loads(Path("pruned/audit.json").read_text())
+    assert audit["kept"] == audit["budget"] == audit["total"] // 10
+    assert json.loads(said.out)["method"] == "hydra"
+    resolved = make_recipe(json.loads(Path("pruned/recipe.json").read_text()))
+    assert read_recipe("pruned/recipe.toml") == resolved
+    assert tomllib.loads(Path("pruned/recipe.toml").read_text())["prune"]["epochs"] == 1
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_goes_on(command, here, finished):
+    program = [sys.executable, "-c", "from harprune.cli import main; main()"]
+    arguments = ["run", "tiny.toml", "--out", "long", "--set", "pretrain.epochs=5000"]
+    with subprocess.Popen([*program, *arguments], stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("pretrain 2/"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read().splitlines()
+    assert process.returncode == 130
+    assert rest[-1] == "harprune: interrupted; give the same command again to go on"
+    assert not any("Traceback" in line for line in rest)
+    assert not list(Path("long").glob(".pretrain*"))
+    said = command("run", "tiny.toml", "--out", "long")
+    assert "pretrain.epochs: 5000 -> 2" in said.refusal
+
+
+def test_an_interrupt_anywhere_ends_with_130(command, here, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harprune.pipeline.stages.prune", interrupted)
+    said = command("run", "tiny.toml", "--out", "run")
+    assert said.code == 130
+    assert said.err.endswith("harprune: interrupted; give the same command again to go on\n")

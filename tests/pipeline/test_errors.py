@@ -1,0 +1,518 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: one line that names the value, the rule and the way out; nothing on disk is harmed."""
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import harprune
+from harprune.models import create_model
+from harprune.pipeline.build import load_network_weights
+from harprune.pipeline.recipe import read_recipe
+from harprune.pipeline.run import Run
+from harprune.training import checkpoint
+
+from .conftest import contents
+
+PROGRAM = [sys.executable, "-c", "from harprune.cli import main; main()"]
+
+
+def run_with(command, *settings: str, out: str = "new", until: str = "report"):
+    sets = [part for setting in settings for part in ("--set", setting)]
+    return command("run", "tiny.toml", "--out", out, "--until", until, *sets)
+
+
+# --- the command line and the recipe: refused before a folder is made ----------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["runn"], "No such command 'runn'. Did you mean 'run', 'prune'?; see `harprune --help`"),
+        (["run"], "Missing argument 'recipe'; see `harprune run --help`"),
+        (["run", "tiny.toml"], "Missing option '--out' / '-o'; see `harprune run --help`"),
+        (["run", "tiny.toml", "--out", "new", "--untill", "x"], "No such option: --untill"),
+        (["run", "tiny.toml", "--out", "new", "--until", "prun"], "Invalid value for '--until': "
+         "'prun' is not one of 'pretrain', 'prune', 'finetune', 'attack', 'report'; see "),
+        (["run", "none.toml", "--out", "new"], "recipe none.toml cannot be read: [Errno 2] No s"),
+        (["run", "stripes_of_tests.py", "--out", "new"], "recipe stripes_of_tests.py cannot be re"),
+        (["data", "cifar11"], "unknown data set 'cifar11'; there are cifar10, cifar100, digits, "),
+        (["data", "cifar10:load"], "data set 'cifar10:load': cannot import 'cifar10' from "),
+        (["report", "none"], "none is no run folder: it holds no recipe.json; see `harprune run`"),
+        (["report", ".", "--out", "x.txt"], ". is no run folder"),
+        (["prune", "--model", "small_cnn", "--weights", "w", "--data", "digits", "--density", "x",
+          "--out", "new"], "Invalid value for '--density': "),
+        (["prune", "--model", "small_cnn", "--weights", "w", "--data", "digits", "--density", "1",
+          "--out", "new"], "harprune prune: budget.density = 1.0: must lie strictly between 0 and"),
+        (["prune", "--model", "small_cnn", "--weights", "w", "--data", "digits", "--density",
+          "0.1", "--out", "new"], "model.weights = 'w': no such file; name a checkpoint"),
+        (["evaluate", "--model", "small_cnn", "--weights", "w", "--data", "digits"],
+         "model.weights = 'w': no such file; name a checkpoint"),
+        (["evaluate", "--model", "small_cnn", "--weights", "w", "--data", "digits", "--size", "0"],
+         "harprune evaluate: attack.size = 0: must be greater than or equal to 1"),
+        (["evaluate", "--model", "small_cnn", "--weights", "tiny.toml", "--data", "digits",
+          "--attack", "autoatack"], "attack 'autoatack' is unknown; choose among fgsm, pgd-STEPS"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_is_one_line(command, here, arguments, text):
+    assert command(*arguments).refusal.startswith(text)
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ("budget.densty=0.1", "tiny.toml: unknown key 'budget.densty'; the nearest known is 'bu"),
+        ("method.gama=0.1", "unknown key 'method.gama' of harp; the nearest known is 'method.gam"),
+        ("prune.objective.betta=1", "tiny.toml: unknown key 'prune.objective.betta'; the nearest"),
+        ("budget.density=0", "tiny.toml: budget.density = 0: must lie strictly between 0 and 1"),
+        ("budget.density=1.5", "tiny.toml: budget.density = 1.5: must lie strictly between 0 and"),
+        ("threat.epsilon=8/0", "tiny.toml: threat.epsilon = '8/0' is not a number; write"),
+        ("threat.epsilon=abc", "tiny.toml: threat.epsilon = 'abc' is not a number; write"),
+        ("threat.epsilon=-1", "tiny.toml: threat.epsilon = -1: epsilon = -1.0 must be finite and"),
+        ("pretrain.epochs=-1", "tiny.toml: pretrain.epochs = -1: must be greater than or equal t"),
+        ("attack.attacks=['autoatack']", "attack 'autoatack' is unknown; choose among fgsm, pgd-"),
+        ("method.name=harpp", "method.name = 'harpp' is unknown; choose one of harp, hydra, mag"),
+        ("budget.allocation=erkk", "budget.allocation = 'erkk' is unknown; choose one of uniform"),
+        ("prune.schedule=cosin", "tiny.toml: prune.schedule = 'cosin': must be 'cosine', 'one_cy"),
+        ("density", "--set 'density' must have the form section.key=value, as --set prune.epochs"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line(command, here, setting, text, monkeypatch):
+    def loaded(*_, **__):
+        raise AssertionError("data were loaded")
+
+    monkeypatch.setattr("harprune.pipeline.build.load_dataset", loaded)
+    assert run_with(command, setting).refusal.startswith(text)
+    assert not Path("new").exists()
+
+
+# --- data, weights and network: refused before training, and the folder stays free ---------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (["data.name=cifar11"], "unknown data set 'cifar11'; there are "),
+        (["data.name=cifar10", "data.folder=none"], "cifar10 not found in none or its cifar-10-b"),
+        (["data.name=folder", "data.folder=none"], "folder not found in none (expected train/<cl"),
+        (["data.name=stripes_of_tests:lod"], "data set 'stripes_of_tests:lod': stripes_of_tests "),
+        (["data.name=stripes_of_tests:images"], "stripes_of_tests:images returned tuple; it must"),
+        (["data.name=stripes_of_tests:too_bright"], "stripes_of_tests:too_bright: training image"),
+        (["model.name=smal_cnn"], "unknown model 'smal_cnn'; nearest: small_cnn"),
+        (["model.name=stripes_of_tests:load"], "stripes_of_tests:load takes no width; leave out"),
+        (["model.mean=[0.5, 0.5]", "model.std=[1, 1]"], "mean has 2 values but the images have 1"),
+        (["model.mean=[0.5]"], "mean and std go together"),
+        (["model.name=vgg16_bn"], "the network refuses images of shape (1, 8, 8) ("),
+        (["model.weights=tiny.toml"], "tiny.toml: not a PyTorch file (it starts with"),
+        (["data.validation=1000"], "validation size 1000 of 72 images leaves a part empty; give"),
+        (["data.validation=1.0"], "validation size 1.0 of 72 images leaves a part empty; give a"),
+        (["finetune.batch_size=61"], "finetune.batch_size = 61 exceeds the 60 training images; l"),
+        (["budget.density=0.0001"], "the budget of 0 is below 6, what the layers' floors alone "),
+        (["budget.include=['blok*']"], "layer pattern 'blok*' matches no parameter of the model;"),
+        (["budget.exclude=['*']"], "nothing to prune: no parameter with two or more axes is sele"),
+        (["budget.allocation=wrong.json"], "allocation does not fit the model: 1 (x) unknown, 6 "),
+        (["execution.device=cuda"], "execution.device = 'cuda', but torch sees no GPU; `harprune"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_line_before_training(command, here, settings, text, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    Path("wrong.json").write_text('{"x": 0.1}')
+    refusal = run_with(command, *settings).refusal
+    assert refusal.startswith(text)
+    assert not list(Path("new").glob("*.safetensors"))
+
+
+def test_a_folder_in_which_nothing_was_done_takes_the_corrected_recipe(command, here):
+    assert run_with(command, "data.name=cifar11").refusal.startswith("unknown data set")
+    assert run_with(command, "pretrain.epochs=0", "seed=7", until="pretrain").code == 0
+    assert json.loads(Path("new/recipe.json").read_text())["seed"] == 7
+    assert "seed: 7 -> 8" in run_with(command, "pretrain.epochs=0", "seed=8").refusal
+
+
+def test_missing_files_of_a_data_set_are_named(command, here):
+    Path("d/cifar-10-batches-bin").mkdir(parents=True)
+    Path("d/cifar-10-batches-bin/test_batch.bin").write_bytes(b"")
+    refusal = run_with(command, "data.name=cifar10", "data.folder=d").refusal
+    assert "is incomplete: data_batch_1.bin" in refusal and "harprune data cifar10" in refusal
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_weights_of_another_class_count_are_refused(command, here, kind):
+    state = create_model("small_cnn", 5, in_channels=1, width=4).state_dict()
+    path = Path(f"others.{kind}")
+    torch.save(state, path) if kind == "pt" else save_file(state, path)
+    refusal = run_with(command, f"model.weights={path}").refusal
+    assert refusal.startswith(f"{path}: checkpoint has 5 classes, model 4; ")
+
+
+def test_an_artifact_of_another_network_is_refused(command, here, finished):
+    arguments = ("evaluate", "--model", "small_cnn", "--data", "digits", "--attack", "fgsm")
+    refusal = command(*arguments, "--weights", finished / "dense.safetensors").refusal
+    assert f"{finished / 'dense.safetensors'} does not fit the model in" in refusal
+    refusal = command(
+        *arguments, "--weights", finished / "dense.safetensors", "--set", "model.width=4"
+    ).refusal
+    assert "linear.bias is (4,) in the file and (10,) in the model; name the network" in refusal
+
+
+def test_truncated_weights_of_others_are_refused(command, here):
+    state = create_model("small_cnn", 4, in_channels=1, width=4).state_dict()
+    torch.save(state, "o.pt")
+    save_file(state, "o.safetensors")
+    for name in ("o.pt", "o.safetensors"):
+        whole = Path(name).read_bytes()
+        for size in (0, 7, 200, len(whole) // 2, len(whole) - 1):
+            Path(name).write_bytes(whole[:size])
+            assert run_with(command, f"model.weights={name}").refusal.startswith(f"{name}: not a ")
+
+
+def test_a_flip_in_an_archive_of_others_is_noticed(here):
+    network = create_model("small_cnn", 4, in_channels=1, width=1)
+    torch.save(network.state_dict(), "o.pt")
+    whole = Path("o.pt").read_bytes()
+    kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    for place in range(0, len(whole), 41):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        Path("o.pt").write_bytes(damaged)
+        # A flip in the archive's own names or padding may be harmless; another is refused.
+        with contextlib.suppress(ValueError):
+            load_network_weights(network, "o.pt")
+        assert all(torch.equal(t, kept[name]) for name, t in network.state_dict().items())
+    damaged = bytearray(whole)
+    damaged[whole.index(next(iter(kept.values())).numpy().tobytes()) + 1] ^= 4
+    Path("o.pt").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"o\.pt is damaged \(.*fails its checksum\); get it"):
+        load_network_weights(network, "o.pt")
+
+
+# --- the package called from Python ---------------------------------------------------------------
+
+
+def test_floats_outside_the_unit_are_refused():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    x, y = torch.rand(40, 1, 8, 8), torch.arange(40) % 4
+    for wrong in (x * 255, x - 0.5, x.masked_fill(x > 0.9, torch.nan)):
+        for images in ((wrong, y), harprune.Split(wrong, y)):
+            with pytest.raises(ValueError, match=r"floats must lie in \[0, 1\]"):
+                harprune.prune(model, images, (x, y), density=0.1)
+            with pytest.raises(ValueError, match=r"floats must lie in \[0, 1\]"):
+                harprune.evaluate(model, images, attacks=["fgsm"], quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"method": "harpp"}, "method.name = 'harpp' is unknown"),
+        ({"density": 2.0}, "harprune.prune: budget.density = 2.0: must lie strictly"),
+        ({"options": {"prune": {"batch_size": 150}}}, "prune.batch_size = 150 exceeds the 140 "),
+        ({"options": {"budget": {"include": ["x"]}}}, "layer pattern 'x' matches no parameter"),
+        ({"options": {"budgt": {}}}, "harprune.prune: unknown key 'budgt'; the nearest known is"),
+    ],
+)
+def test_the_call_from_python_refuses_before_it_makes_a_folder(tmp_path, options, text):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    images = torch.rand(140, 1, 8, 8), torch.arange(140) % 4
+    with pytest.raises(ValueError) as caught:
+        harprune.prune(model, images, images, out=tmp_path / "run", **{"density": 0.1} | options)
+    assert str(caught.value).startswith(text)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_too_few_logits_is_refused():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    images = torch.rand(140, 1, 8, 8), torch.arange(140) % 4
+    with pytest.raises(ValueError, match="it must give logits of shape"):
+        harprune.prune(model, images, images, density=0.1)
+
+
+# --- the run folder -------------------------------------------------------------------------------
+
+
+def test_a_folder_of_another_recipe_is_refused_and_left_alone(command, here, finished):
+    before = contents(finished)
+    said = run_with(command, "seed=1", "budget.density=0.3", out="run")
+    assert said.refusal == (
+        "run holds a run of another recipe (budget.density: 0.2 -> 0.3; seed: 0 -> 1); "
+        "choose another --out"
+    )
+    (finished / "recipe.json").write_text("[")
+    assert run_with(command, out="run").refusal.startswith("run/recipe.json is damaged; restore it")
+    (finished / "recipe.json").write_text("[1]")
+    assert run_with(command, out="run").refusal.startswith("run/recipe.json is damaged; restore it")
+    (finished / "recipe.json").write_bytes(before["recipe.json"])
+    assert contents(finished) == before
+
+
+def test_a_second_process_is_refused(command, here, finished):
+    before = contents(finished)
+    with Run("run", read_recipe("tiny.toml")):
+        text = f"run is in use by process {os.getpid()}; wait for it or choose another --out"
+        assert run_with(command, out="run").refusal == text
+    assert contents(finished) == before
+    assert run_with(command, out="run").code == 0
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(command, here):
+    Path("new").write_text("mine")
+    assert run_with(command).refusal == "new is a file, not a run folder; choose another --out"
+    refusal = run_with(command, out="new/below").refusal
+    assert "new/below" in refusal or "'new'" in refusal
+    assert Path("new").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_refused(command, here):
+    run_with(command, "seed=-1")  # whoever takes over may not read the program's files
+    (here / "locked").mkdir(mode=0o555)
+    here.chmod(0o755)
+    root = os.geteuid() == 0
+    try:
+        if root:
+            os.seteuid(65534)
+        refusal = run_with(command, out="locked/run").refusal
+    finally:
+        if root:
+            os.seteuid(0)
+    assert refusal == "[Errno 13] Permission denied: 'locked/run'"
+
+
+# --- damaged files --------------------------------------------------------------------------------
+
+
+def small_checkpoint(path: Path) -> bytes:
+    tensors = {"model/w": torch.arange(6.0).view(2, 3), "mask/w": torch.ones(2, dtype=torch.bool),
+               "n": torch.tensor(3)}  # fmt: skip
+    checkpoint.save(path, tensors, {"epoch": 3, "history": [{"loss": 0.5}]})
+    return path.read_bytes()
+
+
+def test_a_flip_anywhere_is_noticed(tmp_path):
+    path = tmp_path / "c.safetensors"
+    whole = small_checkpoint(path)
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError) as caught:
+            checkpoint.load(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_truncation_anywhere_is_noticed(tmp_path):
+    path = tmp_path / "c.safetensors"
+    whole = small_checkpoint(path)
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="is damaged or no checkpoint"):
+            checkpoint.load(path)
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "flipped":
+        content[-5] ^= 4
+    path.write_bytes(content if how == "flipped" else content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated"])
+@pytest.mark.parametrize(
+    ("stage", "name", "later"),
+    [
+        ("pretrain", "dense", ("pruned", "finetuned")),
+        ("prune", "pruned", ("finetuned",)),
+        ("finetune", "finetuned", ()),
+    ],
+)
+def test_a_damaged_artifact_is_named_and_made_anew_when_deleted(
+    command, here, finished, stage, name, later, how
+):
+    for each in (*later, "attack", "report"):
+        place = finished / each
+        shutil.rmtree(place) if place.is_dir() else place.with_suffix(".safetensors").unlink()
+    path = finished / f"{name}.safetensors"
+    whole, _ = checkpoint.load(path)
+    damage(path, how)
+    before = contents(finished)
+    line = run_with(command, out="run").last_line
+    assert line.startswith(f"run/{name}.safetensors is damaged")
+    assert line.endswith("restore it or delete it and run the command again")
+    assert contents(finished).items() >= before.items()
+    path.unlink()
+    assert run_with(command, out="run", until=stage).code == 0
+    again, _ = checkpoint.load(path)
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+@pytest.fixture
+def stopped(command, here, monkeypatch) -> Path:
+    """A run stopped in the middle of its first stage, as by a kill: progress and best epoch."""
+
+    def killed(course, *_):
+        if course.step == 4:
+            raise KeyboardInterrupt
+
+    from harprune.pipeline.course import Course
+
+    counted = Course.step_ended
+    with monkeypatch.context() as patch:
+        patch.setattr(Course, "step_ended", lambda c, *a: (counted(c, *a), killed(c))[0])
+        assert run_with(command, out="run").code == 130
+    assert {p.name for p in Path("run").glob("pretrain.*")} == {
+        "pretrain.progress",
+        "pretrain.best",
+    }
+    return Path("run")
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated"])
+@pytest.mark.parametrize("name", ["pretrain.progress", "pretrain.best"])
+def test_damage_to_what_a_stage_goes_on_from_is_named(command, here, stopped, name, how):
+    damage(stopped / name, how)
+    before = contents(stopped)
+    line = run_with(command, out="run").last_line
+    assert line.startswith(f"run/{name} is damaged") and "delete it" in line
+    assert contents(stopped) == before
+    (stopped / name).unlink()
+    said = run_with(command, out="run", until="pretrain")
+    if name == "pretrain.best":
+        assert said.last_line == (
+            "run/pretrain.best is missing, to which run/pretrain.progress refers; restore it, "
+            "or delete the other as well and the stage starts again"
+        )
+        (stopped / "pretrain.progress").unlink()
+        said = run_with(command, out="run", until="pretrain")
+    assert said.code == 0
+
+
+def test_a_stopped_stage_goes_on(command, here, stopped, finished_dense):
+    said = run_with(command, out="run", until="pretrain")
+    assert said.code == 0 and "pretrain: going on at step 3" in said.err
+    tensors, _ = checkpoint.load(stopped / "dense.safetensors")
+    assert all(torch.equal(tensors[key], finished_dense[key]) for key in tensors)
+
+
+@pytest.fixture
+def finished_dense(_finished) -> dict[str, torch.Tensor]:
+    return checkpoint.load(_finished / "dense.safetensors")[0]
+
+
+# --- a loss that is not finite --------------------------------------------------------------------
+
+
+def test_a_diverged_stage_names_its_step_and_the_last_good_checkpoint(command, here, finished):
+    before = contents(finished)
+    line = run_with(command, "pretrain.learning_rate=1e30").last_line
+    assert line.startswith("pretrain stopped: the ") and " step " in line
+    assert line.endswith("lower pretrain.learning_rate in a new run")
+    assert "no checkpoint was written yet" in line
+    assert contents(finished) == before
+
+
+def test_the_last_good_checkpoint_is_intact_after_divergence(command, here, monkeypatch):
+    from harprune.pipeline.course import Course
+
+    counted = Course.step_ended
+
+    def overflows(course, step, loss, images):
+        if step == 5:  # after the first epoch of three steps was saved: its update was too much
+            with torch.no_grad():
+                next(course.model.parameters()).mul_(torch.inf)
+        counted(course, step, loss, images)
+
+    monkeypatch.setattr(Course, "step_ended", overflows)
+    line = run_with(command).last_line
+    assert line == (
+        "pretrain stopped: the weights are not finite after step 5; the last good checkpoint is "
+        "new/pretrain.progress; lower pretrain.learning_rate in a new run"
+    )
+    for name in ("pretrain.progress", "pretrain.best"):
+        tensors, _ = checkpoint.load(Path("new") / name)
+        assert all(t.isfinite().all() for t in tensors.values())
+
+
+# --- a full disk ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 4 KiB: as on a full disk, every longer write fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(tmp_path, small_files):
+    path = tmp_path / "c.safetensors"
+    old = small_checkpoint(path)
+    with pytest.raises(OSError, match=r"c\.safetensors could not be written .*make room and give"):
+        checkpoint.save(path, {"w": torch.ones(4096)}, {})
+    with pytest.raises(OSError, match=r"t\.txt could not be written .*File too large"):
+        checkpoint.write_text(tmp_path / "t.txt", "x" * 8192)
+    assert contents(tmp_path) == {"c.safetensors": old}
+
+
+def test_a_failing_flush_leaves_the_old_file(tmp_path, monkeypatch):
+    checkpoint.write_text(tmp_path / "t.txt", "old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"t\.txt could not be written .*No space left"):
+        checkpoint.write_text(tmp_path / "t.txt", "new")
+    assert contents(tmp_path) == {"t.txt": b"old"}
+
+
+def test_a_disk_that_fills_up_ends_a_run_in_one_line(command, here, finished):
+    for path in ("pruned.safetensors", "finetuned.safetensors"):
+        (finished / path).unlink()
+    shutil.rmtree(finished / "attack")
+    before = contents(finished)
+    limited = (
+        "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (6000, r.RLIM_INFINITY))\n"
+        "from harprune.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, "run", "tiny.toml", "--out", "run"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("harprune: run/prune.best could not be written (")
+    assert last.endswith("make room and give the same command again")
+    assert contents(finished) == before
+    assert run_with(command, out="run").code == 0
+
+
+def test_a_full_file_system_leaves_the_old_checkpoint(tmp_path):
+    program = (
+        "import os, torch\n"
+        "from harprune.training import checkpoint\n"
+        "checkpoint.save('c', {'w': torch.zeros(4000)}, {})\n"
+        "try: checkpoint.save('c', {'w': torch.ones(40000)}, {})\n"
+        "except OSError as error: print(error)\n"
+        "assert os.listdir() == ['c'] and not checkpoint.load('c')[0]['w'].any()\n"
+    )
+    mount = ["unshare", "--mount", "sh", "-c",
+             'mount -t tmpfs -o size=64k tmpfs "$0" && cd "$0" && "$@"', tmp_path]  # fmt: skip
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*mount, "true"], capture_output=True).returncode
+    ):
+        pytest.skip("a file system of 64 KiB cannot be mounted here")
+    done = subprocess.run([*mount, sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "No space left on device" in done.stdout and "make room" in done.stdout

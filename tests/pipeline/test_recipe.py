@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: what is refused at the door, and in which words; what a recipe prints reads back."""
+
+import json
+import tomllib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harprune.pipeline import build
+from harprune.pipeline.recipe import Recipe, as_toml, changes, describe, make_recipe, read_recipe
+
+
+def refusal(content: dict, *overrides: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        make_recipe(content, overrides)
+    text = str(caught.value)
+    assert "\n" not in text and text.startswith(("recipe: ", "--set"))
+    return text.removeprefix("recipe: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong", "nearest"),
+    [
+        ({"sead": 1}, "sead", "seed"),
+        ({"methd": {}}, "methd", "method"),
+        ({"budget": {"densty": 0.1}}, "budget.densty", "budget.density"),
+        ({"pretrain": {"epoch": 1}}, "pretrain.epoch", "pretrain.epochs"),
+        ({"prune": {"objective": {"betta": 1}}}, "prune.objective.betta", "prune.objective.beta"),
+        ({"density": 0.1}, "density", "budget.density"),
+        ({"attack": {"epsilon": 0.1}}, "attack.epsilon", "threat.epsilon"),
+        ({"zzzz": 1}, "zzzz", "seed"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest(content, wrong, nearest):
+    text = refusal(content)
+    assert text.startswith(f"unknown key {wrong!r}; the nearest known is ")
+    if wrong != "zzzz":
+        assert text.endswith(repr(nearest))
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"budget": {"density": 0}}, "budget.density = 0: must lie strictly between 0 and 1; "),
+        ({"budget": {"density": 1.5}}, "budget.density = 1.5: must lie strictly between 0 and 1; "),
+        ({"threat": {"epsilon": "8/0"}}, "threat.epsilon = '8/0' is not a number; write a fract"),
+        ({"threat": {"epsilon": "abc"}}, "threat.epsilon = 'abc' is not a number; write a fract"),
+        ({"threat": {"epsilon": -0.1}}, "threat.epsilon = -0.1 must be finite and above 0; give"),
+        ({"threat": {"epsilon": "-8/255"}}, "threat.epsilon = '-8/255': epsilon = -0.0313"),
+        ({"threat": {"epsilon": 8}}, "threat.epsilon = 8 exceeds 1, the whole pixel range; in"),
+        ({"threat": {"epsilon": [1]}}, "threat.epsilon = [1]: must be a valid number"),
+        ({"threat": {"norm": "l1"}}, "threat.norm = 'l1': must be 'linf' or 'l2'"),
+        ({"objective": {"step_size": "2/0"}}, "objective.step_size = '2/0': epsilon = '2/0' is n"),
+        ({"prune": {"objective": {"name": "pgd"}}}, "prune.objective.name = 'pgd': must be 'nat"),
+        ({"prune": {"objective": 3}}, "prune.objective = 3 must be a section; write its keys und"),
+        ({"data": "digits"}, "data = 'digits' must be a section; write its keys under [data]"),
+        ({"pretrain": {"epochs": -1}}, "pretrain.epochs = -1: must be greater than or equal to 0"),
+        ({"pretrain": {"epochs": 1.5}}, "pretrain.epochs = 1.5: must be a valid integer, got"),
+        ({"attack": {"size": 0}}, "attack.size = 0: must be greater than or equal to 1"),
+        ({"attack": {"seed": -1}}, "attack.seed = -1: must be greater than or equal to 0"),
+        ({"model": {"mean": [0.5, "x"]}}, "model.mean.1 = 'x': must be a valid number"),
+        ({"finetune": {"schedule": "cosin"}}, "finetune.schedule = 'cosin': must be 'cosine', "),
+        ({"finetune": {"learning_rate": float("nan")}}, "finetune.learning_rate = nan: must be a"),
+        ({"data": {"validation": 0}}, "data.validation = 0: must be greater than 0"),
+        ({"name": "x" * 500, "seed": [0] * 500}, "seed = [0, 0, 0"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_rule(content, text):
+    found = refusal(content)
+    assert found.startswith(text)
+    assert len(found) < 250
+
+
+def test_overrides_are_toml_and_bare_words_are_strings():
+    overrides = ("seed=3", "threat.epsilon=8/255", "attack.attacks=['fgsm']", "method.name = hydra")
+    content = {"prune": {"objective": {"name": "trades"}}}
+    recipe = make_recipe(content, (*overrides, "prune.objective.beta=2"))
+    assert recipe.seed == 3
+    assert recipe.threat.epsilon == "8/255"
+    assert recipe.attack.attacks == ("fgsm",)
+    assert recipe.method.name == "hydra"
+    assert recipe.prune.objective.beta == 2.0
+    assert content == {"prune": {"objective": {"name": "trades"}}}
+
+
+@pytest.mark.parametrize("text", ["seed", "=3", ".seed=3", "budget.=3", "", "seed.x=1"])
+def test_a_malformed_override_is_refused(text):
+    assert repr(text) in refusal({"seed": 1}, text)
+
+
+def test_a_file_that_is_no_recipe_is_named(tmp_path):
+    garbled, binary = tmp_path / "garbled.toml", tmp_path / "binary.toml"
+    garbled.write_text("name = \n[")
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path in (garbled, binary, tmp_path / "none.toml", tmp_path):
+        with pytest.raises(ValueError, match=f"recipe {path} cannot be read: "):
+            read_recipe(path)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    (tmp_path / "r.toml").write_text("seed = 4\n", encoding="utf-8-sig")
+    assert read_recipe(tmp_path / "r.toml").seed == 4
+
+
+def test_the_description_is_itself_the_default_recipe():
+    text = "\n".join(describe(notes={"method": build.method_notes()}))
+    assert make_recipe(tomllib.loads(text)) == Recipe()
+    assert "# gamma = 0.01  # harp" in text
+    assert "# train_batch_norm = false  # harp, hydra" in text
+    uncommented = text.replace("# objective =", "").replace("# gamma", "gamma")
+    assert make_recipe(tomllib.loads(uncommented)).method.options == {"gamma": 0.01}
+
+
+def test_every_field_is_documented():
+    lines = list(describe(notes={}))
+    assert all(line != "# " for line in lines)
+    keys = [line for line in lines if " =" in line and not line.startswith(("# ", "\n"))]
+    assert len(keys) > 40
+
+
+_VALUES = st.one_of(
+    st.booleans(),
+    st.integers(-(2**53), 2**53),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(st.characters(exclude_categories=("Cs", "Cc"))),
+    st.lists(st.integers(0, 9)),
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from("abcdef"),
+        _VALUES
+        | st.dictionaries(
+            st.sampled_from("xyz"), _VALUES | st.dictionaries(st.sampled_from("uv"), _VALUES)
+        ),
+    )
+)
+def test_what_is_written_as_toml_reads_back(content):
+    assert tomllib.loads("\n".join(as_toml(content))) == content
+
+
+def test_changes_name_the_leaves():
+    old = make_recipe({"seed": 1, "budget": {"density": 0.1}}).model_dump(mode="json")
+    new = make_recipe({"seed": 2, "budget": {"density": 0.2}}).model_dump(mode="json")
+    assert list(changes(old, new)) == ["budget.density: 0.1 -> 0.2", "seed: 1 -> 2"]
+    assert not list(changes(old, json.loads(json.dumps(old))))
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"method": {"name": "harpp"}}, "method.name = 'harpp' is unknown; choose one of harp, "),
+        ({"method": {"gama": 1}}, "unknown key 'method.gama' of harp; the nearest known is 'me"),
+        ({"method": {"gamma": -1}}, "method"),
+        ({"method": {"gamma": "x"}}, "method.gamma = 'x'"),
+        ({"method": {"name": "magnitude", "gamma": 1}}, "unknown key 'method.gamma' of magnitude"),
+        ({"budget": {"allocation": "erkk"}}, "budget.allocation = 'erkk' is unknown; choose one"),
+        ({"budget": {"allocation": "none.json"}}, "none.json is not an allocation"),
+        ({"attack": {"attacks": ["autoatack"]}}, "attack 'autoatack' is unknown; choose among fg"),
+        ({"attack": {"attacks": ["pgd-0"]}}, "attack 'pgd-0' is unknown; choose among"),
+        ({"attack": {"attacks": ["pgd-"]}}, "attack 'pgd-' is unknown; choose among"),
+        ({"model": {"weights": "none.pt"}}, "model.weights = 'none.pt': no such file; name a ch"),
+        (
+            {"parity": {"cosine_offset": True}, "finetune": {"schedule": "steps"}},
+            "parity.cosine_offset is a form of the cosine, not of 'steps'",
+        ),
+        ({"parity": {"epsilon": True}, "threat": {"norm": "l2"}}, "parity.epsilon is a radius of"),
+    ],
+)
+def test_the_check_refuses_what_a_later_stage_would(content, text):
+    recipe = make_recipe(content)
+    with pytest.raises(ValueError) as caught:
+        build.check(recipe)
+    assert str(caught.value).startswith(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_check_lets_every_known_name_pass():
+    for method in build.METHODS:
+        for allocation in build.ALLOCATIONS:
+            content = {"method": {"name": method}, "budget": {"allocation": allocation}}
+            build.check(make_recipe(content))
