@@ -267,11 +267,11 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _run(recipe, out: Path, *, source: str = "", until: str = "report", as_json: bool) -> None:
-    from harprune.pipeline import build
+    from harprune.pipeline import checks
     from harprune.pipeline.run import Run, command_line
     from harprune.pipeline.stages import open_workshop, run_until
 
-    build.check(recipe)
+    checks.check(recipe)
     with Run(out, recipe, source=source, command=command_line()) as folder:
         content = run_until(open_workshop(folder), until)
     if as_json:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from harprune.pipeline import build, stages
+from harprune.pipeline import build, checks, stages
 from harprune.pipeline.build import Materials
 from harprune.pipeline.console import Console
 from harprune.pipeline.recipe import Recipe, make_recipe
@@ -84,8 +84,8 @@ def prune(
         content[section] = {**content.get(section, {}), **values}
     recipe = make_recipe(content, source="harprune.prune")
     materials = _materials(model, train, validation)
-    build.check(recipe)
-    build.rehearse(recipe, materials)
+    checks.check(recipe)
+    checks.rehearse(recipe, materials)
     place = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out))
     with place as folder, Run(folder, recipe, command="harprune.prune") as run:
         console = Console(run.folder / "log.txt", quiet=quiet)
@@ -117,7 +117,7 @@ def evaluate(
         out: a folder for per-image outcomes, from which an interrupted evaluation goes on.
     """
     threat = threat or Linf(8 / 255)
-    split = _split(test, "test")
+    split = _split(test)
     device = next(model.parameters()).device
     index = evaluation.subset(split.labels, size, seed)
     fast = twin(model)
@@ -141,7 +141,7 @@ def evaluate(
 
 def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation:
     """Evaluate the network of a recipe, with the weights it names, as its attack section says."""
-    build.check(recipe)
+    checks.check(recipe)
     engine = build.fabric(recipe.execution)
     dataset = build.load_data(recipe.data)
     model = build.network(recipe.model, dataset, recipe.seed).to(engine.device)
@@ -161,8 +161,8 @@ def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation
 
 def _materials(model: nn.Module, train: Images, validation: Images) -> Materials:
     return Materials(
-        train=_split(train, "training"),
-        validation=_split(validation, "validation"),
+        train=_split(train),
+        validation=_split(validation),
         test=None,
         num_classes=None,
         network=lambda: copy.deepcopy(model).cpu(),
@@ -170,7 +170,5 @@ def _materials(model: nn.Module, train: Images, validation: Images) -> Materials
     )
 
 
-def _split(images: Images, what: str) -> Split:
-    split = images if isinstance(images, Split) else from_arrays(*images)
-    build.require_pixels(split, what)
-    return split
+def _split(images: Images) -> Split:
+    return images if isinstance(images, Split) else from_arrays(*images)

@@ -2,7 +2,6 @@
 """A recipe's names turned into objects."""
 
 import os
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -32,7 +31,6 @@ from harprune.training import checkpoint
 from harprune.training.augmentation import default_augmentation
 from harprune.training.batches import Batches
 from harprune.training.data import load_dataset
-from harprune.training.schedules import make_schedule
 from harprune.training.splits import Dataset, Split, split_validation, to_float
 
 METHODS: dict[str, type[Method]] = {
@@ -88,43 +86,9 @@ def materials(recipe: Recipe) -> Materials:
     )
 
 
-@torch.no_grad()
-def _require_logits(model: nn.Module, supply: Materials) -> None:
-    try:
-        with attacks.eval_mode(model):
-            shape = tuple(model(supply.example).shape)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"the network refuses images of shape {supply.train.shape} ({error}); choose another "
-            "network or image size"
-        ) from error
-    classes = supply.num_classes or int(supply.train.labels.max()) + 1
-    if len(shape) != 2 or shape[1] < classes:
-        raise ValueError(
-            f"the network gives {shape} for one image of {classes} classes; it must give logits "
-            f"of shape (1, {classes})"
-        )
-
-
 def load_data(section: recipes.Data) -> Dataset:
     """The data set of a recipe."""
-    dataset = load_dataset(section.name, section.folder, image_size=section.image_size)
-    for part, split in (("training", dataset.train), ("test", dataset.test)):
-        require_pixels(split, f"{section.name}: {part}")
-    return dataset
-
-
-def require_pixels(split: Split, what: str) -> None:
-    """Raises ValueError where images given as floats leave [0, 1], the unit of every epsilon."""
-    images = split.images
-    if not isinstance(images, Tensor) or images.dtype == torch.uint8:
-        return
-    low, high = (float(end) for end in images.aminmax())
-    if not (low >= 0.0 and high <= 1.0):  # so that NaN fails it too
-        raise ValueError(
-            f"{what} images run from {low:.4g} to {high:.4g}; floats must lie in [0, 1]: scale "
-            "them, and normalise inside the model (model.mean, model.std)"
-        )
+    return load_dataset(section.name, section.folder, image_size=section.image_size)
 
 
 def network(section: recipes.Model, dataset: Dataset, seed: int) -> nn.Module:
@@ -150,23 +114,7 @@ def load_network_weights(model: nn.Module, path: str) -> None:
     if checkpoint.is_checkpoint(path):
         load_artifact(model, path)
     else:
-        _require_sound(path)
         load_weights(model, path)
-
-
-def _require_sound(path: str) -> None:
-    """Raises ValueError where a PyTorch archive fails its own checksums, which torch skips."""
-    try:
-        if not zipfile.is_zipfile(path):
-            return
-        with zipfile.ZipFile(path) as archive:
-            # Torch reads nothing out of an entry that calls itself a directory (DOS flag 16).
-            hollow = (i.filename for i in archive.infolist() if i.external_attr & 16)
-            name = archive.testzip() or next(hollow, None)
-    except Exception as error:  # a damaged archive makes zipfile raise almost anything
-        raise ValueError(f"{path} is damaged ({error}); get it again") from None
-    if name is not None:
-        raise ValueError(f"{path} is damaged ({name} fails its checksum); get it again")
 
 
 def load_artifact(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
@@ -188,52 +136,6 @@ def load_artifact(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
         )
     model.load_state_dict(checkpoint.unpack("model", tensors))
     return tensors
-
-
-def check(recipe: Recipe) -> None:
-    """Refuse, before data are loaded or a folder is made, what a later stage would refuse.
-
-    Raises:
-        ValueError: an unknown name, or a value that its owner does not take.
-    """
-    method(recipe)
-    allocate(recipe.budget.allocation)
-    if recipe.parity.epsilon and recipe.threat.norm != "linf":
-        raise ValueError(
-            f"parity.epsilon is a radius of linf, but threat.norm = {recipe.threat.norm!r}; "
-            "set one of them otherwise"
-        )
-    bound = threat(recipe)
-    for name in recipe.attack.attacks:
-        attack(name, bound)
-    for stage in (recipe.pretrain, recipe.prune, recipe.finetune):
-        objective(recipe, stage.objective or recipe.objective, None)
-        make_schedule(stage.schedule, epochs=stage.epochs, offset=recipe.parity.cosine_offset)
-    weights = recipe.model.weights
-    if weights is not None and not Path(weights).is_file():
-        raise ValueError(f"model.weights = {weights!r}: no such file; name a checkpoint")
-
-
-def rehearse(recipe: Recipe, supply: Materials) -> None:
-    """Refuse, before training starts, what does not fit the images or the network.
-
-    Raises:
-        ValueError: batches larger than the training set, a network for other images or classes,
-            layer patterns that match nothing, an allocation of other layers, or a budget that the
-            layers' floors exceed.
-    """
-    stages = ("prune", "finetune") if supply.given else ("pretrain", "prune", "finetune")
-    for name in stages:
-        section = getattr(recipe, name)
-        if section.epochs and section.batch_size > len(supply.train):
-            raise ValueError(
-                f"{name}.batch_size = {section.batch_size} exceeds the {len(supply.train)} "
-                "training images; lower it"
-            )
-    model, limit = supply.network(), budget(recipe, supply.example)
-    _require_logits(model, supply)
-    limit.allocate(model, limit.density)
-    limit.counts(model, dict.fromkeys(limit.layers(model), limit.density))
 
 
 def fabric(section: recipes.Execution) -> Fabric:
@@ -307,9 +209,17 @@ def objective(
         case "pgd-at":
             return objectives.PGDAT(pgd(), clean_forward=recipe.parity.clean_forward)
         case "trades":
-            return objectives.TRADES(pgd(**objectives.TRADES_ATTACK), beta=_beta(section, 6.0))
+            return objectives.TRADES(
+                pgd(**objectives.TRADES_ATTACK),
+                beta=_beta(section, 6.0),
+                clean_forward=recipe.parity.clean_forward,
+            )
         case "mart":
-            return objectives.MART(pgd(**objectives.MART_ATTACK), beta=_beta(section, 5.0))
+            return objectives.MART(
+                pgd(**objectives.MART_ATTACK),
+                beta=_beta(section, 5.0),
+                clean_forward=recipe.parity.clean_forward,
+            )
         case "free":
             return objectives.Free(bound, replays=section.replays)
         case "fgsm-rs":

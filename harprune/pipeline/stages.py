@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from harprune.methods.base import Budget, Method
-from harprune.pipeline import build
+from harprune.pipeline import build, checks
 from harprune.pipeline.build import Materials
 from harprune.pipeline.console import Console
 from harprune.pipeline.course import Course
@@ -63,7 +63,7 @@ def open_workshop(run: Run) -> Workshop:
     engine = build.fabric(run.recipe.execution)
     console = Console(run.folder / "log.txt" if run.leader else None, quiet=not run.leader)
     materials = build.materials(run.recipe)
-    build.rehearse(run.recipe, materials)
+    checks.rehearse(run.recipe, materials)
     return Workshop(run, materials, engine, console)
 
 

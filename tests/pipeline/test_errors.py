@@ -109,7 +109,7 @@ def test_a_wrong_recipe_is_one_line(command, here, setting, text, monkeypatch):
         (["data.name=folder", "data.folder=none"], "folder not found in none (expected train/<cl"),
         (["data.name=stripes_of_tests:lod"], "data set 'stripes_of_tests:lod': stripes_of_tests "),
         (["data.name=stripes_of_tests:images"], "stripes_of_tests:images returned tuple; it must"),
-        (["data.name=stripes_of_tests:too_bright"], "stripes_of_tests:too_bright: training image"),
+        (["data.name=stripes_of_tests:too_bright"], "train images run from"),
         (["model.name=smal_cnn"], "unknown model 'smal_cnn'; nearest: small_cnn"),
         (["model.name=stripes_of_tests:load"], "stripes_of_tests:load takes no width; leave out"),
         (["model.mean=[0.5, 0.5]", "model.std=[1, 1]"], "mean has 2 values but the images have 1"),

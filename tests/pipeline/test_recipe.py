@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harprune.pipeline import build
+from harprune.pipeline import build, checks
 from harprune.pipeline.recipe import Recipe, as_toml, changes, describe, make_recipe, read_recipe
 
 
@@ -173,7 +173,7 @@ def test_changes_name_the_leaves():
 def test_the_check_refuses_what_a_later_stage_would(content, text):
     recipe = make_recipe(content)
     with pytest.raises(ValueError) as caught:
-        build.check(recipe)
+        checks.check(recipe)
     assert str(caught.value).startswith(text)
     assert "\n" not in str(caught.value)
 
@@ -182,4 +182,4 @@ def test_the_check_lets_every_known_name_pass():
     for method in build.METHODS:
         for allocation in build.ALLOCATIONS:
             content = {"method": {"name": method}, "budget": {"allocation": allocation}}
-            build.check(make_recipe(content))
+            checks.check(make_recipe(content))

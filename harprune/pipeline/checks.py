@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is refused before any training starts, so that no fault waits for hours to show."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from harprune.pipeline import build
+from harprune.pipeline.build import Materials
+from harprune.pipeline.recipe import Recipe
+from harprune.robustness.attacks import eval_mode
+from harprune.training.schedules import make_schedule
+from harprune.training.splits import Split
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse, before data are loaded or a folder is made, what a later stage would refuse.
+
+    Raises:
+        ValueError: an unknown name, or a value that its owner does not take.
+    """
+    build.method(recipe)
+    build.allocate(recipe.budget.allocation)
+    if recipe.parity.epsilon and recipe.threat.norm != "linf":
+        raise ValueError(
+            f"parity.epsilon is a radius of linf, but threat.norm = {recipe.threat.norm!r}; "
+            "set one of them otherwise"
+        )
+    bound = build.threat(recipe)
+    for name in recipe.attack.attacks:
+        build.attack(name, bound)
+    for stage in (recipe.pretrain, recipe.prune, recipe.finetune):
+        build.objective(recipe, stage.objective or recipe.objective, None)
+        make_schedule(stage.schedule, epochs=stage.epochs, offset=recipe.parity.cosine_offset)
+    weights = recipe.model.weights
+    if weights is not None and not Path(weights).is_file():
+        raise ValueError(f"model.weights = {weights!r}: no such file; name a checkpoint")
+
+
+def rehearse(recipe: Recipe, supply: Materials) -> None:
+    """Refuse, before training starts, what does not fit the images or the network.
+
+    Raises:
+        ValueError: batches larger than the training set, a network for other images or classes,
+            layer patterns that match nothing, an allocation of other layers, or a budget that the
+            layers' floors exceed.
+    """
+    for part in ("train", "validation", "test"):
+        _require_pixels(getattr(supply, part), part)
+    stages = ("prune", "finetune") if supply.given else ("pretrain", "prune", "finetune")
+    for name in stages:
+        section = getattr(recipe, name)
+        if section.epochs and section.batch_size > len(supply.train):
+            raise ValueError(
+                f"{name}.batch_size = {section.batch_size} exceeds the {len(supply.train)} "
+                "training images; lower it"
+            )
+    model, limit = supply.network(), build.budget(recipe, supply.example)
+    _require_logits(model, supply)
+    limit.allocate(model, limit.density)
+    limit.counts(model, dict.fromkeys(limit.layers(model), limit.density))
+
+
+def _require_pixels(split: Split | None, what: str) -> None:
+    """Raises ValueError where images given as floats leave [0, 1], the unit of every epsilon."""
+    images = split.images if split is not None else None
+    if not isinstance(images, Tensor) or images.dtype == torch.uint8:
+        return
+    low, high = (float(end) for end in images.aminmax())
+    if not (low >= 0.0 and high <= 1.0):  # so that NaN fails it too
+        raise ValueError(
+            f"{what} images run from {low:.4g} to {high:.4g}; floats must lie in [0, 1]: scale "
+            "them, and normalise inside the model (model.mean, model.std)"
+        )
+
+
+@torch.no_grad()
+def _require_logits(model: nn.Module, supply: Materials) -> None:
+    try:
+        with eval_mode(model):
+            shape = tuple(model(supply.example).shape)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"the network refuses images of shape {supply.train.shape} ({error}); choose another "
+            "network or image size"
+        ) from error
+    classes = supply.num_classes or int(supply.train.labels.max()) + 1
+    if len(shape) != 2 or shape[1] < classes:
+        raise ValueError(
+            f"the network gives {shape} for one image of {classes} classes; it must give logits "
+            f"of shape (1, {classes})"
+        )
