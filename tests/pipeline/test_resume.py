@@ -176,7 +176,7 @@ class Fate:
         self.deaths = 0
 
     def live_again(self) -> None:
-        self.allowed = self.dice.randint(1, 20)
+        self.allowed = self.dice.randint(1, 14)
 
     def __call__(self, *arguments: object) -> None:
         self.allowed -= 1
