@@ -279,7 +279,7 @@ def test_garbled_files_are_named(run, tmp_path):
         ({"attacks": {"a": FGSM(Linf(0.1))}, "threat": THREAT}, r"moved an image by 0\.1"),
         ({"attacks": {"a": FGSM(L2(5.0))}, "threat": L2(0.5)}, "outside L2"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
 def test_wrong_input_is_refused_in_one_line(run, options, message):
     with pytest.raises(ValueError, match=message) as caught:
