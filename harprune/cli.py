@@ -279,7 +279,7 @@ def _run(recipe, out: Path, *, source: str = "", until: str = "report", as_json:
 
 
 def _print_json(content) -> None:
-    from harprune.reporting.writing import to_json
+    from harprune.files import to_json
 
     typer.echo(to_json(content), nl=False)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recipe's names turned into objects."""
 
+import atexit
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -156,7 +157,15 @@ def fabric(section: recipes.Execution) -> Fabric:
         precision=section.precision,
     )
     engine.launch()
+    if processes > 1:
+        atexit.register(_part)
     return engine
+
+
+def _part() -> None:
+    """Leave the group of processes: one that ends inside it may abort, its threads still alive."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def threat(recipe: Recipe) -> Threat:

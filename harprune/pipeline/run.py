@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from harprune.files import write
 from harprune.pipeline.recipe import Recipe, as_toml, changes
 from harprune.training import checkpoint
 
@@ -88,10 +89,10 @@ class Run:
             return
         given = self.recipe.model_dump(mode="json", exclude_unset=True)
         source = source or "\n".join(as_toml(given)) + "\n"
-        checkpoint.write_text(self.folder / "recipe.toml", source)
+        write(self.folder / "recipe.toml", source)
         environment = json.dumps(environment_of(command), indent=1)
-        checkpoint.write_text(self.folder / "environment.json", environment + "\n")
-        checkpoint.write_text(record, json.dumps(resolved, indent=1) + "\n")
+        write(self.folder / "environment.json", environment + "\n")
+        write(record, json.dumps(resolved, indent=1) + "\n")
 
     def _tidy(self) -> None:
         """Remove what killed processes left: half-written files, progress of finished stages."""
@@ -142,7 +143,7 @@ class Run:
                 for stage in STAGES
                 for epoch in histories.get(stage, [])
             ]
-            checkpoint.write_text(self.folder / "metrics.jsonl", "".join(f"{x}\n" for x in lines))
+            write(self.folder / "metrics.jsonl", "".join(f"{x}\n" for x in lines))
 
 
 def environment_of(command: str) -> dict[str, Any]:

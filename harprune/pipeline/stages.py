@@ -13,6 +13,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from harprune.files import to_json, write
 from harprune.methods.base import Budget, Method
 from harprune.pipeline import build, checks
 from harprune.pipeline.build import Materials
@@ -345,7 +346,7 @@ def _write_audit(shop: Workshop, counts: Audit, budget: Budget) -> None:
     others = {"uniform": allocation.uniform, "erk": allocation.erk, "lamp": allocation.lamp}
     content = counts.as_dict()
     content["allocations"] = {n: a(dense, budget.density) for n, a in others.items()}
-    checkpoint.write_json(shop.run.folder / "audit.json", content)
+    write(shop.run.folder / "audit.json", to_json(content))
 
 
 def _histories(shop: Workshop, course: Course) -> dict[str, list[dict]]:

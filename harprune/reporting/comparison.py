@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from harprune.files import to_json, write
 from harprune.reporting import plots
 from harprune.reporting.document import Document, Plot, Section
 from harprune.reporting.pairing import paired_difference
@@ -20,7 +21,6 @@ from harprune.reporting.tables import (
     format_kept,
     format_p,
 )
-from harprune.reporting.writing import to_json, write
 
 DENSE = "dense"
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from harprune.files import to_json, write
 from harprune.reporting import plots
 from harprune.reporting.document import Document, Plot, Section
 from harprune.reporting.records import ATTACKED, Run, read_run
@@ -24,7 +25,6 @@ from harprune.reporting.tables import (
     stages_table,
     title_of,
 )
-from harprune.reporting.writing import to_json, write
 
 
 def write_report(run_folder: str | Path) -> dict[str, Any]:

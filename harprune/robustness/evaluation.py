@@ -8,9 +8,7 @@ work is saved after each batch and goes on, bit for bit, where it was interrupte
 import hashlib
 import io
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harprune.files import to_json, write
 from harprune.intervals import mcnemar, paired_interval, wilson
 from harprune.robustness import sanity
 from harprune.robustness.attacks import Attack, eval_mode, seeded
@@ -412,16 +411,15 @@ class _State:
             return
         note = {key: getattr(self, key) for key in ("identity", "done", "parts", "flags")}
         arrays = {**self.outcomes, "progress": np.array(json.dumps(note))}
-        _write_atomically(self.folder / "partial.npz", _archive(arrays))
+        write(self.folder / "partial.npz", _archive(arrays))
 
     def finish(self, result: Evaluation) -> None:
         if self.folder is None:
             return
         record = asdict(result)
         del record["outcomes"]
-        text = json.dumps(record, indent=2) + "\n"
-        _write_atomically(self.folder / "outcomes.npz", _archive(self.outcomes))
-        _write_atomically(self.folder / "evaluation.json", text.encode())
+        write(self.folder / "outcomes.npz", _archive(self.outcomes))
+        write(self.folder / "evaluation.json", to_json(record))
         (self.folder / "partial.npz").unlink(missing_ok=True)
 
 
@@ -451,19 +449,6 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, BadZipFile, NotImplementedError) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it to start again") from None
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def load_evaluation(folder: str | Path) -> Evaluation:

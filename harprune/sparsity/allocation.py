@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from harprune.files import to_json, write
+
 Allocation = Callable[[Mapping[str, Tensor], float], dict[str, float]]
 
 
@@ -114,8 +116,8 @@ def read_allocation(path: str | Path) -> Explicit:
 
 
 def write_allocation(path: str | Path, densities: Mapping[str, float]) -> None:
-    """Write `{layer: density}` as JSON."""
-    Path(path).write_text(json.dumps(dict(densities), indent=1) + "\n")
+    """Write `{layer: density}` as JSON, atomically."""
+    write(path, to_json(dict(densities)))
 
 
 def apportion(

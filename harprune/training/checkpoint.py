@@ -7,8 +7,6 @@ metadata, so a truncated or altered file is refused instead of half believed.
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
+
+from harprune.files import replacing
 
 FORMAT = "harprune-checkpoint-1"
 
@@ -29,7 +29,10 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], values: Mapping[str, A
     text = json.dumps(values)
     metadata = {"format": FORMAT, "values": text, "sha256": _digest(own, text)}
     with replacing(path) as temporary:
-        save_file(own, temporary, metadata=metadata)
+        try:
+            save_file(own, temporary, metadata=metadata)
+        except SafetensorError as error:  # how safetensors says that the disk is full
+            raise OSError(str(error)) from None
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -79,55 +82,6 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-class replacing:
-    """A context that yields a temporary path and moves it over `path` when the block succeeds.
-
-    Raises:
-        OSError: the file cannot be written; what stood at `path` stands there still.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        os.close(handle)
-        self.temporary = Path(name)
-        return self.temporary
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            if error is None:
-                self._commit()
-        except OSError as fault:
-            error = fault
-        finally:
-            self.temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError | SafetensorError):
-            raise OSError(
-                f"{self.path} could not be written ({error}); what was there before is intact: "
-                "make room and give the same command again"
-            ) from None
-
-    def _commit(self) -> None:
-        with open(self.temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(self.temporary, 0o644)  # mkstemp makes it private; a run is for others to read
-        os.replace(self.temporary, self.path)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(text)
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON atomically."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def pack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import harprune
+from harprune.files import write
 from harprune.models import create_model
 from harprune.pipeline.build import load_network_weights
 from harprune.pipeline.recipe import read_recipe
@@ -460,19 +461,19 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(tmp_path, small_files
     with pytest.raises(OSError, match=r"c\.safetensors could not be written .*make room and give"):
         checkpoint.save(path, {"w": torch.ones(4096)}, {})
     with pytest.raises(OSError, match=r"t\.txt could not be written .*File too large"):
-        checkpoint.write_text(tmp_path / "t.txt", "x" * 8192)
+        write(tmp_path / "t.txt", "x" * 8192)
     assert contents(tmp_path) == {"c.safetensors": old}
 
 
 def test_a_failing_flush_leaves_the_old_file(tmp_path, monkeypatch):
-    checkpoint.write_text(tmp_path / "t.txt", "old")
+    write(tmp_path / "t.txt", "old")
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"t\.txt could not be written .*No space left"):
-        checkpoint.write_text(tmp_path / "t.txt", "new")
+        write(tmp_path / "t.txt", "new")
     assert contents(tmp_path) == {"t.txt": b"old"}
 
 

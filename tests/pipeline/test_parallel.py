@@ -94,6 +94,7 @@ if __name__ == "__main__":
     for kind in KINDS:
         model, losses = train(kind, fabric)
         torch.save((model.state_dict(), losses), f"{kind}.{fabric.global_rank}.pt")
+    torch.distributed.destroy_process_group()
 """
 
 RECIPE = """

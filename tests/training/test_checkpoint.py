@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from harprune.files import to_json, write
 from harprune.training import checkpoint
 
 
@@ -128,7 +129,7 @@ class Interrupted(BaseException):
     """Stands for whatever may come between two instructions."""
 
 
-@pytest.mark.parametrize("where", ["save_file", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("where", ["training.checkpoint.save_file", "files.os.fsync", "files.os.replace"])
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), Interrupted()])
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(saved, monkeypatch, where, fault):
     before = saved.read_bytes()
@@ -136,7 +137,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(saved, monkeypatch, 
     def fail(*arguments, **options):
         raise fault
 
-    monkeypatch.setattr(f"harprune.training.checkpoint.{where}", fail)
+    monkeypatch.setattr(f"harprune.{where}", fail)
     with pytest.raises(type(fault)):
         checkpoint.save(saved, {"w": torch.ones(2)}, {})
     monkeypatch.undo()
@@ -148,9 +149,9 @@ def test_a_full_disk_is_said_in_one_line(saved, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("harprune.training.checkpoint.os.fsync", full)
+    monkeypatch.setattr("harprune.files.os.fsync", full)
     with pytest.raises(OSError, match=r"could not be written.*No space.*is intact") as caught:
-        checkpoint.write_json(saved.parent / "a.json", {})
+        write(saved.parent / "a.json", "{}")
     assert "\n" not in str(caught.value)
 
 
@@ -163,7 +164,7 @@ def test_values_that_are_not_json_are_refused_before_anything_is_written(saved):
 
 def test_text_and_json_make_their_folder_and_can_be_read_by_others(tmp_path):
     path = tmp_path / "new" / "a.json"
-    checkpoint.write_json(path, {"b": 1, "a": [2.5]})
+    write(path, to_json({"b": 1, "a": [2.5]}))
     assert json.loads(path.read_text()) == {"b": 1, "a": [2.5]}
     assert path.stat().st_mode & 0o777 == 0o644
 

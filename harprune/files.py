@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files written whole or not at all, and JSON that any reader accepts."""
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+class replacing:
+    """A context that yields a temporary path and moves it over `path` when the block succeeds.
+
+    Raises:
+        OSError: the file cannot be written; what stood at `path` stands there still.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __enter__(self) -> Path:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        os.close(handle)
+        self.temporary = Path(name)
+        return self.temporary
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if error is None:
+                self._commit()
+        except OSError as fault:
+            error = fault
+        finally:
+            self.temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(
+                f"{self.path} could not be written ({error}); what was there before is intact: "
+                "make room and give the same command again"
+            ) from None
+
+    def _commit(self) -> None:
+        with open(self.temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(self.temporary, 0o644)  # mkstemp makes it private; a run is for others to read
+        os.replace(self.temporary, self.path)
+
+
+def write(path: str | Path, content: str | bytes) -> None:
+    """Write a file atomically, text as UTF-8; its folder is made when absent."""
+    data = content.encode() if isinstance(content, str) else content
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON; a number that is not finite becomes null, for which JSON has no word."""
+    return json.dumps(_finite(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
