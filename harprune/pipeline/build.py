@@ -2,6 +2,7 @@
 """A recipe's names turned into objects."""
 
 import atexit
+import gc
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -163,8 +164,9 @@ def fabric(section: recipes.Execution) -> Fabric:
 
 
 def _part() -> None:
-    """Leave the group of processes: one that ends inside it may abort, its threads still alive."""
+    """Leave the group of processes, and end its threads: a live one may abort the process."""
     if torch.distributed.is_initialized():
+        gc.collect()  # wrappers that hold the group lie in cycles
         torch.distributed.destroy_process_group()
 
 

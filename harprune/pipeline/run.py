@@ -27,9 +27,11 @@ from harprune.pipeline.recipe import Recipe, as_toml, changes
 from harprune.training import checkpoint
 
 STAGES = ("pretrain", "prune", "finetune")
-# .NAME.xxxxxxxx, as `tempfile` draws it, of the files that a run writes, and where they lie.
+# .NAME.xxxxxxxx of the files that a run writes, as `tempfile` draws it, or .tmpXXXXXX, as
+# safetensors does; and where they lie.
 _TEMPORARY = re.compile(
-    r"\.\w+\.(toml|jsonl?|progress|best|safetensors|npz|md|html|svg)\.[a-z0-9_]{8}"
+    r"\.tmp[A-Za-z0-9]{6}"
+    r"|\.\w+\.(toml|jsonl?|progress|best|safetensors|npz|md|html|svg)\.[a-z0-9_]{8}"
 )
 _PLACES = (".*", "attack/*/.*", "report/.*", "report/plots/.*")
 _ARTIFACTS = {"pretrain": "dense", "prune": "pruned", "finetune": "finetuned"}

@@ -21,7 +21,7 @@ from harprune.training import checkpoint
 
 # A network without batch norm, and everything `fit` needs to train it, for any number of processes.
 MODULE = """
-import os
+import gc
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -87,13 +87,17 @@ def train(kind, fabric):
 
 KINDS = ("attacked", "masked", "free", "norm")
 
-if __name__ == "__main__":
+def main():
     torch.set_num_threads(1)
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
     fabric.launch()
     for kind in KINDS:
         model, losses = train(kind, fabric)
         torch.save((model.state_dict(), losses), f"{kind}.{fabric.global_rank}.pt")
+
+if __name__ == "__main__":
+    main()
+    gc.collect()
     torch.distributed.destroy_process_group()
 """
 

@@ -232,11 +232,29 @@ def test_dying_at_any_rename_changes_nothing(variant, here, monkeypatch):
     require_same(here / "killed", here / "whole")
 
 
+def test_dying_before_the_last_metrics_loses_none(finished, here, monkeypatch):
+    recipe, write = read_recipe("tiny.toml"), Run.write_metrics
+
+    def die_late(run, histories):
+        if len(histories.get("finetune", [])) == recipe.finetune.epochs:
+            raise Killed
+        write(run, histories)
+
+    monkeypatch.setattr(Run, "write_metrics", die_late)
+    with pytest.raises(Killed):
+        attempt(here / "again", recipe)
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    attempt(here / "again", recipe)
+    metrics = [folder / "metrics.jsonl" for folder in (here / "again", finished)]
+    assert metrics[0].read_bytes() == metrics[1].read_bytes()
+
+
 def test_a_run_that_is_opened_again_loses_the_litter_of_the_dead(finished):
     litter = [
         ".dense.safetensors.ab12cd_9", ".recipe.toml.00000000", ".metrics.jsonl.zzzzzzzz",
         "attack/dense/.partial.npz.abcdefgh", "report/.report.html.abcdefgh",
-        "report/plots/.density.svg.abcdefgh", "pretrain.progress", "prune.best",
+        "report/plots/.density.svg.abcdefgh", ".tmp5mm4Wi", "pretrain.progress", "prune.best",
     ]  # fmt: skip
     others = [".bashrc.settings", ".hidden", "dense.json.abcdefgh", "sub/.a.json.abcdefgh"]
     (finished / "sub").mkdir()
