@@ -126,7 +126,10 @@ def evaluate(
             model,
             stages.Floats(split.images),
             split.labels,
-            {each: build.attack(each, threat) for each in attacks},
+            {
+                each: build.attack(each, threat, seed=seed, batch_size=batch_size)
+                for each in attacks
+            },
             seed=seed,
             batch_size=batch_size,
             index=index,

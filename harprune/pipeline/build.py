@@ -321,8 +321,11 @@ def allocate(name: str) -> allocation.Allocation:
     return allocation.read_allocation(name)
 
 
-def attack(name: str, bound: Threat) -> attacks.Attack:
-    """An evaluation attack by name: fgsm, pgd-N, cw-N, apgd-ce, apgd-dlr, autoattack."""
+def attack(name: str, bound: Threat, *, seed: int = 0, batch_size: int = 250) -> attacks.Attack:
+    """An evaluation attack by name: fgsm, pgd-N, cw-N, apgd-ce, apgd-dlr, autoattack.
+
+    `seed` and `batch_size` are AutoAttack's; the others draw from the global generator.
+    """
     base, _, number = name.partition("-")
     try:
         match base:
@@ -336,7 +339,7 @@ def attack(name: str, bound: Threat) -> attacks.Attack:
                 loss = attacks.cross_entropy if number == "ce" else attacks.dlr
                 return attacks.APGD(bound, loss=loss)
             case "autoattack" if not number:
-                return AutoAttack(bound)
+                return AutoAttack(bound, batch_size=batch_size, seed=seed)
     except ValueError:
         pass
     raise ValueError(

@@ -92,7 +92,7 @@ def pretrain(shop: Workshop) -> None:
     history: list[dict] = []
     if not shop.materials.given and shop.recipe.pretrain.epochs:
         history = learn(shop, "pretrain", model, [{"params": list(model.parameters())}])
-    clean, robust = validate(shop, model, _twin(shop, model))
+    clean, robust = validate(shop, model, twin(model))
     shop.console.say(f"dense network: {_percent(clean, robust)} on validation images")
     _finish(shop, "pretrain", checkpoint.pack("model", model.state_dict()), history, clean, robust)
 
@@ -115,7 +115,7 @@ def prune(shop: Workshop) -> None:
     shop.console.say(f"pruned: {counts.kept} of {counts.total} {counts.denominator} kept")
     _alarm(shop, model, counts)
     _write_audit(shop, counts, budget)
-    clean, robust = validate(shop, model, _twin(shop, model))
+    clean, robust = validate(shop, model, twin(model))
     shop.console.say(f"pruned network: {_percent(clean, robust)} on validation images")
     tensors |= checkpoint.pack("model", model.state_dict())
     _finish(shop, "prune", tensors, history, clean, robust)
@@ -151,7 +151,7 @@ def finetune(shop: Workshop) -> None:
     masks.bake(model)
     counts = budget.audit(model)
     _write_audit(shop, counts, budget)
-    clean, robust = validate(shop, model, _twin(shop, model))
+    clean, robust = validate(shop, model, twin(model))
     shop.console.say(f"finetuned network: {_percent(clean, robust)} on validation images")
     tensors = checkpoint.pack("model", model.state_dict()) | checkpoint.pack("mask", kept)
     _finish(shop, "finetune", tensors, history, clean, robust)
@@ -163,7 +163,10 @@ def attack(shop: Workshop) -> None:
     if test is None or not section.attacks or not shop.run.leader:
         return
     bound = build.threat(shop.recipe)
-    attacks = {name: build.attack(name, bound) for name in section.attacks}
+    attacks = {
+        name: build.attack(name, bound, seed=section.seed, batch_size=section.batch_size)
+        for name in section.attacks
+    }
     index = evaluation.subset(test.labels, section.size, section.seed)
     for name, stage in (("dense", "pretrain"), ("finetuned", "finetune")):
         if name == "dense" and not section.dense:
@@ -213,9 +216,10 @@ def learn(
 ) -> list[dict]:
     """Train `groups` for the stage's epochs, leave the selected epoch in `model`; its history."""
     section = getattr(shop.recipe, stage)
-    fast = _twin(shop, model)
-    attacked = fast if shop.recipe.execution.twin else None
-    objective = build.objective(shop.recipe, section.objective or shop.recipe.objective, attacked)
+    fast = twin(model)
+    objective = build.objective(
+        shop.recipe, section.objective or shop.recipe.objective, _attacked(shop, model)
+    )
     optimiser = build.optimiser(groups, section)
     batches = build.batches(
         shop.materials.train, shop.recipe, section, shop.engine, shop.seed(stage)
@@ -325,7 +329,10 @@ class Floats:
         return to_float(self.images[index])
 
 
-def _twin(shop: Workshop, model: nn.Module) -> Twin | None:
+def _attacked(shop: Workshop, model: nn.Module) -> Twin | None:
+    """What training attacks run on: the model's twin, in their precision, or the model itself."""
+    if not shop.recipe.execution.twin:
+        return None
     low = shop.recipe.execution.attack_precision == "bf16"
     return twin(model, dtype=torch.bfloat16 if low else None)
 
