@@ -59,6 +59,10 @@ Folder = Annotated[
 ]
 Epsilon = Annotated[str, typer.Option(help="Radius for images in [0, 1], as 8/255 or 0.031.")]
 Norm = Annotated[Literal["linf", "l2"], typer.Option(help="Norm that bounds the perturbation.")]
+Backend = Annotated[
+    Literal["auto", "dense", "sparse"] | None,
+    typer.Option(help="Run masked networks on the sparse CPU kernels, or in torch alone."),
+]
 Stage = Literal["pretrain", "prune", "finetune", "attack", "report"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -78,6 +82,7 @@ def run(
     out: Out,
     overrides: Set = [],  # noqa: B006 - typer copies it
     until: Annotated[Stage, typer.Option(help="Stop when this stage is done.")] = "report",
+    execution: Backend = None,
     as_json: Json = False,
 ) -> None:
     """Run a recipe through all stages: pretrain, prune, finetune, attack, report.
@@ -86,7 +91,7 @@ def run(
     """
     from harprune.pipeline.recipe import read_recipe
 
-    resolved = read_recipe(recipe, overrides)
+    resolved = read_recipe(recipe, [*overrides, *_backend(execution)])
     source = recipe.read_text(encoding="utf-8-sig")
     _run(resolved, out, source=source, until=until, as_json=as_json)
 
@@ -109,6 +114,7 @@ def prune(
     finetune_epochs: Annotated[int, typer.Option(help="Epochs of finetuning.")] = 100,
     seed: Annotated[int, typer.Option(help="Decides all randomness.")] = 0,
     overrides: Set = [],  # noqa: B006
+    execution: Backend = None,
     as_json: Json = False,
 ) -> None:
     """Prune *your* robust network, without writing a recipe.
@@ -129,6 +135,7 @@ def prune(
         "prune": {"epochs": prune_epochs},
         "finetune": {"epochs": finetune_epochs},
     }
+    overrides = [*overrides, *_backend(execution)]
     resolved = make_recipe(content, overrides, source="harprune prune")
     _run(resolved, out, as_json=as_json)
 
@@ -159,6 +166,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Draws the images and starts the attacks.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images attacked at a time.")] = 250,
     overrides: Set = [],  # noqa: B006
+    execution: Backend = None,
     as_json: Json = False,
 ) -> None:
     """Measure clean accuracy and robustness of a network on test images.
@@ -175,6 +183,7 @@ def evaluate(
         "threat": {"norm": norm, "epsilon": epsilon},
         "attack": {"attacks": attack, "size": size, "seed": seed, "batch_size": batch_size},
     }
+    overrides = [*overrides, *_backend(execution)]
     recipe = make_recipe(content, overrides, source="harprune evaluate")
     result = evaluate_recipe(recipe, out)
     if as_json:
@@ -184,6 +193,10 @@ def evaluate(
     else:
         for line in result.lines():
             typer.echo(line)
+
+
+def _backend(execution: str | None) -> list[str]:
+    return [] if execution is None else [f'execution.backend="{execution}"']
 
 
 @app.command(

@@ -215,6 +215,8 @@ def test_every_data_file_of_the_package_is_installed():
     with (ROOT / "pyproject.toml").open("rb") as stream:
         declared = tomllib.load(stream)["tool"]["setuptools"]["package-data"]
     files = [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in {".py", ".pyc"}]
+    # C sources are built, not installed; what they become is no data.
+    files = [p for p in files if p.suffix != ".so" and p.parent.name != "native"]
     missing = [
         str(path.relative_to(ROOT))
         for path in files

@@ -20,7 +20,7 @@ from harprune.robustness import evaluation
 from harprune.robustness.evaluation import Evaluation
 from harprune.robustness.threat import Linf, Threat
 from harprune.sparsity.audit import Audit
-from harprune.sparsity.execution import twin
+from harprune.sparsity.execution import Execution, twin
 from harprune.training.splits import Split, from_arrays
 
 Images = Split | tuple[Any, Any]
@@ -106,6 +106,7 @@ def evaluate(
     batch_size: int = 250,
     out: str | Path | None = None,
     name: str = "model",
+    execution: Execution = Execution.AUTO,
     quiet: bool = False,
 ) -> Evaluation:
     """Clean accuracy and accuracy under each attack, with intervals, checks and flags.
@@ -115,12 +116,13 @@ def evaluate(
         threat: Linf(8/255) if absent.
         size: number of images, drawn by `seed`; all if absent.
         out: a folder for per-image outcomes, from which an interrupted evaluation goes on.
+        execution: whether attacks run on the sparse kernels; verdicts are always the model's own.
     """
     threat = threat or Linf(8 / 255)
     split = _split(test)
     device = next(model.parameters()).device
     index = evaluation.subset(split.labels, size, seed)
-    fast = twin(model)
+    fast = twin(model, execution=execution)
     with Console(quiet=quiet).bar(f"attack {name}", len(index)) as bar:
         return evaluation.evaluate(
             model,
@@ -158,6 +160,7 @@ def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation
         seed=section.seed,
         batch_size=section.batch_size,
         out=out,
+        execution=Execution(recipe.execution.backend),
         name=recipe.name,
     )
 

@@ -26,8 +26,8 @@ from harprune.pipeline.recipe import Recipe
 from harprune.robustness import attacks, objectives
 from harprune.robustness.autoattack import AutoAttack
 from harprune.robustness.threat import Linf, Threat, make_threat, parse_epsilon
-from harprune.sparsity import allocation, costs
-from harprune.sparsity.execution import Twin
+from harprune.sparsity import allocation, costs, execution
+from harprune.sparsity.execution import Execution, Twin
 from harprune.sparsity.granularity import Granularity
 from harprune.training import checkpoint
 from harprune.training.augmentation import default_augmentation
@@ -184,6 +184,12 @@ def step_size(recipe: Recipe, section: recipes.Objective) -> float:
     if section.step_size is not None:
         return parse_epsilon(section.step_size)
     return threat(recipe).epsilon / 4.0
+
+
+def twin(recipe: Recipe, model: nn.Module, dtype: torch.dtype | None = None) -> Twin | None:
+    """The fixed function of `model`, on the backend of the recipe; None where it has none."""
+    backend = Execution(recipe.execution.backend)
+    return execution.twin(model, dtype=dtype, execution=backend)
 
 
 @dataclass(frozen=True)

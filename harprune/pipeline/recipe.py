@@ -216,6 +216,8 @@ class Execution(Section):
     """Number format of training."""
     attack_precision: Literal["32", "bf16"] = "32"
     """Number format inside training attacks; bf16 is a different, cheaper attack."""
+    backend: Literal["auto", "sparse", "dense"] = "auto"
+    """What runs masked networks on a CPU: the sparse kernels where they are built, or torch."""
     twin: bool = True
     """Attack an equivalent of the model with batch norm folded and masks multiplied out."""
     threads: int | None = Field(None, ge=1)

@@ -27,7 +27,7 @@ from harprune.robustness import evaluation
 from harprune.robustness.attacks import eval_mode
 from harprune.sparsity import allocation, masks
 from harprune.sparsity.audit import Audit, connected
-from harprune.sparsity.execution import Twin, twin
+from harprune.sparsity.execution import Execution, Twin, training_twin
 from harprune.sparsity.layers import weights
 from harprune.training import checkpoint
 from harprune.training.loop import Diverged, fit
@@ -92,7 +92,7 @@ def pretrain(shop: Workshop) -> None:
     history: list[dict] = []
     if not shop.materials.given and shop.recipe.pretrain.epochs:
         history = learn(shop, "pretrain", model, [{"params": list(model.parameters())}])
-    clean, robust = validate(shop, model, twin(model))
+    clean, robust = validate(shop, model, build.twin(shop.recipe, model))
     shop.console.say(f"dense network: {_percent(clean, robust)} on validation images")
     _finish(shop, "pretrain", checkpoint.pack("model", model.state_dict()), history, clean, robust)
 
@@ -115,7 +115,7 @@ def prune(shop: Workshop) -> None:
     shop.console.say(f"pruned: {counts.kept} of {counts.total} {counts.denominator} kept")
     _alarm(shop, model, counts)
     _write_audit(shop, counts, budget)
-    clean, robust = validate(shop, model, twin(model))
+    clean, robust = validate(shop, model, build.twin(shop.recipe, model))
     shop.console.say(f"pruned network: {_percent(clean, robust)} on validation images")
     tensors |= checkpoint.pack("model", model.state_dict())
     _finish(shop, "prune", tensors, history, clean, robust)
@@ -151,7 +151,7 @@ def finetune(shop: Workshop) -> None:
     masks.bake(model)
     counts = budget.audit(model)
     _write_audit(shop, counts, budget)
-    clean, robust = validate(shop, model, twin(model))
+    clean, robust = validate(shop, model, build.twin(shop.recipe, model))
     shop.console.say(f"finetuned network: {_percent(clean, robust)} on validation images")
     tensors = checkpoint.pack("model", model.state_dict()) | checkpoint.pack("mask", kept)
     _finish(shop, "finetune", tensors, history, clean, robust)
@@ -172,7 +172,7 @@ def attack(shop: Workshop) -> None:
         if name == "dense" and not section.dense:
             continue
         model = load_network(shop, stage)
-        fast = twin(model) if shop.recipe.execution.twin else None
+        fast = build.twin(shop.recipe, model) if shop.recipe.execution.twin else None
         with shop.console.bar(f"attack {name}", len(index)) as bar:
             result = evaluation.evaluate(
                 model,
@@ -216,7 +216,7 @@ def learn(
 ) -> list[dict]:
     """Train `groups` for the stage's epochs, leave the selected epoch in `model`; its history."""
     section = getattr(shop.recipe, stage)
-    fast = twin(model)
+    fast = build.twin(shop.recipe, model)
     objective = build.objective(
         shop.recipe, section.objective or shop.recipe.objective, _attacked(shop, model)
     )
@@ -244,7 +244,7 @@ def learn(
             fit(
                 model,
                 batches,
-                loss=_loss(objective, method),
+                loss=_loss(objective, method, _trained(shop, stage, model)),
                 optimiser=optimiser,
                 schedule=make_schedule(
                     section.schedule, epochs=section.epochs, offset=shop.recipe.parity.cosine_offset
@@ -265,10 +265,20 @@ def learn(
     return course.history
 
 
-def _loss(objective, method: Method | None) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+def _trained(shop: Workshop, stage: str, model: nn.Module) -> nn.Module:
+    """What a stage's loss runs on: the kernels while the model is masked, where they are built."""
+    if stage == "pretrain":
+        return model
+    backend = Execution(shop.recipe.execution.backend)
+    return training_twin(model, execution=backend) or model
+
+
+def _loss(
+    objective, method: Method | None, trained: nn.Module
+) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
     if method is None:
-        return objective
-    return lambda model, x, y: objective(model, x, y) + method.penalty(model)
+        return lambda model, x, y: objective(trained, x, y)
+    return lambda model, x, y: objective(trained, x, y) + method.penalty(model)
 
 
 def _end_epoch(shop: Workshop, course: Course, epoch: int, fast: Twin | None, epochs: int) -> None:
@@ -334,7 +344,7 @@ def _attacked(shop: Workshop, model: nn.Module) -> Twin | None:
     if not shop.recipe.execution.twin:
         return None
     low = shop.recipe.execution.attack_precision == "bf16"
-    return twin(model, dtype=torch.bfloat16 if low else None)
+    return build.twin(shop.recipe, model, dtype=torch.bfloat16 if low else None)
 
 
 def _finish(

@@ -1,28 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a masked model faster where only its *function* matters, exactly: the twin.
+"""Run a masked model at the cost of its density: the twin, and the training twin.
 
 Inside an attack, and in evaluation, a model is a fixed function in eval mode: weights and masks do
 not change and nobody asks for their gradients. `twin` builds that function once from any traceable
-model: masks multiplied out, batch norm folded into the convolution before it, channels innermost.
-`Twin.current()` reads the weights anew, once per optimiser step. The result equals the model's to
-float tolerance, and gradients to the input flow through it.
+model, with masks multiplied out and batch norm folded into the convolution before it.
+`Twin.current()` reads the weights anew, once per optimiser step. On a CPU it runs on the sparse
+kernels, elsewhere in torch with channels innermost. The result equals the model's to float
+tolerance, and gradients to the input flow through it.
+
+`training_twin` is a model in training mode on the kernels, with gradients to its parameters.
 """
+
+from enum import Enum
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from harprune.kernels import graph as kernel_nodes
+from harprune.kernels import native
+from harprune.sparsity.bridge import FunctionRegion, TrainingRegion, kernels_for
+from harprune.sparsity.masks import FixedMask
+from harprune.sparsity.regions import split
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+class Execution(Enum):
+    """What runs a masked model: the sparse kernels where they are built and fit, or torch alone."""
+
+    AUTO = "auto"
+    SPARSE = "sparse"
+    DENSE = "dense"
+
+
+def require_kernels() -> None:
+    """Raise ValueError where the kernels were not built."""
+    if native.best() is None:
+        raise ValueError(
+            "execution 'sparse' needs the compiled kernels, which this installation lacks; install "
+            "a C compiler and reinstall harprune, or choose 'auto' or 'dense'"
+        )
+
+
 class Twin:
     """The eval-mode function of a model, rebuilt from its weights on demand; see `twin`."""
 
-    def __init__(self, network: fx.GraphModule, dtype: torch.dtype | None):
+    def __init__(self, network: fx.GraphModule, dtype: torch.dtype | None, sparse: bool):
         self._frozen = [m for m in network.modules() if isinstance(m, _Frozen)]
-        self._function = _Cast(network, dtype)
+        self._version = 0
+        dense = _Cast(network, dtype)
+        self._function = _OnKernels(dense, lambda: self._version) if sparse else dense
         self._dtype = dtype
+        self._layout = torch.contiguous_format if sparse else torch.channels_last
 
     @torch.no_grad()
     def current(self) -> nn.Module:
@@ -30,18 +62,30 @@ class Twin:
 
         The same module each time, without parameters of its own; logits in the dtype of x.
         """
+        self._version += 1
         for module in self._frozen:
-            module.read(self._dtype)
+            module.read(self._dtype, self._layout)
         return self._function
 
 
-def twin(model: nn.Module, *, dtype: torch.dtype | None = None) -> Twin | None:
+def twin(
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    execution: Execution = Execution.AUTO,
+) -> Twin | None:
     """The `Twin` of `model`, or None where it cannot be traced (its own forward then serves).
 
     Args:
         dtype: precision of the whole function, such as torch.bfloat16; None keeps the model's.
-            A lower one makes a different, cheaper attack: a choice to be recorded.
+            A lower one makes a different, cheaper attack, run by torch: a choice to record.
+        execution: whether the sparse kernels run what they can.
+
+    Raises:
+        ValueError: execution SPARSE without compiled kernels.
     """
+    if execution is Execution.SPARSE:
+        require_kernels()
     try:
         network = fx.symbolic_trace(model)
     except Exception:  # whatever the model's own control flow raises on fx's proxies
@@ -58,7 +102,9 @@ def twin(model: nn.Module, *, dtype: torch.dtype | None = None) -> Twin | None:
     network.graph.eliminate_dead_code()
     network.delete_all_unused_submodules()
     network.recompile()
-    return Twin(network, dtype)
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    sparse = on_cpu and dtype is None and execution is not Execution.DENSE
+    return Twin(network, dtype, sparse and native.best() is not None)
 
 
 def _freeze(network: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module]) -> None:
@@ -95,10 +141,51 @@ class _Cast(nn.Module):
         return self.network(inner).to(x.dtype)
 
 
+class _OnKernels(nn.Module):
+    """A frozen network whose regions run on the kernels, split anew for each shape of images."""
+
+    def __init__(self, dense: _Cast, version):
+        super().__init__()
+        self.dense = dense
+        self._read = version
+        self._networks: dict[tuple, fx.GraphModule | None] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = (x.dtype, *x.shape[1:])
+        if key not in self._networks:
+            self._networks[key] = self._split(x)
+        network = self._networks[key]
+        return self.dense(x) if network is None else network(x)
+
+    def _split(self, x: Tensor) -> fx.GraphModule | None:
+        if x.device.type != "cpu" or kernels_for(x.dtype) is None:
+            return None
+        whole = self.dense.network
+        network = fx.GraphModule(whole, _copy(whole.graph))
+        if not split(network, x[:1].detach(), _role_of_frozen):
+            return None
+        for name, region in list(network.named_children()):
+            if name.startswith("fused_"):
+                setattr(network, name, FunctionRegion(region, _role_of_frozen, self._read))
+        return network
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    return copied
+
+
+def _role_of_frozen(module: nn.Module) -> type[kernel_nodes.Node] | None:
+    if isinstance(module, _FrozenLayer):
+        return kernel_nodes.Convolution
+    return kernel_nodes.Affine if isinstance(module, _FrozenNorm) else None
+
+
 class _Frozen(nn.Module):
     """Stands for a module of the model; `read` takes its present tensors, detached."""
 
-    def read(self, dtype: torch.dtype | None) -> None:
+    def read(self, dtype: torch.dtype | None, layout: torch.memory_format) -> None:
         raise NotImplementedError
 
 
@@ -110,7 +197,12 @@ class _FrozenLayer(_Frozen):
         # In a tuple, so that the model's modules do not become submodules of its twin.
         self._source = (layer, norm)
 
-    def read(self, dtype: torch.dtype | None) -> None:
+    @property
+    def layer(self) -> nn.Module:
+        """The convolution or linear layer that this one stands for."""
+        return self._source[0]
+
+    def read(self, dtype: torch.dtype | None, layout: torch.memory_format) -> None:
         layer, norm = self._source
         # A weight read without a graph inside `parametrize.cached()` would stay cached that way,
         # and the loss that follows the attack would silently train nothing.
@@ -122,15 +214,14 @@ class _FrozenLayer(_Frozen):
             weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
             bias = shift if bias is None else bias * scale + shift
         dtype = dtype or weight.dtype
-        layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+        layout = layout if weight.dim() == 4 else torch.contiguous_format
         self.weight = weight.to(dtype).contiguous(memory_format=layout)
         self.bias = None if bias is None else bias.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        layer = self._source[0]
-        if isinstance(layer, nn.Linear):
+        if isinstance(self.layer, nn.Linear):
             return F.linear(x, self.weight, self.bias)
-        return layer._conv_forward(x, self.weight, self.bias)
+        return self.layer._conv_forward(x, self.weight, self.bias)
 
 
 class _FrozenNorm(_Frozen):
@@ -140,7 +231,7 @@ class _FrozenNorm(_Frozen):
         super().__init__()
         self._source = (norm,)
 
-    def read(self, dtype: torch.dtype | None) -> None:
+    def read(self, dtype: torch.dtype | None, layout: torch.memory_format) -> None:
         scale, shift = _scale_and_shift(self._source[0])
         self.scale, self.shift = scale.to(dtype or scale.dtype), shift.to(dtype or shift.dtype)
 
@@ -158,8 +249,11 @@ def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _is_affine(module: nn.Module) -> bool:
-    linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return linear or _is_convolution(module) or _is_frozen_norm(module)
+    return _is_linear(module) or _is_convolution(module) or _is_frozen_norm(module)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _is_convolution(module: nn.Module) -> bool:
@@ -170,3 +264,82 @@ def _is_convolution(module: nn.Module) -> bool:
 
 def _is_frozen_norm(module: nn.Module) -> bool:
     return isinstance(module, _BATCH_NORMS) and module.track_running_stats
+
+
+class TrainingTwin(nn.Module):
+    """A model that runs on the kernels while it trains, and as itself in eval mode."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self._networks: dict[tuple, fx.GraphModule | None] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the model's own forward; parameters get their gradients as usual."""
+        if not self.model.training or x.device.type != "cpu" or kernels_for(x.dtype) is None:
+            return self.model(x)
+        key = (x.dtype, *x.shape[1:], _modes(self.model))
+        if key not in self._networks:
+            self._networks[key] = self._split(x)
+        network = self._networks[key]
+        return self.model(x) if network is None else network(x)
+
+    def _split(self, x: Tensor) -> fx.GraphModule | None:
+        network = fx.symbolic_trace(self.model)
+        # Shapes come from a run in eval mode: one image must not move batch-norm statistics.
+        modes = [(m, m.training) for m in self.model.modules()]
+        self.model.eval()
+        network.eval()
+        try:
+            found = split(network, x[:1].detach(), role_of_layer)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        if not found:
+            return None
+        for name, region in list(network.named_children()):
+            if name.startswith("fused_"):
+                setattr(network, name, TrainingRegion(region, role_of_layer, fixed_mask))
+        return network
+
+
+def training_twin(
+    model: nn.Module, *, execution: Execution = Execution.AUTO
+) -> TrainingTwin | None:
+    """The `TrainingTwin` of `model`, or None where torch runs it.
+
+    Raises:
+        ValueError: execution SPARSE without compiled kernels.
+    """
+    if execution is Execution.SPARSE:
+        require_kernels()
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    if execution is Execution.DENSE or native.best() is None or not on_cpu:
+        return None
+    try:
+        fx.symbolic_trace(model)
+    except Exception:  # as in `twin`
+        return None
+    return TrainingTwin(model)
+
+
+def role_of_layer(module: nn.Module) -> type[kernel_nodes.Node] | None:
+    """What a layer of a model in training mode is to the kernels."""
+    if _is_convolution(module) or _is_linear(module):
+        return kernel_nodes.Convolution
+    if _is_frozen_norm(module) and isinstance(module, nn.BatchNorm2d) and module.affine:
+        return kernel_nodes.Normalisation
+    return None
+
+
+def fixed_mask(layer: nn.Module) -> Tensor | None:
+    """The kept weights of a layer under a `FixedMask`, else None."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    mask = layer.parametrizations["weight"][0]
+    fixed = isinstance(mask, FixedMask) and mask.kept.shape == layer.weight.shape
+    return mask.kept if fixed else None
+
+
+def _modes(model: nn.Module) -> tuple[bool, ...]:
+    return tuple(m.training for m in model.modules())

@@ -129,7 +129,9 @@ class Interrupted(BaseException):
     """Stands for whatever may come between two instructions."""
 
 
-@pytest.mark.parametrize("where", ["training.checkpoint.save_file", "files.os.fsync", "files.os.replace"])
+@pytest.mark.parametrize(
+    "where", ["training.checkpoint.save_file", "files.os.fsync", "files.os.replace"]
+)
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), Interrupted()])
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(saved, monkeypatch, where, fault):
     before = saved.read_bytes()

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network as the kernels see it: values, and the nodes that make one from others.
+
+A value is a number that names a map of `Shape` per image. Nodes stand in the order of
+computation and each makes one value; parameters are named, and given to the plan later.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+Pair = tuple[int, int]
+
+
+class Shape(NamedTuple):
+    """Channels, height and width of one image's map; a vector is channels x 1 x 1."""
+
+    channels: int
+    height: int = 1
+    width: int = 1
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a map that one output position sees, as (rows, columns)."""
+
+    size: Pair
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+
+    def over(self, height: int, width: int) -> Pair:
+        """Height and width of what sliding this window over a map gives."""
+        sides = zip((height, width), self.size, self.stride, self.padding, self.dilation)
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
+
+
+@dataclass(frozen=True)
+class Node:
+    """Makes value `out` from the values `sources`."""
+
+    sources: tuple[int, ...]
+    out: int
+
+
+@dataclass(frozen=True)
+class Convolution(Node):
+    """Weights `name` of shape (filters, channels / groups, *window.size); also a linear layer."""
+
+    name: str
+    window: Window
+    groups: int = 1
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class Affine(Node):
+    """scale[c] x + shift[c] with the vectors `name`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Normalisation(Node):
+    """Batch norm with the statistics of the batch, scale and shift `name`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Rectifier(Node):
+    """max(x, 0)."""
+
+
+@dataclass(frozen=True)
+class Sum(Node):
+    """x + y."""
+
+
+@dataclass(frozen=True)
+class Concatenation(Node):
+    """The sources' channels one after the other."""
+
+
+@dataclass(frozen=True)
+class MaxPool(Node):
+    """The largest value in each window; what lies outside the map does not count."""
+
+    window: Window
+
+
+@dataclass(frozen=True)
+class MeanPool(Node):
+    """The mean of each window: over all its area with `full_area`, else over what is in the map."""
+
+    window: Window
+    full_area: bool = True
+
+
+@dataclass(frozen=True)
+class Flatten(Node):
+    """A map as a vector, channel by channel."""
+
+
+@dataclass
+class Graph:
+    """Nodes in order, the shapes of all values, and which values go in and come out."""
+
+    shapes: list[Shape] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+
+    def value(self, shape: Shape) -> int:
+        """A new value."""
+        self.shapes.append(shape)
+        return len(self.shapes) - 1
+
+    def users(self) -> dict[int, list[Node]]:
+        """The nodes that read each value, once for every time they read it."""
+        readers: dict[int, list[Node]] = {value: [] for value in range(len(self.shapes))}
+        for node in self.nodes:
+            for source in node.sources:
+                readers[source].append(node)
+        return readers

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled kernels as Python sees them: one shared library, called through its C interface.
+
+`best()` gives the fastest kernels this processor runs, `named(name)` those of one instruction set.
+Both give None where the library was not built: `pip install` goes on without a C compiler.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+_PLACE = [("at", "i8"), ("plane", "i8"), ("row", "i8"), ("column", "i8")]
+_LIST = [("starts", "u8"), ("offsets", "u8"), ("values", "u8"), ("width", "i8")]
+STEP = np.dtype(
+    [("kind", "i8")]
+    + [(name, _PLACE) for name in ("in", "second", "out", "other")]
+    + [(name, "i8") for name in ("has_other", "channels", "height", "width")]
+    + [(name, "i8") for name in ("rectify", "signs_out", "signs_in")]
+    + [(name, "i8") for name in ("signs_plane", "signs_row", "signs_column")]
+    + [("list", _LIST)]
+    + [(name, "u8") for name in ("scale", "shift", "slope")]
+    + [(name, "i8") for name in ("external", "band", "in_height", "in_width")]
+    + [(name, "i8") for name in ("size_y", "size_x", "stride_y", "stride_x")]
+    + [(name, "i8") for name in ("pad_y", "pad_x", "full_area", "index")]
+)
+"""`struct step` of blocks.h."""
+GRADIENT = np.dtype(
+    [("in", _PLACE), ("out", _PLACE), ("height", "i8"), ("width", "i8")]
+    + [("starts", "u8"), ("offsets", "u8")]
+    + [(name, "i8") for name in ("group", "per_group", "window", "band")]
+)
+"""`struct gradient` of blocks.h."""
+
+LANES = 16
+KINDS = [
+    "pack",
+    "unpack",
+    "convolve",
+    "scale",
+    "moments",
+    "combine",
+    "max_pool",
+    "max_pool_back",
+    "mean_pool",
+    "mean_pool_back",
+]
+KEPT, ALL, ALL_BF16 = 0, 1, 2
+"""Which gradients to weights `Kernels.gradient` computes."""
+
+
+class _Table(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("number_bytes", ctypes.c_int64),
+        ("sign_bytes", ctypes.c_int64),
+        ("run", ctypes.c_void_p),
+        ("kept_gradient", ctypes.c_void_p),
+        ("full_gradient", ctypes.c_void_p),
+        ("full_gradient_bf16", ctypes.c_void_p),
+    )
+
+
+class Kernels:
+    """One instruction set: its properties, and calls that run without Python's lock.
+
+    Attributes:
+        name: avx512_bf16, avx512, avx2, neon, plain or float64.
+        dtype: of every number, float32, or float64 for the last.
+        sign_bytes: bytes that keep the signs of one position of a block.
+        has_bf16: whether gradients to all weights can be computed with bf16 products.
+    """
+
+    def __init__(self, library: ctypes.CDLL, table: int):
+        entry = _Table.from_address(table)
+        self._library, self._table = library, ctypes.c_void_p(table)
+        self.name = entry.name.decode()
+        self.dtype = np.dtype(np.float32 if entry.number_bytes == 4 else np.float64)
+        self.sign_bytes = entry.sign_bytes
+        self.has_bf16 = entry.full_gradient_bf16 is not None
+
+    def run(self, steps: np.ndarray, arena: int, kept: int, external: np.ndarray, images: int):
+        """Run `steps` on one block; `external` holds the addresses of the caller's arrays."""
+        self._library.harprune_run(
+            self._table, _address(steps), len(steps), arena, kept, _address(external), images
+        )
+
+    def gradient(
+        self,
+        which: int,
+        task: np.ndarray,
+        arena: int,
+        arena_stride: int,
+        blocks: int,
+        filters: range,
+        result: np.ndarray,
+    ) -> None:
+        """The gradient to the weights of `filters`, summed over blocks, into `result`."""
+        self._library.harprune_gradient(
+            self._table,
+            which,
+            _address(task),
+            arena,
+            arena_stride,
+            blocks,
+            filters.start,
+            filters.stop,
+            _address(result),
+        )
+
+
+def best() -> Kernels | None:
+    """The fastest single-precision kernels of this processor, or None where none were built."""
+    return named("")
+
+
+@cache
+def named(name: str) -> Kernels | None:
+    """The kernels of one instruction set, or None where they were not built or cannot run."""
+    library = _library()
+    table = library.harprune_kernels(name.encode()) if library is not None else None
+    return Kernels(library, table) if table else None
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    found = sorted(Path(__file__).parent.glob("_blocks*.so"))
+    if not found:
+        return None
+    library = ctypes.CDLL(str(found[0]))
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.harprune_kernels.argtypes = (ctypes.c_char_p,)
+    library.harprune_kernels.restype = pointer
+    library.harprune_run.argtypes = (pointer, pointer, integer, pointer, pointer, pointer, integer)
+    library.harprune_run.restype = None
+    library.harprune_gradient.argtypes = (
+        (pointer, integer, pointer, pointer) + (integer,) * 4 + (pointer,)
+    )
+    library.harprune_gradient.restype = None
+    for call, dtype in (("step", STEP), ("gradient", GRADIENT)):
+        function = getattr(library, f"harprune_{call}_bytes")
+        function.restype = integer
+        if function() != dtype.itemsize:
+            raise ImportError(
+                f"{found[0].name} was built from another version of blocks.h; reinstall harprune"
+            )
+    return library
+
+
+def _address(array: np.ndarray) -> int:
+    return array.ctypes.data

@@ -1,0 +1,15 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* No instruction set named: the compiler maps vectors of 16 bytes to SSE2, NEON or scalars. */
+INLINE signs signs_of(vec v) {
+    signs bits = 0;
+    for (int i = 0; i < V; i++) bits |= (signs)((v[i] > 0) << i);
+    return bits;
+}
+INLINE vec keep(vec v, signs bits) {
+    for (int i = 0; i < V; i++) v[i] = bits >> i & 1 ? v[i] : 0;
+    return v;
+}
+INLINE vec larger(vec a, vec b) {
+    for (int i = 0; i < V; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
+    return a;
+}

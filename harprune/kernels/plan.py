@@ -1,0 +1,491 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a graph to steps over an arena: what is fused, where each map lies, what runs backwards.
+
+A *forward* step computes relu(main(x) + other), main being a convolution, an affine map, a batch
+norm or nothing. A *backward* step computes what one reader of a value adds to its gradient; the
+last reader also applies the signs of the value's ReLU, so a gradient in the arena is always that
+of the sum before the ReLU.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from harprune.kernels.graph import (
+    Affine,
+    Concatenation,
+    Convolution,
+    Flatten,
+    Graph,
+    MaxPool,
+    MeanPool,
+    Node,
+    Normalisation,
+    Rectifier,
+    Shape,
+    Sum,
+)
+from harprune.kernels.lists import Strides
+from harprune.kernels.native import LANES, Kernels
+
+_ALIGNMENT = 64
+
+
+@dataclass(eq=False)
+class Buffer:
+    """A map of a block in the arena; `border` rows and columns of zeros surround it."""
+
+    shape: Shape
+    border: list[int] = field(default_factory=lambda: [0, 0])
+    at: int = -1
+
+    def need(self, rows: int, columns: int) -> None:
+        """Ask for a border at least so wide."""
+        self.border = [max(self.border[0], rows), max(self.border[1], columns)]
+
+    @property
+    def geometry(self) -> tuple[int, ...]:
+        return (self.shape.height, self.shape.width, *self.border)
+
+    @property
+    def strides(self) -> Strides:
+        row = (self.shape.width + 2 * self.border[1]) * LANES
+        return Strides((self.shape.height + 2 * self.border[0]) * row, row, LANES)
+
+
+@dataclass(frozen=True)
+class View:
+    """Part of a buffer: from a channel and a position on, in steps of `skip`."""
+
+    buffer: Buffer
+    channel: int = 0
+    top: int = 0
+    left: int = 0
+    skip: tuple[int, int] = (1, 1)
+
+    def place(self, number_bytes: int) -> tuple[int, int, int, int]:
+        """The fields of `struct map`."""
+        plane, row, column = (getattr(self.buffer.strides, n) for n in ("plane", "row", "column"))
+        down, right = self.buffer.border[0] + self.top, self.buffer.border[1] + self.left
+        start = self.channel * plane + down * row + right * column
+        at = self.buffer.at + start * number_bytes
+        return at, plane, row * self.skip[0], column * self.skip[1]
+
+
+@dataclass(eq=False)
+class Signs:
+    """One bit a number: what a ReLU let through."""
+
+    shape: Shape
+    at: int = -1
+
+
+@dataclass(eq=False)
+class Step:
+    """One `struct step` before its buffers have places."""
+
+    kind: str
+    shape: Shape
+    source: View | None = None
+    out: View | None = None
+    other: View | None = None
+    second: View | None = None
+    rectify: bool = False
+    signs_out: Signs | None = None
+    signs_in: Signs | None = None
+    signs_view: tuple[int, int, int, int] = (0, 0, 1, 1)
+    vectors: tuple[str, str, str] = ("", "", "")
+    weights: tuple[str, int] | None = None
+    transposed: bool = False
+    external: int = -1
+    pool: Node | None = None
+    winners: Signs | None = None
+
+    def views(self) -> list[View]:
+        return [v for v in (self.source, self.out, self.other, self.second) if v is not None]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A node with the sum and the ReLU that follow it."""
+
+    main: Node
+    other: int | None
+    rectify: bool
+    out: int
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        return self.main.sources if self.other is None else (*self.main.sources, self.other)
+
+
+def fuse(graph: Graph) -> list[Fused]:
+    """The graph's nodes, with sums and ReLUs drawn into the step before them where one reads it."""
+    users, kept = graph.users(), set(graph.outputs)
+    fused: dict[int, Fused] = {}  # by the value each makes, in order
+    for node in graph.nodes:
+        sole = [
+            s
+            for s in node.sources
+            if s in fused and len(users[s]) == 1 and s not in kept and not fused[s].rectify
+        ]
+        if isinstance(node, Sum) and node.sources[0] != node.sources[1]:
+            # The later of the two: the other is then computed when this step runs.
+            last = max((s for s in fused if s in node.sources), key=list(fused).index, default=None)
+            if last in sole and fused[last].other is None and _takes_more(fused[last].main):
+                before = fused.pop(last)
+                other = next(s for s in node.sources if s != last)
+                fused[node.out] = Fused(before.main, other, False, node.out)
+                continue
+            fused[node.out] = Fused(_copy(node), node.sources[1], False, node.out)
+        elif isinstance(node, Rectifier):
+            if sole and _takes_more(fused[sole[0]].main):
+                before = fused.pop(sole[0])
+                fused[node.out] = Fused(before.main, before.other, True, node.out)
+                continue
+            fused[node.out] = Fused(_copy(node), None, True, node.out)
+        elif isinstance(node, Sum):
+            fused[node.out] = Fused(_copy(node), node.sources[1], False, node.out)
+        else:
+            fused[node.out] = Fused(node, None, False, node.out)
+    return list(fused.values())
+
+
+def _takes_more(node: Node) -> bool:
+    return isinstance(node, Convolution | Affine | Normalisation | _Copy)
+
+
+@dataclass(frozen=True)
+class _Copy(Node):
+    """Its source as it is."""
+
+
+def _copy(node: Node) -> _Copy:
+    return _Copy(node.sources[:1], node.out)
+
+
+class Plan:
+    """Forward and backward steps of a graph on one block of images.
+
+    Args:
+        graph: what to compute.
+        kernels: the instruction set that will run it.
+        training: keep every map, for the gradients to the weights.
+        gradients: the inputs whose gradient is wanted; None makes no backward steps.
+
+    Attributes:
+        forward, backward: the symbolic steps. In training a step `moments` ends a stretch: its sums
+            over all blocks must be known before the next step runs.
+        patterns: where the kept weights of each convolution are; set by `lay_out`.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        kernels: Kernels,
+        *,
+        training: bool = False,
+        gradients: Collection[int] | None = None,
+    ):
+        self.graph, self.kernels = graph, kernels
+        self.training, self.gradients = training, gradients
+        self.fused = fuse(graph)
+        self.maps = {}
+        self.signs: dict[int, Signs] = {}
+        self.winners: dict[int, Signs] = {}
+        self.forward: list[Step] = []
+        self.backward: list[Step] = []
+        self._forward()
+        self.gradient_of: dict[int, Buffer] = {}
+        if gradients is not None:
+            self._backward()
+        self._place()
+        self.spare: list = []  # memory of earlier batches, for the next ones
+
+    # Forward --------------------------------------------------------------------------------
+
+    def _map(self, value: int) -> Buffer:
+        if value not in self.maps:
+            self.maps[value] = Buffer(self.graph.shapes[value])
+        return self.maps[value]
+
+    def _forward(self) -> None:
+        for number, value in enumerate(self.graph.inputs):
+            out = View(self._map(value))
+            self.forward.append(Step("pack", self.graph.shapes[value], out=out, external=number))
+        for fused in self.fused:
+            self._step_forward(fused)
+        first = len(self.graph.inputs)
+        for number, value in enumerate(self.graph.outputs, start=first):
+            self.forward.append(
+                Step("unpack", self.graph.shapes[value], View(self._map(value)), external=number)
+            )
+
+    def _step_forward(self, fused: Fused) -> None:
+        main, shape = fused.main, self.graph.shapes[fused.out]
+        source, out = self._map(main.sources[0]), self._map(fused.out)
+        step = Step("scale", shape, View(source), View(out), rectify=fused.rectify)
+        if fused.other is not None:
+            step.other = View(self._map(fused.other))
+        if fused.rectify and self.gradients is not None:
+            step.signs_out = self.signs[fused.out] = Signs(shape)
+        match main:
+            case Convolution():
+                self._reach(main, source, shape)
+                step.kind, step.weights = "convolve", (main.name, 0)
+                step.source = View(source, skip=main.window.stride)
+                step.vectors = ("", f"{main.name}/bias", "")
+            case Affine():
+                step.vectors = (f"{main.name}/scale", f"{main.name}/shift", "")
+            case Normalisation():
+                moments = Step("moments", shape, View(source), second=View(source))
+                moments.vectors = (main.name, "", "")
+                self.forward.append(moments)
+                step.vectors = (f"{main.name}/scale", f"{main.name}/shift", "")
+            case MaxPool() | MeanPool():
+                step.kind, step.pool = (
+                    ("max_pool" if isinstance(main, MaxPool) else "mean_pool"),
+                    main,
+                )
+                if isinstance(main, MaxPool):
+                    step.winners = self.winners[fused.out] = Signs(shape)
+            case Flatten():
+                step.shape, step.out = source.shape, View(_unflattened(out, source.shape))
+            case Concatenation():
+                first = 0
+                for value in main.sources:
+                    part = View(self._map(value))
+                    self.forward.append(
+                        Step("scale", part.buffer.shape, part, View(out, channel=first))
+                    )
+                    first += part.buffer.shape.channels
+                return
+        self.forward.append(step)
+
+    @staticmethod
+    def _reach(node: Convolution, source: Buffer, out: Shape) -> None:
+        """The border that the windows of `node` read."""
+        w = node.window
+        sides = zip(
+            w.size, w.stride, w.padding, w.dilation, (out.height, out.width), source.shape[1:]
+        )
+        source.need(
+            *(max(p, (n - 1) * s + (k - 1) * d - p - (m - 1)) for k, s, p, d, n, m in sides)
+        )
+
+    # Backward -------------------------------------------------------------------------------
+
+    def _backward(self) -> None:
+        """Steps in reverse, each giving one reader's share of the gradient to what it read."""
+        self._shares = dict.fromkeys(range(len(self.graph.shapes)), 0)
+        for fused in self.fused:
+            for source in fused.sources:
+                self._shares[source] += 1
+        self._waiting: dict[int, View] = {}  # a gradient that is a share as it is
+        first = len(self.graph.inputs) + len(self.graph.outputs)
+        for number, value in enumerate(self.graph.outputs, start=first):
+            self._shares[value] += 1
+            shape = self.graph.shapes[value]
+            arrived = Buffer(shape)
+            self.backward.append(Step("pack", shape, out=View(arrived), external=number))
+            self._share_as_it_is(value, View(arrived))
+        for fused in reversed(self.fused):
+            if fused.out in self.gradient_of:
+                self._step_backward(fused)
+        first += len(self.graph.outputs)
+        for number, value in enumerate(self.graph.inputs, start=first):
+            if value in self.gradient_of:
+                self.backward.append(
+                    Step(
+                        "unpack",
+                        self.graph.shapes[value],
+                        View(self.gradient_of[value]),
+                        external=number,
+                    )
+                )
+
+    def _step_backward(self, fused: Fused) -> None:
+        main, gradient = fused.main, self.gradient_of[fused.out]
+        shape = self.graph.shapes[main.sources[0]]
+        step = Step("scale", shape, View(gradient))
+        if fused.other is not None:
+            self._share_as_it_is(fused.other, View(gradient))
+        match main:
+            case Convolution():
+                if self.training and main.bias:
+                    moments = Step("moments", gradient.shape, View(gradient), second=View(gradient))
+                    moments.vectors = (f"{main.name}/gradient", "", "")
+                    self.backward.append(moments)
+                self._share_of_convolution(main, gradient)
+            case _Copy():
+                self._share_as_it_is(main.sources[0], View(gradient))
+            case Affine():
+                step.vectors = (f"{main.name}/scale", "", "")
+                self._share(main.sources[0], step)
+            case Normalisation():
+                read = View(self._map(main.sources[0]))
+                moments = Step("moments", shape, View(gradient), second=read)
+                moments.vectors = (f"{main.name}/gradient", "", "")
+                self.backward.append(moments)
+                step.kind, step.second = "combine", read
+                step.vectors = tuple(f"{main.name}/back_{n}" for n in ("scale", "shift", "slope"))
+                self._share(main.sources[0], step)
+            case MaxPool() | MeanPool():
+                step.kind = "max_pool_back" if isinstance(main, MaxPool) else "mean_pool_back"
+                step.shape = self.graph.shapes[fused.out]
+                step.pool, step.winners = main, self.winners.get(fused.out)
+                self._share(main.sources[0], step)
+            case Flatten():
+                step.source = View(_unflattened(gradient, shape))
+                self._share(main.sources[0], step)
+            case Concatenation():
+                channel = 0
+                for value in main.sources:
+                    part = self.graph.shapes[value]
+                    self._share(value, Step("scale", part, View(gradient, channel=channel)))
+                    channel += part.channels
+
+    def _share_of_convolution(self, node: Convolution, gradient: Buffer) -> None:
+        value = node.sources[0]
+        if self._needless(value):
+            return
+        shape, out, w = self.graph.shapes[value], gradient.shape, node.window
+        (sy, sx) = w.stride
+        reach = []
+        for k, s, p, d, n, m in zip(w.size, w.stride, w.padding, w.dilation, shape[1:], out[1:]):
+            taps = p - np.arange(k) * d
+            tops = -taps % s
+            ups = (tops + taps) // s
+            last = (n - 1 - tops) // s + ups
+            reach.append(max(0, int(-ups.min()), int(last.max()) - (m - 1)))
+        gradient.need(*reach)
+        steps = []
+        for top in range(min(sy, shape.height)):
+            for left in range(min(sx, shape.width)):
+                rows, columns = -(-(shape.height - top) // sy), -(-(shape.width - left) // sx)
+                step = Step("convolve", Shape(shape.channels, rows, columns), View(gradient))
+                step.weights, step.transposed = (
+                    (node.name, (top * sx + left) * shape.channels),
+                    True,
+                )
+                step.signs_view = (top, left, sy, sx)
+                steps.append(step)
+        self._share(value, *steps)
+
+    def _share_as_it_is(self, value: int, view: View) -> None:
+        """The gradient of a reader that only adds `value`."""
+        if self._needless(value):
+            return
+        first = value not in self._waiting and value not in self.gradient_of
+        if first and self._shares[value] > 1:
+            self._shares[value] -= 1
+            self._waiting[value] = view
+            return
+        if first and value not in self.signs and view.channel == 0:
+            self._shares[value] = 0
+            self.gradient_of[value] = view.buffer
+            return
+        self._share(value, Step("scale", self.graph.shapes[value], view))
+
+    def _share(self, value: int, *steps: Step) -> None:
+        """Steps that together write a reader's share of the gradient to `value`."""
+        if self._needless(value):
+            return
+        self._shares[value] -= 1
+        waiting, held = self._waiting.pop(value, None), self.gradient_of.get(value)
+        signs = self.signs.get(value) if self._shares[value] == 0 else None
+        if held is None:
+            held = self.gradient_of[value] = Buffer(self.graph.shapes[value])
+            other = waiting
+        else:
+            other = View(held)
+        whole = View(held)
+        pooling = steps[0].pool is not None
+        if pooling and waiting is not None:
+            self.backward.append(Step("scale", held.shape, waiting, whole))
+            other = whole
+        for step in steps:
+            top, left, *skip = step.signs_view
+            step.out = View(held, 0, top, left, tuple(skip))
+            if other is not None:
+                step.other = View(other.buffer, other.channel, top, left, tuple(skip))
+            if not pooling:
+                step.signs_in = signs
+            self.backward.append(step)
+        if pooling and signs is not None:
+            self.backward.append(Step("scale", held.shape, whole, whole, signs_in=signs))
+
+    def _needless(self, value: int) -> bool:
+        return value in self.graph.inputs and value not in self.gradients
+
+    def made_by(self, node: Node) -> int:
+        """The value that the step of `node` makes, sum and ReLU included."""
+        return next(f.out for f in self.fused if f.main is node)
+
+    # Memory ---------------------------------------------------------------------------------
+
+    def _place(self) -> None:
+        """Give each buffer its place; buffers of one geometry take turns, so borders stay zero."""
+        steps = self.forward + self.backward
+        last: dict[int, int] = {}
+        buffers: dict[int, Buffer] = {}
+        for number, step in enumerate(steps):
+            for view in step.views():
+                buffer = getattr(view.buffer, "whole", view.buffer)
+                buffers[id(buffer)], last[id(buffer)] = buffer, number
+        slots: dict[tuple, list[list]] = {}
+        taken: dict[int, list] = {}
+        every = []
+        for number, step in enumerate(steps):
+            for view in step.views():
+                buffer = getattr(view.buffer, "whole", view.buffer)
+                if id(buffer) not in taken:
+                    free = slots.setdefault(buffer.geometry, [])
+                    slot = free.pop() if free and not self.training else [buffer, 0, []]
+                    if not slot[2]:
+                        every.append(slot)
+                    slot[1] = max(slot[1], buffer.shape.channels)
+                    slot[2].append(buffer)
+                    taken[id(buffer)] = slot
+            for key, end in last.items():
+                if end == number:
+                    slots[buffers[key].geometry].append(taken[key])
+        size, at = self.kernels.dtype.itemsize, 0
+        for buffer, channels, members in every:
+            for member in members:
+                member.at = at
+            at += -(-channels * buffer.strides.plane * size // _ALIGNMENT) * _ALIGNMENT
+        self.arena_bytes = at
+        at = 0
+        for signs in self.signs.values():
+            signs.at = at
+            at += -(-_positions(signs.shape) * self.kernels.sign_bytes // _ALIGNMENT) * _ALIGNMENT
+        for winners in self.winners.values():
+            winners.at = at
+            at += _positions(winners.shape) * LANES
+        self.kept_bytes = at
+
+
+def _positions(shape: Shape) -> int:
+    return shape.channels * shape.height * shape.width
+
+
+class _Unflattened(Buffer):
+    """A vector's memory read as the map that it was flattened from."""
+
+    def __init__(self, whole: Buffer, shape: Shape):
+        super().__init__(shape)
+        self.whole = whole
+
+    @property
+    def at(self) -> int:
+        return self.whole.at
+
+    @at.setter
+    def at(self, value: int) -> None:
+        pass
+
+
+def _unflattened(vector: Buffer, shape: Shape) -> Buffer:
+    return _Unflattened(vector, shape)

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a plan: its steps as the kernels read them, memory for every block, one thread per block.
+
+Blocks of 16 images do not depend on one another, and sums over blocks are taken in their order,
+so a result does not depend on the number of threads.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from queue import SimpleQueue
+
+import numpy as np
+
+from harprune.kernels.graph import Convolution, MaxPool
+from harprune.kernels.lists import List, Pattern, forward_list, transposed_list, window_offsets
+from harprune.kernels.native import GRADIENT, KEPT, KINDS, LANES, STEP
+from harprune.kernels.plan import Plan, Step, View
+
+_CACHE = 640 * 1024
+"""Bytes of input that a band of rows may touch, so that it stays in a core's second-level cache."""
+
+
+@dataclass(eq=False)
+class Memory:
+    """What one batch occupies between its forward and its backward steps."""
+
+    images: int
+    arena: np.ndarray
+    kept: np.ndarray
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.images // LANES)
+
+
+Normalise = Callable[[str, np.ndarray, int], None]
+"""(name, sums of every channel as float64 [channels, 2], values they count) -> sets vectors."""
+
+
+class Executable:
+    """A plan with weights.
+
+    Args:
+        plan: what to run.
+        patterns: where the kept weights of each convolution are.
+        vectors: bias, scale and shift of each layer as "NAME/bias" and so on, one number per
+            channel; arrays of the kernels' dtype that are read anew at each run.
+        threads: how many blocks are run at once.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        patterns: Mapping[str, Pattern],
+        vectors: Mapping[str, np.ndarray],
+        *,
+        threads: int = 1,
+    ):
+        self.plan, self.patterns, self.vectors = plan, patterns, vectors
+        self.threads = threads
+        self._size = plan.kernels.dtype.itemsize
+        self._nodes = {n.name: n for n in plan.graph.nodes if isinstance(n, Convolution)}
+        self._forward_lists: dict[str, List] = {}
+        self._transposed_lists: dict[str, List] = {}
+        self._moments: dict[int, int] = {}
+        self._externals = 2 * (len(plan.graph.inputs) + len(plan.graph.outputs))
+        self._forward = self._link(plan.forward)
+        self._backward = self._link(plan.backward)
+
+    # Weights --------------------------------------------------------------------------------
+
+    def load(self, name: str, kept: np.ndarray) -> None:
+        """Take the present values of the kept weights of `name`, in ascending position."""
+        self._forward_lists[name].fill(kept)
+        if name in self._transposed_lists:
+            self._transposed_lists[name].fill(kept)
+
+    def _list(self, step: Step) -> List:
+        name, _ = step.weights
+        lists = self._transposed_lists if step.transposed else self._forward_lists
+        if name not in lists:
+            node, pattern, read = self._nodes[name], self.patterns[name], step.source.buffer
+            dtype = self.plan.kernels.dtype
+            if step.transposed:
+                shape = self.plan.graph.shapes[node.sources[0]]
+                lists[name], _ = transposed_list(node, pattern, shape, read.strides, dtype)
+            else:
+                lists[name] = forward_list(node, pattern, read.strides, dtype)
+        return lists[name]
+
+    # Steps ----------------------------------------------------------------------------------
+
+    def _link(self, steps: Sequence[Step]) -> np.ndarray:
+        """The steps as an array of `struct step`."""
+        linked = np.zeros(len(steps), STEP)
+        for row, step in zip(linked, steps):
+            self._link_one(row, step)
+        return linked
+
+    def _link_one(self, row: np.void, step: Step) -> None:
+        row["kind"] = KINDS.index(step.kind)
+        row["channels"], row["height"], row["width"] = step.shape
+        for name, view in (
+            ("in", step.source),
+            ("second", step.second),
+            ("out", step.out),
+            ("other", step.other),
+        ):
+            if view is not None:
+                row[name] = view.place(self._size)
+        row["has_other"] = step.other is not None
+        row["rectify"] = step.rectify
+        for name, signs in (("signs_out", step.signs_out), ("signs_in", step.signs_in)):
+            row[name] = -1
+            if signs is not None:
+                _, height, width = signs.shape
+                top, left, down, right = step.signs_view
+                row[name] = signs.at + (top * width + left) * self.plan.kernels.sign_bytes
+                row["signs_plane"], row["signs_row"] = height * width, down * width
+                row["signs_column"] = right
+        if step.weights is not None:
+            self._link_list(row, step)
+        if step.kind == "moments":
+            row["external"] = self._moments.setdefault(
+                id(step), self._externals + len(self._moments)
+            )
+        else:
+            row["external"] = step.external
+            for name, vector in zip(("scale", "shift", "slope"), step.vectors):
+                if vector in self.vectors:
+                    row[name] = self.vectors[vector].ctypes.data
+        if step.pool is not None:
+            self._link_pool(row, step)
+
+    def _link_list(self, row: np.void, step: Step) -> None:
+        kept, first = self._list(step), step.weights[1]
+        if first % kept.width:
+            raise ValueError(f"filter {first} does not start a group of {kept.width}")
+        row["list"] = (
+            kept.starts[first // kept.width :].ctypes.data,
+            kept.offsets.ctypes.data,
+            kept.values.ctypes.data,
+            kept.width,
+        )
+        read = step.source.buffer
+        bytes_of_row = read.shape.channels * read.strides.row * self._size
+        stride = step.source.skip[0]
+        row["band"] = max(1, int(_CACHE / bytes_of_row - 2) // stride)
+
+    def _link_pool(self, row: np.void, step: Step) -> None:
+        back = step.kind.endswith("back")
+        wide = (step.out if back else step.source).buffer.shape
+        row["in_height"], row["in_width"] = wide.height, wide.width
+        window = step.pool.window
+        for name in ("size", "stride", "padding"):
+            y, x = getattr(window, name)
+            short = name.removesuffix("ding")
+            row[f"{short}_y"], row[f"{short}_x"] = y, x
+        if isinstance(step.pool, MaxPool):
+            row["index"] = step.winners.at
+        else:
+            row["full_area"] = step.pool.full_area
+
+    # Running --------------------------------------------------------------------------------
+
+    def forward(
+        self, inputs: Sequence[np.ndarray], normalise: Normalise | None = None
+    ) -> tuple[list[np.ndarray], Memory]:
+        """The outputs for `inputs`, contiguous [images, ...] arrays of the kernels' dtype.
+
+        Give the memory back with `release`, after `backward` where that is wanted.
+        """
+        images = len(inputs[0])
+        memory = self._memory(images)
+        shapes = [self.plan.graph.shapes[v] for v in self.plan.graph.outputs]
+        outputs = [np.empty((images, *shape), self.plan.kernels.dtype) for shape in shapes]
+        self._run(self._forward, self.plan.forward, [*inputs, *outputs], 0, memory, normalise)
+        return outputs, memory
+
+    def backward(
+        self,
+        memory: Memory,
+        gradients: Sequence[np.ndarray],
+        normalise: Normalise | None = None,
+    ) -> list[np.ndarray]:
+        """The gradients to the inputs, of those to the outputs; none while training."""
+        wanted = [v for v in self.plan.graph.inputs if v in self.plan.gradient_of]
+        results = [
+            np.empty((memory.images, *self.plan.graph.shapes[v]), self.plan.kernels.dtype)
+            for v in wanted
+        ]
+        first = len(self.plan.graph.inputs) + len(self.plan.graph.outputs)
+        self._run(
+            self._backward, self.plan.backward, [*gradients, *results], first, memory, normalise
+        )
+        return results
+
+    def release(self, memory: Memory) -> None:
+        """Let a later batch use `memory`."""
+        self.plan.spare.append(memory)
+
+    def _memory(self, images: int) -> Memory:
+        blocks = -(-images // LANES)
+        arenas = blocks if self.plan.training else min(self.threads, blocks)
+        for position, spare in enumerate(self.plan.spare):
+            if len(spare.kept) >= blocks and len(spare.arena) >= arenas:
+                del self.plan.spare[position]
+                spare.images = images
+                return spare
+        arena = aligned((arenas, self.plan.arena_bytes))
+        return Memory(images, arena, aligned((blocks, self.plan.kept_bytes)))
+
+    def _run(self, linked, steps, arrays, first, memory, normalise) -> None:
+        """All steps on all blocks; a step `moments` makes the blocks wait for each other."""
+        begin = 0
+        for number, step in enumerate(steps):
+            if step.kind == "moments":
+                sums = np.empty((memory.blocks, step.shape.channels, 2))
+                self._stretch(linked[begin : number + 1], arrays, first, memory, (step, sums))
+                positions = step.shape.height * step.shape.width
+                normalise(step.vectors[0], sums.sum(0), memory.images * positions)
+                begin = number + 1
+        self._stretch(linked[begin:], arrays, first, memory, None)
+
+    def _stretch(self, steps: np.ndarray, arrays, first: int, memory: Memory, moments) -> None:
+        free: SimpleQueue[int] = SimpleQueue()
+        for arena in range(len(memory.arena)):
+            free.put(arena)
+
+        def one(block: int) -> None:
+            external = np.zeros(self._externals + len(self._moments), np.uint64)
+            for number, array in enumerate(arrays, start=first):
+                external[number] = array[block * LANES :].ctypes.data
+            if moments is not None:
+                external[self._moments[id(moments[0])]] = moments[1][block].ctypes.data
+            arena = block if self.plan.training else free.get()
+            try:
+                self.plan.kernels.run(
+                    steps,
+                    memory.arena[arena].ctypes.data,
+                    memory.kept[block].ctypes.data,
+                    external,
+                    min(LANES, memory.images - block * LANES),
+                )
+            finally:
+                free.put(arena)
+
+        _each(one, memory.blocks, self.threads)
+
+    # Gradients to weights -------------------------------------------------------------------
+
+    def weight_gradient(self, name: str, memory: Memory, which: int = KEPT) -> np.ndarray:
+        """The gradient to the kept weights of layer `name`, or to all of them, after `backward`.
+
+        Returns one number per kept weight in ascending position, or per weight.
+        """
+        node, pattern = self._nodes[name], self.patterns[name]
+        source = View(self.plan.maps[node.sources[0]], skip=node.window.stride)
+        gradient = View(self.plan.gradient_of[self.plan.made_by(node)])
+        task = np.zeros(1, GRADIENT)
+        row = task[0]
+        row["in"], row["out"] = source.place(self._size), gradient.place(self._size)
+        row["height"], row["width"] = gradient.buffer.shape[1:]
+        strides = source.buffer.strides
+        if which == KEPT:
+            kept = self._forward_lists[name]
+            starts, offsets = pattern.starts, kept.offsets
+            if kept.width != 1:
+                which, kept = 1, None
+        if which != KEPT:
+            table = window_offsets(node, pattern.shape[1], strides)
+            groups = np.arange(node.groups, dtype=np.int32) * (pattern.shape[1] * strides.plane)
+            offsets, starts = (groups[:, None] + table).astype(np.int32), pattern.starts
+            row["per_group"], row["window"] = pattern.filters // node.groups, pattern.window
+            positions = max(1, 128 // max(1, gradient.buffer.shape.width))
+            row["band"] = positions
+            result = np.empty(pattern.filters * pattern.window, self.plan.kernels.dtype)
+        else:
+            result = np.empty(len(offsets), self.plan.kernels.dtype)
+        row["starts"], row["offsets"] = starts.ctypes.data, offsets.ctypes.data
+        share = -(-pattern.filters // (4 * self.threads)) * 4
+
+        def part(number: int) -> None:
+            filters = range(number * share, min((number + 1) * share, pattern.filters))
+            self.plan.kernels.gradient(
+                which,
+                task,
+                memory.arena.ctypes.data,
+                memory.arena.strides[0],
+                memory.blocks,
+                filters,
+                result,
+            )
+
+        _each(part, -(-pattern.filters // share), self.threads)
+        return result
+
+
+def aligned(shape: tuple[int, int]) -> np.ndarray:
+    """Zeroed bytes whose rows start on cache lines (the row length must be a multiple of one)."""
+    held = np.zeros(shape[0] * shape[1] + 64, np.uint8)
+    start = -held.ctypes.data % 64
+    return held[start : start + shape[0] * shape[1]].reshape(shape)
+
+
+def _each(task: Callable[[int], None], many: int, threads: int) -> None:
+    """task(0) ... task(many - 1), several at a time."""
+    if threads == 1 or many == 1:
+        for number in range(many):
+            task(number)
+    else:
+        for _ in _pool(threads).map(task, range(many)):
+            pass
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="harprune")

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Regions of a model as torch modules: tensors in, tensors out, the kernels between.
+
+`FunctionRegion` is a fixed function with a gradient to its inputs. `TrainingRegion` runs in
+training mode, batch norm included, and also gives the gradients to all weights.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd.function import once_differentiable
+
+from harprune.kernels import graph as g
+from harprune.kernels import native
+from harprune.kernels.graph import Graph, Shape
+from harprune.kernels.lists import Pattern
+from harprune.kernels.plan import Plan
+from harprune.kernels.runtime import Executable, Memory
+from harprune.sparsity.regions import Role, output_axes, translate
+
+NEARLY_DENSE = 0.35
+"""Density from which a layer runs as a dense one; measured by bench/attack.py."""
+
+
+def kernels_for(dtype: torch.dtype) -> native.Kernels | None:
+    """The kernels that compute in `dtype`, or None."""
+    if dtype == torch.float32:
+        return native.best()
+    return native.named("float64") if dtype == torch.float64 else None
+
+
+def pattern_of(weight: np.ndarray, kept: np.ndarray | None = None) -> Pattern:
+    """Where the weights of a layer are kept: where `kept`, or where they are not zero."""
+    shape = (*weight.shape, 1, 1)[:4]
+    index = np.flatnonzero(weight if kept is None else kept)
+    return Pattern(shape, None if len(index) > NEARLY_DENSE * weight.size else index)
+
+
+def kept_values(weight: np.ndarray, pattern: Pattern) -> np.ndarray:
+    """The weights that `pattern` keeps, in ascending position."""
+    flat = weight.reshape(-1)
+    return flat if pattern.index is None else flat[pattern.index]
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """A tensor's values as a contiguous array, shared where that can be."""
+    return tensor.detach().contiguous().numpy()
+
+
+class _Region(nn.Module):
+    """A part of a traced network, with the layers that it holds."""
+
+    def __init__(self, region: fx.GraphModule, role: Role):
+        super().__init__()
+        # In a tuple, so that the model's layers do not become submodules.
+        self._region, self._role = (region,), role
+        self._axes = output_axes(region)
+
+    def translated(self, inputs: tuple[Tensor, ...]) -> tuple[Graph, dict[str, nn.Module]]:
+        """The region's graph for inputs of this shape, and its layers by name."""
+        (region,) = self._region
+        shapes = [Shape(*x.shape[1:]) for x in inputs]
+        return translate(region, dict(region.named_modules()), self._role, shapes)
+
+    def shaped(self, outputs: list[np.ndarray]) -> tuple[Tensor, ...]:
+        """Outputs as tensors: maps, or vectors without their unit axes."""
+        tensors = [torch.from_numpy(y) for y in outputs]
+        return tuple(y.flatten(1) if n == 2 else y for y, n in zip(tensors, self._axes))
+
+
+class FunctionRegion(_Region):
+    """Part of a frozen network; `version` tells when its layers have been read anew."""
+
+    def __init__(self, region: fx.GraphModule, role: Role, version: Callable[[], int]):
+        super().__init__(region, role)
+        self._version = version
+        self._plans: dict[tuple, tuple] = {}
+
+    def forward(self, *inputs: Tensor):
+        outputs = _Function.apply(self, *inputs)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def executable(self, inputs: tuple[Tensor, ...]) -> Executable:
+        """The plan for inputs of this shape, with the weights of now."""
+        key = (inputs[0].dtype, torch.get_num_threads(), *(tuple(x.shape[1:]) for x in inputs))
+        held = self._plans.get(key)
+        if held is None or held[0] != self._version():
+            plan, layers = held[1:3] if held is not None else self._plan(inputs)
+            self._plans[key] = held = (self._version(), plan, layers, _load(plan, layers))
+        return held[3]
+
+    def _plan(self, inputs: tuple[Tensor, ...]) -> tuple[Plan, dict[str, nn.Module]]:
+        graph, layers = self.translated(inputs)
+        kernels = kernels_for(inputs[0].dtype)
+        return Plan(graph, kernels, gradients=graph.inputs), layers
+
+
+def _load(plan: Plan, layers: Mapping[str, nn.Module]) -> Executable:
+    patterns, values, vectors = {}, {}, {}
+    for node in plan.graph.nodes:
+        if isinstance(node, g.Convolution):
+            layer = layers[node.name]
+            weight = array(layer.weight)
+            patterns[node.name] = pattern_of(weight)
+            values[node.name] = kept_values(weight, patterns[node.name])
+            if layer.bias is not None:
+                vectors[f"{node.name}/bias"] = array(layer.bias)
+        elif isinstance(node, g.Affine):
+            vectors[f"{node.name}/scale"] = array(layers[node.name].scale)
+            vectors[f"{node.name}/shift"] = array(layers[node.name].shift)
+    executable = Executable(plan, patterns, vectors, threads=torch.get_num_threads())
+    for name, kept in values.items():
+        executable.load(name, kept)
+    return executable
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, region: FunctionRegion, *inputs: Tensor):
+        ctx.executable = region.executable(inputs)
+        outputs, ctx.memory = ctx.executable.forward([array(x) for x in inputs])
+        if not any(ctx.needs_input_grad):
+            ctx.executable.release(ctx.memory)
+        ctx.shapes = [x.shape for x in inputs]
+        return region.shaped(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor):
+        memory, ctx.memory = _taken(ctx), None
+        results = ctx.executable.backward(memory, [array(x) for x in gradients])
+        ctx.executable.release(memory)
+        return None, *(torch.from_numpy(x).view(s) for x, s in zip(results, ctx.shapes))
+
+
+def _taken(ctx) -> Memory:
+    if ctx.memory is None:
+        raise RuntimeError("a region on the kernels can be differentiated only once")
+    return ctx.memory
+
+
+class TrainingRegion(_Region):
+    """Part of a model in training mode.
+
+    Args:
+        region: its nodes, with the model's own layers.
+        role: what they are to the kernels.
+        mask_of: layer -> its kept weights where they are fixed: only these then get a gradient.
+    """
+
+    def __init__(
+        self, region: fx.GraphModule, role: Role, mask_of: Callable[[nn.Module], Tensor | None]
+    ):
+        super().__init__(region, role)
+        self._mask_of = mask_of
+        self._plans: dict[tuple, tuple[Plan, dict[str, nn.Module]]] = {}
+        self._executables: dict[tuple, Executable] = {}
+
+    def forward(self, *inputs: Tensor):
+        plan, layers = self._plan(inputs)
+        parameters = [p for layer in layers.values() for p in (layer.weight, layer.bias)]
+        outputs = _Training.apply(self, plan, layers, len(inputs), *inputs, *parameters)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def _plan(self, inputs: tuple[Tensor, ...]) -> tuple[Plan, dict[str, nn.Module]]:
+        wanted = tuple(x.requires_grad for x in inputs)
+        key = (inputs[0].dtype, wanted, *(tuple(x.shape[1:]) for x in inputs))
+        if key not in self._plans:
+            graph, nodes = self.translated(inputs)
+            layers = {n.name: nodes[n.name] for n in graph.nodes if hasattr(n, "name")}
+            gradients = [v for v, want in zip(graph.inputs, wanted) if want]
+            kernels = kernels_for(inputs[0].dtype)
+            self._plans[key] = (Plan(graph, kernels, training=True, gradients=gradients), layers)
+        return self._plans[key]
+
+    def executable(self, plan: Plan, layers: Mapping[str, nn.Module]) -> Executable:
+        """`plan` with the weights of now; lists are made anew only where masks changed."""
+        held = self._executables.get(plan)
+        patterns, values = {}, {}
+        for name in _convolutions(plan):
+            layer = layers[name]
+            weight, mask = array(layer.weight), self._mask_of(layer)
+            known = held.patterns[name] if held is not None else None
+            if mask is not None and known is not None and known.source is mask:
+                patterns[name] = known
+            else:
+                patterns[name] = pattern_of(weight, None if mask is None else array(mask))
+                patterns[name].source = mask
+            values[name] = kept_values(weight, patterns[name])
+        if held is None or any(held.patterns[n] is not p for n, p in patterns.items()):
+            vectors = _vectors(plan, layers)
+            held = Executable(plan, patterns, vectors, threads=torch.get_num_threads())
+            self._executables[plan] = held
+        held.threads = torch.get_num_threads()
+        for name, kept in values.items():
+            held.load(name, kept)
+            if layers[name].bias is not None:
+                held.vectors[f"{name}/bias"][...] = array(layers[name].bias)
+        return held
+
+    def fixed(self, layer: nn.Module) -> bool:
+        """Whether only the kept weights of `layer` are trained."""
+        return self._mask_of(layer) is not None
+
+
+def _convolutions(plan: Plan) -> list[str]:
+    return [n.name for n in plan.graph.nodes if isinstance(n, g.Convolution)]
+
+
+def _vectors(plan: Plan, layers: Mapping[str, nn.Module]) -> dict[str, np.ndarray]:
+    """Room for the vectors that are computed in each step, and for the biases."""
+    vectors, dtype = {}, plan.kernels.dtype
+    for node in plan.graph.nodes:
+        channels = plan.graph.shapes[node.out].channels
+        names = ()
+        if isinstance(node, g.Normalisation):
+            names = ("scale", "shift", "back_scale", "back_shift", "back_slope")
+        elif isinstance(node, g.Convolution) and layers[node.name].bias is not None:
+            names = ("bias",)
+        for name in names:
+            vectors[f"{node.name}/{name}"] = np.zeros(channels, dtype)
+    return vectors
+
+
+class _Training(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, region: TrainingRegion, plan: Plan, layers, count: int, *tensors: Tensor):
+        ctx.region, ctx.layers, ctx.count = region, layers, count
+        ctx.executable = executable = region.executable(plan, layers)
+        ctx.low = torch.is_autocast_enabled("cpu") and plan.kernels.has_bf16
+        ctx.statistics = statistics = {}
+
+        def normalise(name: str, sums: np.ndarray, many: int) -> None:
+            statistics[name] = _normalise(layers[name], executable.vectors, name, sums, many)
+
+        with torch.autocast("cpu", enabled=False):
+            inputs = [array(x.to(tensors[0].dtype)) for x in tensors[:count]]
+        outputs, ctx.memory = executable.forward(inputs, normalise)
+        ctx.shapes = [x.shape for x in tensors[:count]]
+        return region.shaped(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor):
+        memory, ctx.memory = _taken(ctx), None
+        executable = ctx.executable
+        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+        def normalise(name: str, sums: np.ndarray, many: int) -> None:
+            layer = name.removesuffix("/gradient")
+            if layer in ctx.statistics:
+                found[layer] = _denormalise(
+                    ctx.layers[layer], executable.vectors, layer, ctx.statistics[layer], sums, many
+                )
+            else:
+                found[layer] = (None, sums[:, 0])
+
+        results = iter(executable.backward(memory, [array(x) for x in gradients], normalise))
+        needed = ctx.needs_input_grad[4:]
+        inputs = [
+            torch.from_numpy(next(results)).view(shape) if want else None
+            for want, shape in zip(needed, ctx.shapes)
+        ]
+        weights = []
+        for position, (name, layer) in enumerate(ctx.layers.items()):
+            wants_weight, wants_bias = needed[ctx.count + 2 * position :][:2]
+            scale, shift = found.get(name, (None, None))
+            if name in executable.patterns:
+                scale = _weight_gradient(ctx, name, layer, memory) if wants_weight else None
+            for value, want, like in (
+                (scale, wants_weight, layer.weight),
+                (shift, wants_bias, layer.bias),
+            ):
+                weights.append(torch.as_tensor(value, dtype=like.dtype) if want else None)
+        executable.release(memory)
+        return None, None, None, None, *inputs, *weights
+
+
+def _weight_gradient(ctx, name: str, layer: nn.Module, memory: Memory) -> Tensor:
+    """In the shape of the weight; zero at pruned weights where the mask is fixed."""
+    executable = ctx.executable
+    shape, pattern = layer.weight.shape, executable.patterns[name]
+    if ctx.region.fixed(layer) and pattern.index is not None:
+        kept = executable.weight_gradient(name, memory, native.KEPT)
+        full = np.zeros(shape.numel(), kept.dtype)
+        full[pattern.index] = kept
+        return torch.from_numpy(full).reshape(shape)
+    which = native.ALL_BF16 if ctx.low else native.ALL
+    return torch.from_numpy(executable.weight_gradient(name, memory, which)).reshape(shape)
+
+
+def _normalise(norm: nn.Module, vectors, name: str, sums: np.ndarray, many: int):
+    """Set scale and shift from the batch's sums, and move the running statistics (eq. of torch)."""
+    if many < 2:
+        raise ValueError(
+            f"batch norm {name} sees one value per channel; train with at least two images a batch"
+        )
+    mean = sums[:, 0] / many
+    variance = np.maximum(sums[:, 1] / many - mean**2, 0.0)
+    inverse = 1.0 / np.sqrt(variance + norm.eps)
+    gamma = 1.0 if norm.weight is None else array(norm.weight)
+    scale = gamma * inverse
+    shift = -mean * scale + (0.0 if norm.bias is None else array(norm.bias))
+    vectors[f"{name}/scale"][...], vectors[f"{name}/shift"][...] = scale, shift
+    with torch.no_grad():
+        norm.num_batches_tracked += 1
+        rate = norm.momentum
+        if rate is None:
+            rate = 1.0 / float(norm.num_batches_tracked)
+        unbiased = variance * (many / (many - 1))
+        for running, now in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+            running.lerp_(torch.as_tensor(now, dtype=running.dtype), rate)
+    return mean, inverse, gamma
+
+
+def _denormalise(norm, vectors, name: str, statistics, sums: np.ndarray, many: int):
+    """Set the backward vectors; the gradients to scale and shift.
+
+    With x' = (x - mean) inverse and g the gradient of gamma x' + beta, the gradient to x is
+    gamma inverse (g - mean(g) - x' mean(g x')): a multiple of g, one of x, and a constant.
+    """
+    mean, inverse, gamma = statistics
+    to_shift = sums[:, 0]
+    to_scale = inverse * (sums[:, 1] - mean * to_shift)
+    scale = gamma * inverse
+    slope = -scale * inverse * to_scale / many
+    vectors[f"{name}/back_scale"][...] = scale
+    vectors[f"{name}/back_slope"][...] = slope
+    vectors[f"{name}/back_shift"][...] = -scale * to_shift / many - slope * mean
+    return to_scale, to_shift

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a traced model to graphs of the kernels: which of its nodes they run, and how.
+
+`split` gathers the nodes of a traced model that the kernels can run into regions, as large as
+the model's data flow lets them be; whatever else the model does runs in torch between them.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
+from torch.fx.passes.operator_support import OperatorSupportBase
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn import functional as F
+
+from harprune.kernels import graph as g
+from harprune.kernels.graph import Graph, Shape, Window
+
+Role = Callable[[nn.Module], "type[g.Node] | None"]
+"""A module -> `Convolution` (a convolution or linear layer), `Affine`, `Normalisation` or None."""
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+_RECTIFIERS = (torch.relu, F.relu, torch.relu_)
+
+
+def split(network: fx.GraphModule, x: Tensor, role: Role) -> bool:
+    """Gather the nodes that the kernels run into submodules `fused_...` of `network`, in place.
+
+    Args:
+        network: a trace; it is run once on `x`, for shapes.
+        role: what a leaf module is to the kernels, see `Role`.
+
+    Returns:
+        whether there is any region with a convolution or a linear layer.
+    """
+    with torch.no_grad():
+        ShapeProp(network).propagate(x)
+    modules = dict(network.named_modules())
+
+    class Supported(OperatorSupportBase):
+        def is_node_supported(self, submodules: Mapping[str, nn.Module], node: fx.Node) -> bool:
+            return _Translation(modules, role).supports(node)
+
+    partitioner = CapabilityBasedPartitioner(
+        network, Supported(), allows_single_node_partition=True
+    )
+    worthwhile = [
+        part
+        for part in partitioner.propose_partitions()
+        if any(_is_weighted(node, modules, role) for node in part.nodes)
+    ]
+    partitioner.fuse_partitions(worthwhile)
+    network.recompile()
+    return bool(worthwhile)
+
+
+def translate(
+    region: fx.GraphModule, modules: Mapping[str, nn.Module], role: Role, inputs: list[Shape]
+) -> tuple[Graph, dict[str, nn.Module]]:
+    """The graph of a region for inputs of these shapes, and its layers by the graph's names."""
+    return _Translation(modules, role).run(region, inputs)
+
+
+def output_axes(region: fx.GraphModule) -> list[int]:
+    """How many axes each output of a region has."""
+    (output,) = (node for node in region.graph.nodes if node.op == "output")
+    outputs = output.args[0] if isinstance(output.args[0], tuple | list) else output.args
+    return [len(node.meta["tensor_meta"].shape) for node in outputs]
+
+
+def _is_weighted(node: fx.Node, modules, role) -> bool:
+    return node.op == "call_module" and role(modules[node.target]) is g.Convolution
+
+
+class _Translation:
+    """One walk over the nodes of a trace. A `make` gives the graph's node, or None."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], role: Role):
+        self._modules, self._role = modules, role
+
+    def supports(self, node: fx.Node) -> bool:
+        """Whether the kernels run `node`, whose shapes are known."""
+        if node.op not in ("call_module", "call_function", "call_method"):
+            return False
+        shape = _shape(node)
+        sources = [_shape(n) for n in node.all_input_nodes]
+        if shape is None or None in sources or not sources:
+            return False
+        probe = Graph()
+        values = {n: probe.value(s) for n, s in zip(node.all_input_nodes, sources)}
+        made = self._make(node, probe, values)
+        return made and probe.shapes[values[node]] == shape
+
+    def run(self, region: fx.GraphModule, inputs: list[Shape]):
+        graph, values, layers = Graph(), {}, {}
+        given = iter(inputs)
+        for node in region.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = graph.value(next(given))
+                graph.inputs.append(values[node])
+            elif node.op == "output":
+                outputs = node.args[0] if isinstance(node.args[0], tuple | list) else node.args
+                graph.outputs = [values[n] for n in outputs]
+            else:
+                if not self._make(node, graph, values):
+                    raise ValueError(f"{node.format_node()} cannot run on the kernels")
+                if node.op == "call_module":
+                    layers[node.name] = self._modules[node.target]
+        return graph, layers
+
+    def _make(self, node: fx.Node, graph: Graph, values: dict[fx.Node, int]) -> bool:
+        """Add `node` to `graph` if the kernels can run it."""
+        if node.op == "call_module":
+            return self._make_module(node, graph, values)
+        call = node.target
+        if call in _ADDITIONS or call in ("add", "add_"):
+            return not node.kwargs and self._make_sum(node, graph, values)
+        if call in _RECTIFIERS or call in ("relu", "relu_"):
+            return _same(node, graph, values, g.Rectifier)
+        if call is torch.cat or call is torch.concat:
+            return self._make_concatenation(node, graph, values)
+        if call is torch.flatten or call == "flatten":
+            first, last = (*node.args[1:], *(0, -1)[len(node.args) - 1 :])
+            span = node.kwargs.get("start_dim", first), node.kwargs.get("end_dim", last)
+            return span == (1, -1) and _flatten(node, graph, values)
+        if call is F.adaptive_avg_pool2d and len(node.args) == 2:
+            return _adaptive(node, graph, values, node.args[1])
+        return False
+
+    def _make_module(self, node: fx.Node, graph: Graph, values) -> bool:
+        module = self._modules[node.target]
+        role = self._role(module)
+        if role is g.Convolution:
+            return _weighted(node, graph, values, getattr(module, "layer", module))
+        if role is not None:
+            return _same(node, graph, values, role, name=node.name)
+        match module:
+            case nn.ReLU():
+                return _same(node, graph, values, g.Rectifier)
+            case nn.Identity():
+                values[node] = values[node.args[0]]
+                return True
+            case nn.Flatten():
+                whole = module.start_dim == 1 and module.end_dim == -1
+                return whole and _flatten(node, graph, values)
+            case nn.AdaptiveAvgPool2d():
+                return _adaptive(node, graph, values, module.output_size)
+            case nn.MaxPool2d():
+                plain = not module.ceil_mode and not module.return_indices
+                plain = plain and _pair(module.dilation) == (1, 1)
+                window = _window(module.kernel_size, module.stride, module.padding)
+                return plain and _pool(node, graph, values, g.MaxPool, window)
+            case nn.AvgPool2d():
+                plain = not module.ceil_mode and module.divisor_override is None
+                window = _window(module.kernel_size, module.stride, module.padding)
+                area = module.count_include_pad
+                return plain and _pool(node, graph, values, g.MeanPool, window, full_area=area)
+        return False
+
+    def _make_sum(self, node, graph: Graph, values) -> bool:
+        sources = tuple(values.get(a) if isinstance(a, fx.Node) else None for a in node.args)
+        if len(sources) != 2 or None in sources:
+            return False
+        shapes = {graph.shapes[s] for s in sources}
+        if len(shapes) != 1:
+            return False
+        _add(node, graph, values, g.Sum, shapes.pop(), sources)
+        return True
+
+    def _make_concatenation(self, node, graph: Graph, values) -> bool:
+        parts = node.args[0]
+        axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        if axis != 1 or not all(isinstance(p, fx.Node) for p in parts):
+            return False
+        shapes = [graph.shapes[values[p]] for p in parts]
+        if len({s[1:] for s in shapes}) != 1:
+            return False
+        shape = Shape(sum(s.channels for s in shapes), *shapes[0][1:])
+        _add(node, graph, values, g.Concatenation, shape, tuple(values[p] for p in parts))
+        return True
+
+
+def _shape(node: fx.Node) -> Shape | None:
+    """The map of one image that `node` gives, or None where it gives none."""
+    meta = node.meta.get("tensor_meta")
+    shape = getattr(meta, "shape", None)
+    if shape is None or not meta.dtype.is_floating_point:
+        return None
+    return Shape(*shape[1:]) if len(shape) in (2, 4) else None
+
+
+def _add(
+    node, graph: Graph, values, kind, shape: Shape, sources: tuple[int, ...], **fields
+) -> None:
+    values[node] = graph.value(shape)
+    graph.nodes.append(kind(sources, values[node], **fields))
+
+
+def _source(node: fx.Node, values) -> int:
+    return values[node.all_input_nodes[0]]
+
+
+def _same(node, graph: Graph, values, kind, **fields) -> bool:
+    source = _source(node, values)
+    _add(node, graph, values, kind, graph.shapes[source], (source,), **fields)
+    return True
+
+
+def _flatten(node, graph: Graph, values) -> bool:
+    source = _source(node, values)
+    channels, height, width = graph.shapes[source]
+    if height == width == 1:
+        values[node] = source
+    else:
+        _add(node, graph, values, g.Flatten, Shape(channels * height * width), (source,))
+    return True
+
+
+def _weighted(node, graph: Graph, values, layer: nn.Module) -> bool:
+    """A 2-d convolution with zero padding, or a linear layer on vectors."""
+    source = _source(node, values)
+    shape = graph.shapes[source]
+    if isinstance(layer, nn.Linear):
+        if shape != Shape(layer.in_features):
+            return False
+        window, groups, filters = Window((1, 1)), 1, layer.out_features
+    else:
+        if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros":
+            return False
+        if isinstance(layer.padding, str) or shape.channels != layer.in_channels:
+            return False
+        window = Window(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        groups, filters = layer.groups, layer.out_channels
+    out = Shape(filters, *window.over(shape.height, shape.width))
+    bias = layer.bias is not None
+    fields = {"name": node.name, "window": window, "groups": groups, "bias": bias}
+    _add(node, graph, values, g.Convolution, out, (source,), **fields)
+    return True
+
+
+def _pool(node, graph: Graph, values, kind, window: Window, **fields) -> bool:
+    source = _source(node, values)
+    channels, height, width = graph.shapes[source]
+    shape = Shape(channels, *window.over(height, width))
+    _add(node, graph, values, kind, shape, (source,), window=window, **fields)
+    return True
+
+
+def _adaptive(node, graph: Graph, values, size) -> bool:
+    """Windows that divide the map evenly, or one position repeated."""
+    source = _source(node, values)
+    channels, *sides = graph.shapes[source]
+    wanted = tuple(m if n is None else n for n, m in zip(_pair(size), sides))
+    if any(m % n and m != 1 for n, m in zip(wanted, sides)):
+        return False
+    strides = tuple(m // n for n, m in zip(wanted, sides))
+    window = Window(tuple(max(1, s) for s in strides), strides)
+    _add(node, graph, values, g.MeanPool, Shape(channels, *wanted), (source,), window=window)
+    return True
+
+
+def _window(size, stride, padding) -> Window:
+    return Window(_pair(size), _pair(stride if stride is not None else size), _pair(padding))
+
+
+def _pair(value) -> tuple:
+    return tuple(value) if isinstance(value, tuple | list) else (value, value)
