@@ -20,6 +20,26 @@ Prices = Callable[[nn.Module, Mapping[str, Layer]], dict[str, int]]
 
 
 @dataclass(frozen=True)
+class Limit:
+    """A second bound beside a budget's own: at most `density` of the dense cost at these prices.
+
+    Raises:
+        ValueError: density outside (0, 1].
+    """
+
+    density: float
+    prices: Prices
+    unit: str = "multiply-adds"
+
+    def __post_init__(self):
+        if not 0.0 < self.density <= 1.0:
+            raise ValueError(
+                f"the limit {self.density:g} on {self.unit} must lie in (0, 1]; it is a fraction "
+                "of what the dense network costs"
+            )
+
+
+@dataclass(frozen=True)
 class Budget:
     """What may be kept, and of what.
 
@@ -32,6 +52,7 @@ class Budget:
         floor: least density of a layer, as a fraction of `density` (alpha in HARP).
         prices: cost of one weight in each layer; parameters by default, multiply-adds through
             `sparsity.costs.multiply_add_prices`.
+        limit: a second bound that the kept weights must also meet; none by default.
 
     Raises:
         ValueError: density outside (0, 1) or floor outside [0, 1].
@@ -44,6 +65,7 @@ class Budget:
     exclude: tuple[str, ...] = ()
     floor: float = 0.1
     prices: Prices = lambda model, layers: parameter_prices(layers)
+    limit: Limit | None = None
 
     def __post_init__(self):
         if not 0.0 < self.density < 1.0:
@@ -65,6 +87,23 @@ class Budget:
         layers = self.layers(model)
         return weighted_cost(layers, self.prices(model, layers))
 
+    def overrun(self, model: nn.Module) -> Cost:
+        """densities -> max(cost / bound - 1, 0), summed over the bounds; before masks are on."""
+        layers = self.layers(model)
+        costs = [
+            (density, weighted_cost(layers, prices(model, layers)))
+            for density, prices in self._bounds()
+        ]
+
+        def overrun(densities: Mapping[str, Tensor]) -> Tensor:
+            return sum((cost(densities) / bound - 1.0).clamp(min=0.0) for bound, cost in costs)
+
+        return overrun
+
+    def _bounds(self) -> list[tuple[float, Prices]]:
+        first = [(self.density, self.prices)]
+        return first if self.limit is None else [*first, (self.limit.density, self.limit.prices)]
+
     def allocate(self, model: nn.Module, density: float) -> dict[str, float]:
         """`density` shared among the layers by the allocation."""
         return self.allocation(weights(self.layers(model)), density)
@@ -74,13 +113,20 @@ class Budget:
         layers = self.layers(model)
         grain = self.granularity
         units = {name: grain.units(layer) for name, layer in layers.items()}
-        weight_price = self.prices(model, layers)
-        price = {name: weight_price[name] * grain.unit_size(layers[name]) for name in layers}
-        total = sum(units[name] * price[name] for name in layers)
         least = self.floor * self.density
         minimum = {name: max(1, ceil(least * n - 1e-9)) for name, n in units.items()}
-        budget = budget_of(self.density, total)
-        return apportion(densities, units, budget, price=price, minimum=minimum)
+        counts = units
+        for density, prices in self._bounds():
+            weight_price = prices(model, layers)
+            price = {n: weight_price[n] * grain.unit_size(layers[n]) for n in layers}
+            budget = budget_of(density, sum(units[n] * price[n] for n in layers))
+            if sum(counts[n] * price[n] for n in layers) > budget:
+                # All counts grow with one factor, so those that fit the tighter bound fit both,
+                # but for what rounding handed out: hence the earlier counts as upper bounds.
+                counts = apportion(
+                    densities, counts, budget, price=price, minimum=minimum, of=units
+                )
+        return counts
 
     def audit(self, model: nn.Module) -> Audit:
         """What `model` keeps, counted from its tensors; refused above the budget.
@@ -89,7 +135,9 @@ class Budget:
             ValueError: more is kept than the budget allows, or a layer is empty.
         """
         layers = self.layers(model)
-        return audit(layers, self.density, self.prices(model, layers)).require_within_budget()
+        for density, prices in reversed(self._bounds()):
+            counts = audit(layers, density, prices(model, layers)).require_within_budget()
+        return counts
 
 
 class Method(ABC):

@@ -54,6 +54,7 @@ class HARP(Method):
     decay_densities: bool = False
     _budget: Budget = field(init=False, repr=False)
     _cost: Cost = field(init=False, repr=False)
+    _overrun: Cost = field(init=False, repr=False)
     _steps: int = field(init=False, repr=False, default=1)
     _reached: bool = field(init=False, repr=False, default=False)
 
@@ -69,6 +70,7 @@ class HARP(Method):
 
     def attach(self, model: nn.Module, budget: Budget) -> None:
         self._budget, self._cost = budget, budget.cost(model)
+        self._overrun = budget.overrun(model)
         learn = self.learn_densities
         densities = self._learned(model, budget) if learn else given_densities(model, budget)
         install_scores(budget.layers(model), densities, budget.granularity, scaled_magnitude)
@@ -100,9 +102,8 @@ class HARP(Method):
         return self._steps * self.gamma
 
     def hardware_loss(self, model: nn.Module) -> Tensor:
-        """max(cost / target - 1, 0) at the present densities; a scalar."""
-        cost = self._cost(masks.densities(model))
-        return torch.clamp(cost / self._budget.density - 1.0, min=0.0)
+        """max(cost / target - 1, 0) at the present densities, summed over the budget's bounds."""
+        return self._overrun(masks.densities(model))
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         return self.weight * self.hardware_loss(model) if self.learn_densities else 0.0

@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from harprune.methods.base import Budget, Method
+from harprune.methods.base import Budget, Limit, Method
 from harprune.methods.harp import HARP
 from harprune.methods.hydra import HYDRA
 from harprune.methods.oneshot import Magnitude, Random
@@ -299,7 +299,13 @@ def budget(recipe: Recipe, example: Tensor) -> Budget:
     def multiply_adds(model: nn.Module, layers: Mapping) -> dict[str, int]:
         return costs.multiply_add_prices(model, layers, example.to(_device(model)))
 
-    prices = {} if section.cost == "parameters" else {"prices": multiply_adds}
+    def mixed(model: nn.Module, layers: Mapping) -> dict[str, int]:
+        images = example.to(_device(model))
+        return costs.mixed_prices(model, layers, images, section.multiply_add_share)
+
+    choices = {"multiply-adds": {"prices": multiply_adds}, "mixed": {"prices": mixed}}
+    prices = choices.get(section.cost, {})
+    bound = section.multiply_adds
     return Budget(
         density=section.density,
         allocation=allocate(section.allocation),
@@ -307,6 +313,7 @@ def budget(recipe: Recipe, example: Tensor) -> Budget:
         include=section.include,
         exclude=section.exclude,
         floor=section.floor,
+        limit=None if bound is None else Limit(bound, multiply_adds),
         **prices,
     )
 

@@ -153,8 +153,12 @@ class Budget(Section):
     """uniform, erk, lamp, igq, global, or a JSON file {layer: density}."""
     granularity: Literal["weight", "filter", "channel"] = "weight"
     """What is kept or dropped together."""
-    cost: Literal["parameters", "multiply-adds"] = "parameters"
-    """What the budget counts."""
+    cost: Literal["parameters", "multiply-adds", "mixed"] = "parameters"
+    """What the budget counts; mixed is both in one currency, see `multiply_add_share`."""
+    multiply_add_share: float = Field(0.5, ge=0, le=1)
+    """With cost mixed, the weight of multiply-adds against parameters."""
+    multiply_adds: float | None = Field(None, gt=0, le=1)
+    """A second bound: at most this fraction of the dense network's multiply-adds."""
     include: tuple[str, ...] | None = None
     """Name patterns of the layers to prune; all weight layers when absent."""
     exclude: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ The validation split selects epochs; the attack stage alone sees test images.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ from harprune.robustness import evaluation
 from harprune.robustness.attacks import eval_mode
 from harprune.sparsity import allocation, masks
 from harprune.sparsity.audit import Audit, connected
+from harprune.sparsity.costs import multiply_add_prices
 from harprune.sparsity.execution import Execution, Twin, training_twin
 from harprune.sparsity.layers import weights
 from harprune.training import checkpoint
@@ -359,9 +361,17 @@ def _write_audit(shop: Workshop, counts: Audit, budget: Budget) -> None:
     """audit.json: the counts, beside what the named allocations would give the dense network."""
     if not shop.run.leader:
         return
-    dense = weights(budget.layers(load_network(shop, "pretrain")))
+    model = load_network(shop, "pretrain")
+    layers = budget.layers(model)
+    dense = weights(layers)
     others = {"uniform": allocation.uniform, "erk": allocation.erk, "lamp": allocation.lamp}
     content = counts.as_dict()
+    with suppress(ValueError):  # a layer that the forward pass never uses has no such price
+        prices = multiply_add_prices(model, layers, shop.materials.example.to(shop.engine.device))
+        content["multiply_adds"] = {
+            "dense": sum(prices[n] * c.total for n, c in counts.layers.items()),
+            "kept": sum(prices[n] * c.kept for n, c in counts.layers.items()),
+        }
     content["allocations"] = {n: a(dense, budget.density) for n, a in others.items()}
     write(shop.run.folder / "audit.json", to_json(content))
 

@@ -127,6 +127,7 @@ def apportion(
     *,
     price: Mapping[str, int] | None = None,
     minimum: Mapping[str, int] | None = None,
+    of: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Integer counts in proportion to `densities` whose total price is `budget`, never above.
 
@@ -136,16 +137,18 @@ def apportion(
 
     Args:
         densities: wanted fraction of each layer, > 0.
-        units: how many units each layer has.
+        units: how many units each layer may keep.
         budget: what may be kept, in the unit of `price`.
         price: cost of one unit of each layer; 1 if absent.
         minimum: fewest units of each layer; 1 if absent.
+        of: how many units each layer has, which `densities` are fractions of; `units` if absent.
 
     Raises:
         ValueError: the minima alone cost more than the budget.
     """
     price = price or dict.fromkeys(units, 1)
     minimum = minimum or dict.fromkeys(units, 1)
+    of = of or units
     least = sum(price[n] * minimum[n] for n in units)
     if least > budget:
         raise ValueError(
@@ -154,7 +157,7 @@ def apportion(
         )
 
     def wanted(factor: float) -> dict[str, float]:
-        return {n: min(max(factor * densities[n] * units[n], minimum[n]), units[n]) for n in units}
+        return {n: min(max(factor * densities[n] * of[n], minimum[n]), units[n]) for n in units}
 
     def cost(counts: Mapping[str, float]) -> float:
         return sum(price[n] * counts[n] for n in units)

@@ -68,6 +68,28 @@ def weighted_cost(layers: Mapping[str, Layer], prices: Mapping[str, int]) -> Cos
     return cost
 
 
+def mixed_prices(
+    model: nn.Module, layers: Mapping[str, Layer], example: Tensor, share: float
+) -> dict[str, int]:
+    """Parameters and multiply-adds as one currency, each dense network costing the same in both.
+
+    Args:
+        example: as for `multiply_add_prices`.
+        share: weight of the multiply-adds in [0, 1]; the rest weighs parameters.
+
+    Raises:
+        ValueError: share outside [0, 1].
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"multiply-add share {share:g} must lie in [0, 1]")
+    work = multiply_add_prices(model, layers, example)
+    mean = sum(layers[n].size * work[n] for n in layers) / sum(
+        layer.size for layer in layers.values()
+    )
+    # Prices are whole numbers; a thousandth of a mean weight's price is fine enough.
+    return {n: max(1, round(1000 * (1 - share + share * work[n] / mean))) for n in layers}
+
+
 class _MultiplyAdds(TorchDispatchMode):
     """Counts multiply-adds of convolutions and matrix products by the weight they use."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from harprune.methods.base import Budget
+from harprune.methods.base import Budget, Limit
 from harprune.methods.harp import HARP
 from harprune.methods.hydra import HYDRA
 from harprune.methods.oneshot import Magnitude, Random
@@ -101,6 +101,29 @@ def test_a_budget_in_multiply_adds_is_met(method, model):
     counts = budget.audit(model)
     dearest = max(layer.price for layer in counts.layers.values())
     assert counts.budget - dearest < counts.spent <= counts.budget
+
+
+@pytest.mark.parametrize("share", [0.3, 0.05])
+def test_a_second_bound_is_met_beside_the_first(method, model, share):
+    prices = lambda model, layers: multiply_add_prices(model, layers, X[:1])  # noqa: E731
+    budget = Budget(0.2, limit=Limit(share, prices))
+    price = prices(model, budget.layers(model))
+    method.attach(model, budget)
+    train(model, method)
+    method.settle(model)
+    masks.bake(model)
+    counts = budget.audit(model).layers
+    spent = sum(price[n] * c.kept for n, c in counts.items())
+    dense = sum(price[n] * c.total for n, c in counts.items())
+    kept, total = (sum(getattr(c, n) for c in counts.values()) for n in ("kept", "total"))
+    assert spent <= share * dense and kept <= 0.2 * total
+    # One of the two is used up, to a unit of every layer at most.
+    assert spent > share * dense - sum(price.values()) or kept > 0.2 * total - len(counts)
+
+
+def test_a_second_bound_outside_its_range_is_refused():
+    with pytest.raises(ValueError, match=r"1\.5.*\(0, 1\]"):
+        Limit(1.5, lambda model, layers: {})
 
 
 def test_a_resumed_stage_ends_where_the_undisturbed_one_does(method, model):

@@ -7,7 +7,12 @@ from torch import nn
 
 from harprune.models import create_model
 from harprune.sparsity import masks
-from harprune.sparsity.costs import multiply_add_prices, parameter_prices, weighted_cost
+from harprune.sparsity.costs import (
+    mixed_prices,
+    multiply_add_prices,
+    parameter_prices,
+    weighted_cost,
+)
 from harprune.sparsity.density import LearnedDensity
 from harprune.sparsity.layers import prunable_layers
 
@@ -43,6 +48,20 @@ def test_resnet18_costs_what_the_field_says():
     layers = prunable_layers(model)
     prices = multiply_add_prices(model, layers, torch.rand(1, 3, 32, 32))
     assert sum(prices[n] * layer.size for n, layer in layers.items()) == 555_422_720
+
+
+def test_mixed_prices_lie_between_parameters_and_multiply_adds():
+    model, x = create_model("resnet18", 10, width=8), torch.rand(1, 3, 32, 32)
+    layers = prunable_layers(model)
+    work = multiply_add_prices(model, layers, x)
+    assert set(mixed_prices(model, layers, x, 0.0).values()) == {1000}
+    alone, half = mixed_prices(model, layers, x, 1.0), mixed_prices(model, layers, x, 0.5)
+    mean = sum(work[n] * layers[n].size for n in layers) / sum(p.size for p in layers.values())
+    for name in layers:
+        assert alone[name] == pytest.approx(1000 * work[name] / mean, abs=1)
+        assert half[name] == pytest.approx((1000 + alone[name]) / 2, abs=1)
+    with pytest.raises(ValueError, match=r"1\.2.*\[0, 1\]"):
+        mixed_prices(model, layers, x, 1.2)
 
 
 def test_the_cost_is_differentiable_with_the_share_as_its_slope():
