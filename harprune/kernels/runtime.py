@@ -274,8 +274,6 @@ class Executable:
             groups = np.arange(node.groups, dtype=np.int32) * (pattern.shape[1] * strides.plane)
             offsets, starts = (groups[:, None] + table).astype(np.int32), pattern.starts
             row["per_group"], row["window"] = pattern.filters // node.groups, pattern.window
-            positions = max(1, 128 // max(1, gradient.buffer.shape.width))
-            row["band"] = positions
             result = np.empty(pattern.filters * pattern.window, self.plan.kernels.dtype)
         else:
             result = np.empty(len(offsets), self.plan.kernels.dtype)

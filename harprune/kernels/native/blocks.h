@@ -67,8 +67,7 @@ struct gradient {
     int64_t height, width;
     const int64_t *starts; /* kept weights: the list of the forward step */
     const int32_t *offsets;
-    int64_t group, per_group, window; /* all weights: filters and offsets of one group */
-    int64_t band;
+    int64_t per_group, window; /* all weights: filters, and offsets, of one group */
 };
 
 struct kernels {
