@@ -237,7 +237,7 @@ def learn(
                 method.step_ended(model, step)
             course.step_ended(step, loss, section.batch_size * objective.replays)
             if bar.due:
-                bar.update(step + 1, f"loss {float(loss):.3f}")
+                bar.update(step + 1, _summary(_now(course, float(loss))))
 
         def after_epoch(epoch: int) -> None:
             _end_epoch(shop, course, epoch, fast, section.epochs)
@@ -391,8 +391,17 @@ def _diverged(run: Run, stage: str, error: Diverged) -> ValueError:
     return ValueError(f"{stage} stopped: {error}; {good}; lower {stage}.learning_rate in a new run")
 
 
+def _now(course: Course, loss: float) -> dict:
+    """The state within an epoch: loss, density and gamma of now, accuracies of the last epoch."""
+    last = course.history[-1] if course.history else {}
+    metrics = {} if course.method is None else course.method.metrics(course.model)
+    return {**last, **metrics, "loss": loss}
+
+
 def _summary(record: dict) -> str:
-    parts = [f"loss {record['loss']:.3f}", _percent(record["clean"], record["robust"])]
+    parts = [f"loss {record['loss']:.3f}"]
+    if "clean" in record:
+        parts.append(_percent(record["clean"], record["robust"]))
     if "density" in record:
         parts.append(f"density {record['density']:.4f}, gamma {record['gamma']:.3g}")
     return ", ".join(parts)
