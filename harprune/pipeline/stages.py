@@ -149,7 +149,9 @@ def finetune(shop: Workshop) -> None:
         masks.fix(layer, kept[name].to(shop.engine.device))
     history: list[dict] = []
     if shop.recipe.finetune.epochs:
+        masks.compact(model)
         history = learn(shop, "finetune", model, [{"params": list(model.parameters())}])
+        masks.expand(model)
     masks.bake(model)
     counts = budget.audit(model)
     _write_audit(shop, counts, budget)

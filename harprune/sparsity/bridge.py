@@ -6,6 +6,7 @@ training mode, batch norm included, and also gives the gradients to all weights.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,10 +32,10 @@ def kernels_for(dtype: torch.dtype) -> native.Kernels | None:
     return native.named("float64") if dtype == torch.float64 else None
 
 
-def pattern_of(weight: np.ndarray, kept: np.ndarray | None = None) -> Pattern:
-    """Where the weights of a layer are kept: where `kept`, or where they are not zero."""
+def pattern_of(weight: np.ndarray) -> Pattern:
+    """Where the weights of a layer, or its mask, are not zero."""
     shape = (*weight.shape, 1, 1)[:4]
-    index = np.flatnonzero(weight if kept is None else kept)
+    index = np.flatnonzero(weight)
     return Pattern(shape, None if len(index) > NEARLY_DENSE * weight.size else index)
 
 
@@ -141,27 +142,45 @@ def _taken(ctx) -> Memory:
     return ctx.memory
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """How a layer holds its weights while it trains.
+
+    Attributes:
+        tensor: what learns: the weight in force, or a vector of its kept values alone.
+        kept: which weights are kept, where that is fixed: only these then get a gradient.
+    """
+
+    tensor: Tensor
+    kept: Tensor | None = None
+
+    @property
+    def compact(self) -> bool:
+        return self.tensor.dim() == 1
+
+
 class TrainingRegion(_Region):
     """Part of a model in training mode.
 
     Args:
         region: its nodes, with the model's own layers.
         role: what they are to the kernels.
-        mask_of: layer -> its kept weights where they are fixed: only these then get a gradient.
+        held: how a convolution or linear layer holds its weights now.
     """
 
-    def __init__(
-        self, region: fx.GraphModule, role: Role, mask_of: Callable[[nn.Module], Tensor | None]
-    ):
+    def __init__(self, region: fx.GraphModule, role: Role, held: Callable[[nn.Module], Held]):
         super().__init__(region, role)
-        self._mask_of = mask_of
+        self._held = held
         self._plans: dict[tuple, tuple[Plan, dict[str, nn.Module]]] = {}
         self._executables: dict[tuple, Executable] = {}
 
     def forward(self, *inputs: Tensor):
         plan, layers = self._plan(inputs)
-        parameters = [p for layer in layers.values() for p in (layer.weight, layer.bias)]
-        outputs = _Training.apply(self, plan, layers, len(inputs), *inputs, *parameters)
+        held = {name: self._held(layers[name]) for name in _convolutions(plan)}
+        parameters = []
+        for name, layer in layers.items():
+            parameters += [held[name].tensor if name in held else layer.weight, layer.bias]
+        outputs = _Training.apply(self, plan, layers, held, len(inputs), *inputs, *parameters)
         return outputs if len(outputs) > 1 else outputs[0]
 
     def _plan(self, inputs: tuple[Tensor, ...]) -> tuple[Plan, dict[str, nn.Module]]:
@@ -175,34 +194,50 @@ class TrainingRegion(_Region):
             self._plans[key] = (Plan(graph, kernels, training=True, gradients=gradients), layers)
         return self._plans[key]
 
-    def executable(self, plan: Plan, layers: Mapping[str, nn.Module]) -> Executable:
+    def executable(
+        self, plan: Plan, layers: Mapping[str, nn.Module], held: Mapping[str, Held]
+    ) -> Executable:
         """`plan` with the weights of now; lists are made anew only where masks changed."""
-        held = self._executables.get(plan)
-        patterns, values = {}, {}
-        for name in _convolutions(plan):
-            layer = layers[name]
-            weight, mask = array(layer.weight), self._mask_of(layer)
-            known = held.patterns[name] if held is not None else None
-            if mask is not None and known is not None and known.source is mask:
-                patterns[name] = known
-            else:
-                patterns[name] = pattern_of(weight, None if mask is None else array(mask))
-                patterns[name].source = mask
-            values[name] = kept_values(weight, patterns[name])
-        if held is None or any(held.patterns[n] is not p for n, p in patterns.items()):
+        executable = self._executables.get(plan)
+        known = executable.patterns if executable is not None else {}
+        patterns = {name: _pattern(weights, known.get(name)) for name, weights in held.items()}
+        if executable is None or any(known[n] is not p for n, p in patterns.items()):
             vectors = _vectors(plan, layers)
-            held = Executable(plan, patterns, vectors, threads=torch.get_num_threads())
-            self._executables[plan] = held
-        held.threads = torch.get_num_threads()
-        for name, kept in values.items():
-            held.load(name, kept)
+            executable = Executable(plan, patterns, vectors)
+            self._executables[plan] = executable
+        executable.threads = torch.get_num_threads()
+        for name, weights in held.items():
+            executable.load(name, _values(weights, patterns[name]))
             if layers[name].bias is not None:
-                held.vectors[f"{name}/bias"][...] = array(layers[name].bias)
-        return held
+                executable.vectors[f"{name}/bias"][...] = array(layers[name].bias)
+        return executable
 
-    def fixed(self, layer: nn.Module) -> bool:
-        """Whether only the kept weights of `layer` are trained."""
-        return self._mask_of(layer) is not None
+
+def _pattern(held: Held, known: Pattern | None) -> Pattern:
+    """Where the weights are kept; `known` if it was made from the same fixed mask."""
+    if held.kept is None:
+        return pattern_of(array(held.tensor))
+    if known is not None and known.source is held.kept:
+        return known
+    kept = array(held.kept)
+    pattern = pattern_of(kept)
+    pattern.source = held.kept
+    return pattern
+
+
+def _values(held: Held, pattern: Pattern) -> np.ndarray:
+    """The weights that `pattern` keeps, in ascending position."""
+    if not held.compact:
+        return kept_values(array(held.tensor), pattern)
+    if pattern.index is not None:
+        return array(held.tensor)
+    return _scattered(array(held.tensor), np.flatnonzero(array(held.kept)), held.kept.numel())
+
+
+def _scattered(values: np.ndarray, index: np.ndarray, size: int) -> np.ndarray:
+    full = np.zeros(size, values.dtype)
+    full[index] = values
+    return full
 
 
 def _convolutions(plan: Plan) -> list[str]:
@@ -226,9 +261,9 @@ def _vectors(plan: Plan, layers: Mapping[str, nn.Module]) -> dict[str, np.ndarra
 
 class _Training(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, region: TrainingRegion, plan: Plan, layers, count: int, *tensors: Tensor):
-        ctx.region, ctx.layers, ctx.count = region, layers, count
-        ctx.executable = executable = region.executable(plan, layers)
+    def forward(ctx, region: TrainingRegion, plan: Plan, layers, held, count: int, *tensors):
+        ctx.layers, ctx.held, ctx.count = layers, held, count
+        ctx.executable = executable = region.executable(plan, layers, held)
         ctx.low = torch.is_autocast_enabled("cpu") and plan.kernels.has_bf16
         ctx.statistics = statistics = {}
 
@@ -258,37 +293,38 @@ class _Training(torch.autograd.Function):
                 found[layer] = (None, sums[:, 0])
 
         results = iter(executable.backward(memory, [array(x) for x in gradients], normalise))
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[5:]
         inputs = [
             torch.from_numpy(next(results)).view(shape) if want else None
             for want, shape in zip(needed, ctx.shapes)
         ]
         weights = []
-        for position, (name, layer) in enumerate(ctx.layers.items()):
+        for position, name in enumerate(ctx.layers):
             wants_weight, wants_bias = needed[ctx.count + 2 * position :][:2]
-            scale, shift = found.get(name, (None, None))
-            if name in executable.patterns:
-                scale = _weight_gradient(ctx, name, layer, memory) if wants_weight else None
-            for value, want, like in (
-                (scale, wants_weight, layer.weight),
-                (shift, wants_bias, layer.bias),
-            ):
-                weights.append(torch.as_tensor(value, dtype=like.dtype) if want else None)
+            to_weight, to_bias = found.get(name, (None, None))
+            if name in ctx.held and wants_weight:
+                to_weight = _weight_gradient(ctx, name, memory)
+            for value, want in ((to_weight, wants_weight), (to_bias, wants_bias)):
+                dtype = executable.plan.kernels.dtype
+                weights.append(torch.from_numpy(value.astype(dtype, copy=False)) if want else None)
         executable.release(memory)
-        return None, None, None, None, *inputs, *weights
+        return None, None, None, None, None, *inputs, *weights
 
 
-def _weight_gradient(ctx, name: str, layer: nn.Module, memory: Memory) -> Tensor:
-    """In the shape of the weight; zero at pruned weights where the mask is fixed."""
-    executable = ctx.executable
-    shape, pattern = layer.weight.shape, executable.patterns[name]
-    if ctx.region.fixed(layer) and pattern.index is not None:
+def _weight_gradient(ctx, name: str, memory: Memory) -> np.ndarray:
+    """In the shape of what learns; zero at pruned weights where the mask is fixed."""
+    executable, held = ctx.executable, ctx.held[name]
+    pattern = executable.patterns[name]
+    if held.kept is not None and pattern.index is not None:
         kept = executable.weight_gradient(name, memory, native.KEPT)
-        full = np.zeros(shape.numel(), kept.dtype)
-        full[pattern.index] = kept
-        return torch.from_numpy(full).reshape(shape)
+        if held.compact:
+            return kept
+        return _scattered(kept, pattern.index, held.kept.numel()).reshape(held.kept.shape)
     which = native.ALL_BF16 if ctx.low else native.ALL
-    return torch.from_numpy(executable.weight_gradient(name, memory, which)).reshape(shape)
+    full = executable.weight_gradient(name, memory, which)
+    if held.compact:
+        return full[np.flatnonzero(array(held.kept))]
+    return full.reshape(held.tensor.shape)
 
 
 def _normalise(norm: nn.Module, vectors, name: str, sums: np.ndarray, many: int):

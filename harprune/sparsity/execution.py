@@ -20,8 +20,8 @@ from torch.nn.utils import parametrize
 
 from harprune.kernels import graph as kernel_nodes
 from harprune.kernels import native
-from harprune.sparsity.bridge import FunctionRegion, TrainingRegion, kernels_for
-from harprune.sparsity.masks import FixedMask
+from harprune.sparsity.bridge import FunctionRegion, Held, TrainingRegion, kernels_for
+from harprune.sparsity.masks import FixedMask, KeptWeights
 from harprune.sparsity.regions import split
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -299,7 +299,7 @@ class TrainingTwin(nn.Module):
             return None
         for name, region in list(network.named_children()):
             if name.startswith("fused_"):
-                setattr(network, name, TrainingRegion(region, role_of_layer, fixed_mask))
+                setattr(network, name, TrainingRegion(region, role_of_layer, held))
         return network
 
 
@@ -332,13 +332,17 @@ def role_of_layer(module: nn.Module) -> type[kernel_nodes.Node] | None:
     return None
 
 
-def fixed_mask(layer: nn.Module) -> Tensor | None:
-    """The kept weights of a layer under a `FixedMask`, else None."""
+def held(layer: nn.Module) -> Held:
+    """How a layer holds its weights: dense, under a fixed mask, or as kept values alone."""
     if not parametrize.is_parametrized(layer, "weight"):
-        return None
-    mask = layer.parametrizations["weight"][0]
-    fixed = isinstance(mask, FixedMask) and mask.kept.shape == layer.weight.shape
-    return mask.kept if fixed else None
+        return Held(layer.weight)
+    chain = layer.parametrizations["weight"]
+    match chain[0]:
+        case KeptWeights(kept=kept):
+            return Held(chain.original, kept)
+        case FixedMask(kept=kept) if kept.shape == layer.weight.shape:
+            return Held(layer.weight, kept)
+    return Held(layer.weight)
 
 
 def _modes(model: nn.Module) -> tuple[bool, ...]:

@@ -56,6 +56,22 @@ class LearnedMask(Mask):
         return top_fraction(self.scores, self.density())
 
 
+class KeptWeights(nn.Module):
+    """kept values -> weight: the parameter holds nothing but what a `FixedMask` keeps."""
+
+    def __init__(self, kept: Tensor):
+        super().__init__()
+        self.register_buffer("kept", kept)
+        self.register_buffer("index", kept.flatten().nonzero().flatten(), persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        weight = values.new_zeros(self.kept.numel()).index_put((self.index,), values)
+        return weight.view(self.kept.shape)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight.flatten()[self.index]
+
+
 def install(layer: Layer, mask: Mask) -> None:
     """Put `mask` on every place that holds the layer's weight, in place of an earlier one."""
     for module, tensor_name in layer.places:
@@ -106,6 +122,40 @@ def fix(layer: Layer, kept: Tensor) -> None:
     """
     install(layer, FixedMask(kept))
     layer.parameter.mul_(kept.to(layer.parameter.dtype))
+
+
+@torch.no_grad()
+def compact(model: nn.Module) -> None:
+    """Let each parameter under a `FixedMask` of single weights hold the kept ones alone.
+
+    Gradients and optimiser states then cost what is kept. `expand` undoes it.
+    """
+    for layer, mask in installed(model).values():
+        if isinstance(mask, FixedMask) and mask.kept.shape == layer.shape:
+            values = KeptWeights(mask.kept)
+            _exchange(layer.places, values, values.right_inverse(layer.parameter))
+
+
+@torch.no_grad()
+def expand(model: nn.Module) -> None:
+    """Undo `compact`: dense parameters under `FixedMask`s, with the values of now."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, chain in getattr(module, "parametrizations", {}).items():
+            if isinstance(chain[0], KeptWeights):
+                places.setdefault(chain.original, []).append((module, name))
+    for values, held in places.items():
+        module, name = held[0]
+        mask = module.parametrizations[name][0]
+        _exchange(held, FixedMask(mask.kept), mask(values))
+
+
+def _exchange(places, parametrization: nn.Module, values: Tensor) -> None:
+    """Another parametrisation of the same weight, over one new parameter for all its places."""
+    parameter = nn.Parameter(values)
+    for module, name in places:
+        chain = module.parametrizations[name]
+        chain[0], chain.original = parametrization, parameter
 
 
 def kept_masks(model: nn.Module) -> dict[str, Tensor]:

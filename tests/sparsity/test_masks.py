@@ -6,10 +6,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from harprune.sparsity import masks
 from harprune.sparsity.density import GivenDensity, LearnedDensity
+from harprune.sparsity.execution import training_twin
 from harprune.sparsity.granularity import Granularity
 from harprune.sparsity.layers import prunable_layers
 
@@ -132,3 +134,48 @@ def test_a_density_outside_its_interval_is_refused(value, floor):
 )
 def test_a_learned_density_starts_where_it_is_told_or_just_below_dense(value, start):
     assert LearnedDensity(value, 0.001)().item() == pytest.approx(start, rel=1e-5)
+
+
+class Tied(nn.Module):
+    """Two places that hold one weight, and a norm between."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.second.weight = self.first.weight
+        self.norm, self.out = nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.second(torch.relu(self.norm(self.first(x))))
+        return self.out(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("on_kernels", [False, True])
+def test_training_kept_values_alone_equals_training_under_the_mask(on_kernels):
+    def fixed():
+        torch.manual_seed(0)
+        model = Tied().double()
+        for layer in prunable_layers(model).values():
+            masks.fix(layer, torch.rand(layer.shape) < 0.4)
+        return model
+
+    masked, alone = fixed(), fixed()
+    masks.compact(alone)
+    sizes = {p.numel() for n, p in alone.named_parameters() if "original" in n}
+    assert sizes == {int(kept.sum()) for kept in masks.kept_masks(masked).values()}
+    x, y = torch.rand(6, 4, 5, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    for model in (masked, alone):
+        run = training_twin(model) if on_kernels else model
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+        for _ in range(4):
+            sgd.zero_grad()
+            F.cross_entropy(run(x), y).backward()
+            sgd.step()
+    masks.expand(alone)
+    assert alone.first.parametrizations.weight.original is (
+        alone.second.parametrizations.weight.original
+    )
+    assert masks.kept_masks(alone).keys() == masks.kept_masks(masked).keys()
+    wanted = masks.bake(masked).state_dict()
+    for name, value in masks.bake(alone).state_dict().items():
+        assert torch.allclose(value, wanted[name], rtol=1e-10, atol=1e-12), name
