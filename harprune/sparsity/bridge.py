@@ -21,7 +21,7 @@ from harprune.kernels.plan import Plan
 from harprune.kernels.runtime import Executable, Memory
 from harprune.sparsity.regions import Role, output_axes, translate
 
-NEARLY_DENSE = 0.35
+NEARLY_DENSE = 0.5
 """Density from which a layer runs as a dense one; measured by bench/attack.py."""
 
 
@@ -50,6 +50,23 @@ def array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """How a layer holds its weights while it trains.
+
+    Attributes:
+        tensor: what learns: the weight in force, or a vector of its kept values alone.
+        kept: which weights are kept, where that is fixed: only these then get a gradient.
+    """
+
+    tensor: Tensor
+    kept: Tensor | None = None
+
+    @property
+    def compact(self) -> bool:
+        return self.tensor.dim() == 1
+
+
 class _Region(nn.Module):
     """A part of a traced network, with the layers that it holds."""
 
@@ -76,7 +93,7 @@ class FunctionRegion(_Region):
 
     def __init__(self, region: fx.GraphModule, role: Role, version: Callable[[], int]):
         super().__init__(region, role)
-        self._version = version
+        self.version = version
         self._plans: dict[tuple, tuple] = {}
 
     def forward(self, *inputs: Tensor):
@@ -86,11 +103,11 @@ class FunctionRegion(_Region):
     def executable(self, inputs: tuple[Tensor, ...]) -> Executable:
         """The plan for inputs of this shape, with the weights of now."""
         key = (inputs[0].dtype, torch.get_num_threads(), *(tuple(x.shape[1:]) for x in inputs))
-        held = self._plans.get(key)
-        if held is None or held[0] != self._version():
-            plan, layers = held[1:3] if held is not None else self._plan(inputs)
-            self._plans[key] = held = (self._version(), plan, layers, _load(plan, layers))
-        return held[3]
+        version, plan, layers, executable = self._plans.get(key) or (-1, *self._plan(inputs), None)
+        if version != self.version():
+            executable = _load(plan, layers, executable)
+            self._plans[key] = (self.version(), plan, layers, executable)
+        return executable
 
     def _plan(self, inputs: tuple[Tensor, ...]) -> tuple[Plan, dict[str, nn.Module]]:
         graph, layers = self.translated(inputs)
@@ -98,20 +115,26 @@ class FunctionRegion(_Region):
         return Plan(graph, kernels, gradients=graph.inputs), layers
 
 
-def _load(plan: Plan, layers: Mapping[str, nn.Module]) -> Executable:
+def _load(plan: Plan, layers: Mapping[str, nn.Module], executable: Executable | None) -> Executable:
+    """`plan` with the weights of now; in `executable`, where all masks are still the same."""
+    known = executable.patterns if executable is not None else {}
     patterns, values, vectors = {}, {}, {}
     for node in plan.graph.nodes:
         if isinstance(node, g.Convolution):
             layer = layers[node.name]
-            weight = array(layer.weight)
-            patterns[node.name] = pattern_of(weight)
-            values[node.name] = kept_values(weight, patterns[node.name])
+            held = Held(layer.weight, layer.kept)
+            patterns[node.name] = pattern = _pattern(held, known.get(node.name))
+            values[node.name] = kept_values(array(layer.weight), pattern)
             if layer.bias is not None:
                 vectors[f"{node.name}/bias"] = array(layer.bias)
         elif isinstance(node, g.Affine):
             vectors[f"{node.name}/scale"] = array(layers[node.name].scale)
             vectors[f"{node.name}/shift"] = array(layers[node.name].shift)
-    executable = Executable(plan, patterns, vectors, threads=torch.get_num_threads())
+    if executable is None or any(known[n] is not p for n, p in patterns.items()):
+        executable = Executable(plan, patterns, vectors, threads=torch.get_num_threads())
+    else:
+        for name, vector in vectors.items():
+            executable.vectors[name][...] = vector
     for name, kept in values.items():
         executable.load(name, kept)
     return executable
@@ -120,7 +143,8 @@ def _load(plan: Plan, layers: Mapping[str, nn.Module]) -> Executable:
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, region: FunctionRegion, *inputs: Tensor):
-        ctx.executable = region.executable(inputs)
+        ctx.executable, ctx.region = region.executable(inputs), region
+        ctx.version = region.version()
         outputs, ctx.memory = ctx.executable.forward([array(x) for x in inputs])
         if not any(ctx.needs_input_grad):
             ctx.executable.release(ctx.memory)
@@ -131,6 +155,8 @@ class _Function(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *gradients: Tensor):
         memory, ctx.memory = _taken(ctx), None
+        if ctx.version != ctx.region.version():
+            raise RuntimeError("the twin has read new weights since this forward pass")
         results = ctx.executable.backward(memory, [array(x) for x in gradients])
         ctx.executable.release(memory)
         return None, *(torch.from_numpy(x).view(s) for x, s in zip(results, ctx.shapes))
@@ -140,23 +166,6 @@ def _taken(ctx) -> Memory:
     if ctx.memory is None:
         raise RuntimeError("a region on the kernels can be differentiated only once")
     return ctx.memory
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """How a layer holds its weights while it trains.
-
-    Attributes:
-        tensor: what learns: the weight in force, or a vector of its kept values alone.
-        kept: which weights are kept, where that is fixed: only these then get a gradient.
-    """
-
-    tensor: Tensor
-    kept: Tensor | None = None
-
-    @property
-    def compact(self) -> bool:
-        return self.tensor.dim() == 1
 
 
 class TrainingRegion(_Region):

@@ -207,7 +207,7 @@ class _FrozenLayer(_Frozen):
         # A weight read without a graph inside `parametrize.cached()` would stay cached that way,
         # and the loss that follows the attack would silently train nothing.
         with torch.enable_grad():
-            weight = layer.weight.detach()
+            weight, self.kept = layer.weight.detach(), held(layer).kept
         bias = None if layer.bias is None else layer.bias.detach()
         if norm is not None:
             scale, shift = _scale_and_shift(norm)
