@@ -18,8 +18,12 @@ from harprune.kernels.lists import List, Pattern, forward_list, transposed_list,
 from harprune.kernels.native import GRADIENT, KEPT, KINDS, LANES, STEP
 from harprune.kernels.plan import Plan, Step, View
 
-_CACHE = 640 * 1024
-"""Bytes of input that a band of rows may touch, so that it stays in a core's second-level cache."""
+_CACHE = 1280 * 1024
+"""Bytes of input that a band of rows may touch: about what a core's second-level cache holds.
+
+Smaller bands gain nothing at density 0.1 and lose a sixth at 0.01, where a band is read but a few
+times; without bands 0.1 loses a tenth.
+"""
 
 
 @dataclass(eq=False)
