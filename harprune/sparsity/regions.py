@@ -7,6 +7,7 @@ the model's data flow lets them be; whatever else the model does runs in torch b
 
 import operator
 from collections.abc import Callable, Mapping
+from math import prod
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,6 +38,7 @@ def split(network: fx.GraphModule, x: Tensor, role: Role) -> bool:
     """
     with torch.no_grad():
         ShapeProp(network).propagate(x)
+    _name_flattening(network)
     modules = dict(network.named_modules())
 
     class Supported(OperatorSupportBase):
@@ -54,6 +56,21 @@ def split(network: fx.GraphModule, x: Tensor, role: Role) -> bool:
     partitioner.fuse_partitions(worthwhile)
     network.recompile()
     return bool(worthwhile)
+
+
+def _name_flattening(network: fx.GraphModule) -> None:
+    """Put `flatten` where a view or reshape does just that, whatever it was computed from."""
+    for node in list(network.graph.nodes):
+        if node.op != "call_method" or node.target not in ("view", "reshape"):
+            continue
+        before, after = _shape(node.args[0]), _shape(node)
+        if before is not None and after == Shape(prod(before)):
+            with network.graph.inserting_after(node):
+                flatten = network.graph.call_function(torch.flatten, (node.args[0], 1))
+            flatten.meta = dict(node.meta)
+            node.replace_all_uses_with(flatten)
+            network.graph.erase_node(node)
+    network.graph.eliminate_dead_code()
 
 
 def translate(
@@ -127,6 +144,10 @@ class _Translation:
             return span == (1, -1) and _flatten(node, graph, values)
         if call is F.adaptive_avg_pool2d and len(node.args) == 2:
             return _adaptive(node, graph, values, node.args[1])
+        if call in (F.max_pool2d, F.avg_pool2d):
+            return _make_pool(node, graph, values)
+        if call is torch.mean or call == "mean":
+            return _make_mean(node, graph, values)
         return False
 
     def _make_module(self, node: fx.Node, graph: Graph, values) -> bool:
@@ -246,6 +267,32 @@ def _pool(node, graph: Graph, values, kind, window: Window, **fields) -> bool:
     shape = Shape(channels, *window.over(height, width))
     _add(node, graph, values, kind, shape, (source,), window=window, **fields)
     return True
+
+
+def _make_pool(node, graph: Graph, values) -> bool:
+    """The functional form of pooling, with nothing but size, stride and padding given."""
+    names = ("kernel_size", "stride", "padding")
+    given = dict(zip(names, node.args[1:])) | dict(node.kwargs)
+    # Without a stride, torch.nn.functional's wrappers are traced with their defaults spelt out.
+    plain = {"dilation": 1, "ceil_mode": False, "return_indices": False, "count_include_pad": True}
+    plain["divisor_override"] = None
+    rest = {n: v for n, v in given.items() if n not in names}
+    if len(node.args) > 4 or any(plain.get(n, v) != v for n, v in rest.items()):
+        return False
+    window = _window(given["kernel_size"], given.get("stride"), given.get("padding", 0))
+    kind = g.MaxPool if node.target is F.max_pool2d else g.MeanPool
+    return _pool(node, graph, values, kind, window)
+
+
+def _make_mean(node, graph: Graph, values) -> bool:
+    """The mean over both sides of a map."""
+    axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    shape = graph.shapes[_source(node, values)]
+    if not isinstance(axes, tuple | list) or sorted(a % 4 for a in axes) != [2, 3]:
+        return False
+    if len(node.all_input_nodes[0].meta["tensor_meta"].shape) != 4:
+        return False
+    return _pool(node, graph, values, g.MeanPool, Window(shape[1:], shape[1:]))
 
 
 def _adaptive(node, graph: Graph, values, size) -> bool:

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parts of a traced model the kernels run: as much as they can, in one piece."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from harprune.models import create_model, list_models
+from harprune.sparsity.bridge import FunctionRegion, TrainingRegion
+from harprune.sparsity.execution import training_twin, twin
+
+
+def regions(module, kind):
+    return [m for m in module.modules() if isinstance(m, kind)]
+
+
+def parts(model, x):
+    """The regions of the model's twin, and what else it calls."""
+    function = twin(model).current()
+    function(x)
+    (network,) = function._networks.values()
+    others = [n for n in network.graph.nodes if n.op not in ("placeholder", "output")]
+    return regions(network, FunctionRegion), [n for n in others if "fused" not in str(n.target)]
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in list_models() if n != "trades_small_cnn" and "imagenet" not in n]
+)
+def test_every_model_of_the_registry_is_one_region(name):
+    found, others = parts(create_model(name, 10, width=2).eval(), torch.rand(1, 3, 32, 32))
+    assert len(found) == 1 and not others
+
+
+class Styles(nn.Module):
+    """Poolings and flattenings as functions and methods, as models in the wild have them."""
+
+    def __init__(self, ending):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.linear, self.ending = nn.Linear(6, 4), ending
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.norm(self.conv(x))), 2)
+        return self.linear(self.ending(F.avg_pool2d(x, 2, stride=2)))
+
+
+ENDINGS = {
+    "view": lambda x: F.avg_pool2d(x, 2).view(x.size(0), -1),
+    "reshape": lambda x: F.adaptive_avg_pool2d(x, 1).reshape(x.shape[0], 6),
+    "flatten": lambda x: torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1),
+    "method": lambda x: F.adaptive_avg_pool2d(x, 1).flatten(start_dim=1),
+    "mean": lambda x: x.mean((2, 3)),
+    "mean, kept": lambda x: torch.mean(x, dim=[-1, -2], keepdim=True).flatten(1),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
+def test_functions_and_methods_are_run_too(ending):
+    torch.manual_seed(0)
+    model = Styles(ending).eval().double()
+    x = torch.rand(5, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    found, others = parts(model, x)
+    assert len(found) == 1 and not others
+    expected, logits = model(x), twin(model).current()(x)
+    assert torch.allclose(logits, expected, rtol=1e-10, atol=1e-12)
+    wanted, got = (torch.autograd.grad(z.square().sum(), x)[0] for z in (expected, logits))
+    assert torch.allclose(got, wanted, rtol=1e-9, atol=1e-12)
+
+
+class Mixed(nn.Module):
+    """Two convolutions that something foreign to the kernels comes between."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+        self.between = between
+
+    def forward(self, x):
+        kept = self.first(x)
+        return self.second(self.between(kept) + kept).flatten(1)
+
+
+@pytest.mark.parametrize("between", [nn.SiLU(), nn.GroupNorm(2, 4), nn.Softmax(1)], ids=repr)
+def test_torch_runs_what_lies_between(between):
+    torch.manual_seed(0)
+    model = Mixed(between).double()
+    x = torch.rand(3, 3, 7, 7, dtype=torch.float64)
+    trained = training_twin(model)
+    weights = [model.first.weight, model.second.weight]
+    expected, logits = model(x), trained(x)
+    (network,) = trained._networks.values()
+    assert len(regions(network, TrainingRegion)) == 2
+    assert torch.allclose(logits, expected, rtol=1e-10, atol=1e-12)
+    wanted, got = (torch.autograd.grad(z.square().sum(), weights) for z in (expected, logits))
+    for a, b in zip(wanted, got):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
