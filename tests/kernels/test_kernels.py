@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels against torch and against the NumPy twin, on shapes drawn at random."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from harprune.kernels import graph as g
+from harprune.kernels import native
+from harprune.kernels.graph import Graph, Shape, Window
+from harprune.kernels.lists import Pattern
+from harprune.kernels.plan import Plan
+from harprune.kernels.runtime import Executable
+from tests.oracles.numpy_graph import evaluate
+
+SETS = ["avx512_bf16", "avx512", "avx2", "neon", "plain", "float64"]
+KERNELS = [name for name in SETS if native.named(name) is not None]
+pytestmark = pytest.mark.skipif(native.best() is None, reason="the kernels were not built")
+draws = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def tolerance(kernels):
+    return 1e-12 if kernels.dtype == np.float64 else 1e-5
+
+
+def near(got, wanted, bound):
+    wanted = np.asarray(wanted, np.float64)
+    return np.abs(got - wanted).max(initial=0.0) <= bound * max(np.abs(wanted).max(initial=0.0), 1)
+
+
+@st.composite
+def convolutions(draw):
+    """A layer, an image size that it fits, a batch and a density."""
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    per_group = draw(st.sampled_from([1, 2, 3, 4, 5]))
+    filters = groups * draw(st.sampled_from([1, 2, 4, 7]))
+    size, stride, dilation = (
+        (draw(st.integers(1, most)), draw(st.integers(1, most))) for most in (5, 3, 2)
+    )
+    padding = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    least = [d * (k - 1) + 1 - 2 * p for k, d, p in zip(size, dilation, padding)]
+    sides = [max(1, n) + draw(st.integers(0, 18)) for n in least]
+    return {
+        "shape": (filters, per_group, *size),
+        "groups": groups,
+        "window": Window(size, stride, padding, dilation),
+        "sides": sides,
+        "images": draw(st.sampled_from([1, 2, 15, 16, 17, 33, 65])),
+        "density": draw(st.sampled_from([0.0, 0.03, 0.2, 0.7, None])),
+        "rectify": draw(st.booleans()),
+        "seed": draw(st.integers(0, 99)),
+    }
+
+
+class Case:
+    """One convolution, perhaps with a ReLU, its arrays, and torch's answers in float64."""
+
+    def __init__(self, kernels, layer):
+        rng = np.random.default_rng(layer["seed"])
+        self.kernels, self.shape = kernels, layer["shape"]
+        filters, per_group = self.shape[:2]
+        self.weight = rng.standard_normal(self.shape)
+        index = None
+        if layer["density"] is not None:
+            self.weight[rng.random(self.shape) >= layer["density"]] = 0.0
+            index = np.flatnonzero(self.weight)
+        if filters > 1 and index is not None:
+            self.weight[filters // 2] = 0.0  # a filter without weights
+            index = np.flatnonzero(self.weight)
+        channels = per_group * layer["groups"]
+        self.x = rng.standard_normal((layer["images"], channels, *layer["sides"]))
+        self.x[:, 0] = 0.0
+        self.bias = rng.standard_normal(filters)
+        self.weight, self.x, self.bias = (
+            a.astype(kernels.dtype).astype(np.float64) for a in (self.weight, self.x, self.bias)
+        )
+        self.graph = graph = Graph()
+        start = graph.value(Shape(channels, *layer["sides"]))
+        end = graph.value(Shape(filters, *layer["window"].over(*layer["sides"])))
+        graph.nodes.append(g.Convolution((start,), end, "layer", layer["window"], layer["groups"]))
+        if layer["rectify"]:
+            graph.nodes.append(g.Rectifier((end,), graph.value(graph.shapes[end])))
+        graph.inputs, graph.outputs = [start], [graph.nodes[-1].out]
+        self.pattern = Pattern(self.shape, index)
+        self.gradient = rng.standard_normal((layer["images"], *graph.shapes[end]))
+        self.gradient = self.gradient.astype(kernels.dtype).astype(np.float64)
+        self._answer(layer)
+
+    def _answer(self, layer):
+        w = layer["window"]
+        x, weight, bias = (
+            torch.tensor(a, requires_grad=True) for a in (self.x, self.weight, self.bias)
+        )
+        y = F.conv2d(x, weight, bias, w.stride, w.padding, w.dilation, layer["groups"])
+        y = F.relu(y) if layer["rectify"] else y
+        y.backward(torch.tensor(self.gradient))
+        self.y, self.to_x, self.to_weight = y.detach().numpy(), x.grad.numpy(), weight.grad.numpy()
+
+    def executable(self, *, training=False, threads=1):
+        dtype = self.kernels.dtype
+        plan = Plan(self.graph, self.kernels, training=training, gradients=self.graph.inputs)
+        vectors = {"layer/bias": self.bias.astype(dtype)}
+        made = Executable(plan, {"layer": self.pattern}, vectors, threads=threads)
+        flat = self.weight.astype(dtype).reshape(-1)
+        made.load("layer", flat if self.pattern.index is None else flat[self.pattern.index])
+        return made
+
+    def run(self, executable):
+        """Output, gradient to the input, and the memory that holds both."""
+        cast = [np.ascontiguousarray(a, self.kernels.dtype) for a in (self.x, self.gradient)]
+        (y,), memory = executable.forward(cast[:1])
+        (to_x,) = executable.backward(memory, cast[1:], lambda *sums: None)
+        return y, to_x, memory
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@given(layer=convolutions())
+@draws
+def test_a_convolution_and_its_gradients_equal_torchs(name, layer):
+    case = Case(native.named(name), layer)
+    bound = tolerance(case.kernels) * max(1.0, case.to_weight.size**0.25)
+    y, to_x, _ = case.run(case.executable())
+    assert near(y, case.y, bound) and near(to_x, case.to_x, bound)
+    executable = case.executable(training=True)
+    y, to_x, memory = case.run(executable)
+    assert near(y, case.y, bound) and near(to_x, case.to_x, bound)
+    full = executable.weight_gradient("layer", memory, native.ALL)
+    assert near(full.reshape(case.shape), case.to_weight, bound)
+    kept = executable.weight_gradient("layer", memory, native.KEPT)
+    wanted = case.to_weight.reshape(-1)
+    assert near(kept, wanted if case.pattern.index is None else wanted[case.pattern.index], bound)
+    if case.kernels.has_bf16:
+        low = executable.weight_gradient("layer", memory, native.ALL_BF16)
+        # Eight bits of mantissa; errors of many products partly cancel.
+        rounding = 2**-8 * np.sqrt((case.gradient**2).sum() * (case.x**2).max())
+        assert np.abs(low.reshape(case.shape) - case.to_weight).max() <= max(rounding, bound)
+
+
+@given(layer=convolutions())
+@settings(max_examples=10, deadline=None, derandomize=True)
+def test_the_numpy_twin_agrees(layer):
+    case = Case(native.named("float64"), {**layer, "images": min(layer["images"], 3)})
+    y, _, _ = case.run(case.executable())
+    (wanted,) = evaluate(case.graph, [case.x], {"layer": case.weight}, {"layer/bias": case.bias})
+    assert near(y, wanted, 1e-12)
+
+
+def branching(rng, dtype):
+    """Every kind of node, values with one to three readers, two inputs and two outputs."""
+    graph = Graph()
+    first, second = (graph.value(Shape(6, 9, 7)) for _ in range(2))
+    weights, vectors = {}, {}
+
+    def add(kind, sources, shape, **fields):
+        graph.nodes.append(kind(sources, graph.value(shape), **fields))
+        return graph.nodes[-1].out
+
+    def convolve(source, name, filters, window, groups=1):
+        channels, *sides = graph.shapes[source]
+        weights[name] = rng.standard_normal((filters, channels // groups, *window.size))
+        weights[name][rng.random(weights[name].shape) < 0.6] = 0.0
+        vectors[f"{name}/bias"] = rng.standard_normal(filters)
+        shape = Shape(filters, *window.over(*sides))
+        return add(g.Convolution, (source,), shape, name=name, window=window, groups=groups)
+
+    three = Window((3, 3), (1, 1), (1, 1))
+    a = add(g.Rectifier, (convolve(first, "a", 6, three, 3),), Shape(6, 9, 7))
+    vectors["affine/scale"], vectors["affine/shift"] = rng.standard_normal((2, 6))
+    b = add(g.Affine, (second,), Shape(6, 9, 7), name="affine")
+    b = add(g.Rectifier, (add(g.Sum, (b, a), Shape(6, 9, 7)),), Shape(6, 9, 7))
+    c = add(g.Sum, (convolve(a, "c", 6, three), add(g.Sum, (b, b), Shape(6, 9, 7))), Shape(6, 9, 7))
+    c = add(g.Rectifier, (c,), Shape(6, 9, 7))
+    d = add(g.Concatenation, (c, b, a), Shape(18, 9, 7))
+    window = Window((3, 2), (2, 2), (1, 1))
+    e = add(g.MaxPool, (d,), Shape(18, *window.over(9, 7)), window=window)
+    e = add(g.MeanPool, (e,), Shape(18, *window.over(5, 4)), window=window, full_area=False)
+    h = add(g.Flatten, (e,), Shape(18 * 9))
+    h = add(g.Rectifier, (convolve(h, "h", 5, Window((1, 1))),), Shape(5))
+    whole = Window((9, 7), (9, 7))
+    graph.inputs, graph.outputs = (
+        [first, second],
+        [h, add(g.MeanPool, (c,), Shape(6), window=whole)],
+    )
+    vectors = {name: vector.astype(dtype) for name, vector in vectors.items()}
+    return graph, {n: w.astype(dtype) for n, w in weights.items()}, vectors
+
+
+def loaded(graph, kernels, weights, vectors, threads=1):
+    plan = Plan(graph, kernels, gradients=graph.inputs)
+    index = {name: np.flatnonzero(w) for name, w in weights.items()}
+    patterns = {name: Pattern(w.shape, index[name]) for name, w in weights.items()}
+    executable = Executable(plan, patterns, vectors, threads=threads)
+    for name, w in weights.items():
+        executable.load(name, w.reshape(-1)[index[name]])
+    return executable
+
+
+@pytest.mark.parametrize("images", [1, 16, 21])
+def test_every_kind_of_node_forwards_and_backwards(images):
+    rng, kernels = np.random.default_rng(0), native.named("float64")
+    graph, weights, vectors = branching(rng, np.float64)
+    inputs = [rng.standard_normal((images, 6, 9, 7)) for _ in range(2)]
+    executable = loaded(graph, kernels, weights, vectors)
+    outputs, memory = executable.forward(inputs)
+    for y, wanted in zip(outputs, evaluate(graph, inputs, weights, vectors)):
+        assert near(y, wanted, 1e-12)
+    gradients = [rng.standard_normal(y.shape) for y in outputs]
+    found = executable.backward(memory, gradients)
+    # Along a direction, the gradient's product is the slope of the NumPy twin.
+    for number, gradient in enumerate(found):
+        direction = rng.standard_normal(gradient.shape)
+        sides = []
+        for step in (1e-6, -1e-6):
+            moved = [x + step * direction * (i == number) for i, x in enumerate(inputs)]
+            out = evaluate(graph, moved, weights, vectors)
+            sides.append(sum((y * w).sum() for y, w in zip(out, gradients)))
+        slope = (sides[0] - sides[1]) / 2e-6
+        assert slope == pytest.approx((gradient * direction).sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_any_number_of_threads_gives_the_same_bits(threads):
+    rng = np.random.default_rng(1)
+    graph, weights, vectors = branching(rng, np.float32)
+    inputs = [rng.standard_normal((70, 6, 9, 7), dtype=np.float32) for _ in range(2)]
+    results = []
+    for many in (1, threads):
+        executable = loaded(graph, native.best(), weights, vectors, threads=many)
+        outputs, memory = executable.forward(inputs)
+        results.append([*outputs, *executable.backward(memory, outputs)])
+    assert all(np.array_equal(a, b) for a, b in zip(*results))
+
+
+def test_memory_used_again_leaves_no_trace():
+    rng = np.random.default_rng(2)
+    graph, weights, vectors = branching(rng, np.float32)
+    used = loaded(graph, native.best(), weights, vectors)
+    for images in (65, 3, 17, 48):
+        inputs = [rng.standard_normal((images, 6, 9, 7), dtype=np.float32) for _ in range(2)]
+        results = []
+        for executable in (used, loaded(graph, native.best(), weights, vectors)):
+            outputs, memory = executable.forward(inputs)
+            results.append([*outputs, *executable.backward(memory, outputs)])
+            executable.release(memory)
+        assert all(np.array_equal(a, b) for a, b in zip(*results))
+
+
+def test_weight_gradients_do_not_depend_on_threads():
+    layer = {
+        "shape": (14, 3, 3, 3),
+        "groups": 1,
+        "window": Window((3, 3), (1, 1), (1, 1)),
+        "sides": [12, 9],
+        "images": 70,
+        "density": 0.3,
+        "rectify": True,
+        "seed": 5,
+    }
+    case, results = Case(native.best(), layer), []
+    for threads in (1, 2, 3):
+        executable = case.executable(training=True, threads=threads)
+        _, _, memory = case.run(executable)
+        results.append([executable.weight_gradient("layer", memory, w) for w in (0, 1)])
+    for other in results[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(results[0], other))
