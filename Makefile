@@ -12,10 +12,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu lint
+.PHONY: help env demo test test-slow test-gpu bench-train bench-attack lint
 
 help: ## this list
-	@awk -F ' *## *' '/^[a-z-]+:.*## /{sub(/:.*/, "", $$1); printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ' *## *' '/^[a-z-]+:.*## /{sub(/:.*/, "", $$1); printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  settings, as in 'make test VENV=/elsewhere':"
 	@printf '    %-16s %s\n' \
@@ -27,7 +27,7 @@ help: ## this list
 
 env: $(STAMP) ## the environment alone, from requirements.lock
 
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): requirements.lock pyproject.toml setup.py $(wildcard harprune/kernels/native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "harprune needs Python 3.11 or later; name one with: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -47,6 +47,12 @@ test-slow: $(STAMP) ## the tests that take minutes each
 
 test-gpu: $(STAMP) ## the tests that need an accelerator
 	$(PYTEST) -m gpu
+
+bench-train: $(STAMP) ## one training step against a literal twin, to results/train_step.json
+	$(BIN)/python bench/train_step.py --json results/train_step.json
+
+bench-attack: $(STAMP) ## attacks on pruned networks against torch, to results/attack.json
+	$(BIN)/python bench/attack.py --json results/attack.json
 
 lint: $(STAMP) ## style, format and types
 	$(BIN)/ruff check .

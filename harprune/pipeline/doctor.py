@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from harprune.kernels import native
 from harprune.models.registry import list_models
 from harprune.training.data import data_folder, list_datasets
 
@@ -26,6 +27,7 @@ def diagnose() -> dict[str, str]:
         "torch": torch.__version__,
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}",
+        "kernels": _kernels(),
         "gpu": _gpu(),
         "data": _data(),
     }
@@ -38,6 +40,21 @@ def diagnose() -> dict[str, str]:
     findings["models"] = ", ".join(list_models())
     findings["data sets"] = ", ".join(list_datasets())
     return findings
+
+
+def _kernels() -> str:
+    try:
+        kernels = native.best()
+        reason = "not built"
+    except (ImportError, OSError) as error:
+        kernels, reason = None, f"cannot be loaded ({error})"
+    if kernels is None:
+        return (
+            f"{reason}; on a CPU attacks on pruned networks and their finetuning take as long as "
+            "dense ones; install a C compiler (gcc or clang) and reinstall harprune"
+        )
+    bf16 = ", bf16 in weight gradients where asked" if kernels.has_bf16 else ""
+    return f"{kernels.name}{bf16}; pruned networks run on them on a CPU"
 
 
 def _gpu() -> str:

@@ -34,6 +34,8 @@ _TEMPORARY = re.compile(
     r"|\.\w+\.(toml|jsonl?|progress|best|safetensors|npz|md|html|svg)\.[a-z0-9_]{8}"
 )
 _PLACES = (".*", "attack/*/.*", "report/.*", "report/plots/.*")
+# What of an environment a number may depend on.
+_DECISIVE = ("commit", "python", "versions", "machine")
 _ARTIFACTS = {"pretrain": "dense", "prune": "pruned", "finetune": "finetuned"}
 
 
@@ -88,6 +90,7 @@ class Run:
                     f"{self.folder} holds a run of another recipe ({'; '.join(differing[:3])}"
                     f"{'; ...' if len(differing) > 3 else ''}); choose another --out"
                 )
+            self._note_change(environment_of(command))
             return
         given = self.recipe.model_dump(mode="json", exclude_unset=True)
         source = source or "\n".join(as_toml(given)) + "\n"
@@ -95,6 +98,17 @@ class Run:
         environment = json.dumps(environment_of(command), indent=1)
         write(self.folder / "environment.json", environment + "\n")
         write(record, json.dumps(resolved, indent=1) + "\n")
+
+    def _note_change(self, now: dict[str, Any]) -> None:
+        """Add to environment.json under which other code, versions or machine the run goes on."""
+        if (self.attack("finetuned") / "evaluation.json").exists():
+            return  # nothing is left to compute
+        path = self.folder / "environment.json"
+        held = _read_json(path) if path.exists() else {}
+        last = [held, *held.get("continued", [])][-1]
+        if any(last.get(key) != now[key] for key in _DECISIVE):
+            changed = {**held, "continued": [*held.get("continued", []), now]}
+            write(path, json.dumps(changed, indent=1) + "\n")
 
     def _tidy(self) -> None:
         """Remove what killed processes left: half-written files, progress of finished stages."""

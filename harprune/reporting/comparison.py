@@ -371,13 +371,19 @@ def _paired_table(paired: Sequence[Mapping[str, Any]]) -> Table | None:
     return Table(header, rows) if rows else None
 
 
+def _successive(environment: Mapping[str, Any], key: str) -> str:
+    """A value of the environment; several where a run was continued under another one."""
+    every = [flatten(e.get(key)) for e in (environment, *environment.get("continued", []))]
+    return ", then ".join(v for i, v in enumerate(every) if i == 0 or v != every[i - 1])
+
+
 def _made_table(comparison: Mapping[str, Any]) -> Table:
     """What the runs were made with; where they agree it is said once."""
     rows = []
     for key in ("commit", "python", "versions", "machine"):
         found: dict[str, list[str]] = {}
         for run in comparison["runs"]:
-            found.setdefault(flatten(run["environment"].get(key)), []).append(run["run"])
+            found.setdefault(_successive(run["environment"], key), []).append(run["run"])
         rows += [
             (key, value, "all" if len(found) == 1 else ", ".join(r)) for value, r in found.items()
         ]

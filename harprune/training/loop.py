@@ -86,7 +86,9 @@ def fit(
 class _Objective(nn.Module):
     """The loss as a module, so that a data-parallel wrapper sees one forward and one backward.
 
-    The attack inside then runs on the bare model: no hooks, no buffers broadcast.
+    The attack inside then runs on the bare model: no hooks, no buffers broadcast. It takes the
+    batch from a function, for Fabric rounds the tensors it is given to the precision of training,
+    and an attack on rounded images is another attack.
     """
 
     def __init__(self, model: nn.Module, loss: Loss):
@@ -94,16 +96,16 @@ class _Objective(nn.Module):
         self.model = model
         self.loss = loss
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, batch: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
         _fill_cache(self.model)
-        return self.loss(self.model, x, y)
+        return self.loss(self.model, *batch())
 
 
 def _step(fabric, objective, optimiser, x: Tensor, y: Tensor) -> Tensor:
     """One optimiser step; every mask is computed once and serves attack and loss."""
     objective.train()
     with parametrize.cached():
-        value = objective(x, y)
+        value = objective(lambda: (x, y))
         fabric.backward(value)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from harprune.kernels import native
 from harprune.pipeline.recipe import Recipe, make_recipe, read_recipe
 from harprune.reporting.records import read_run
 from harprune.training import checkpoint
@@ -67,6 +68,31 @@ def test_doctor_says_what_is_there(command, monkeypatch, tmp_path):
     assert findings["data"].startswith(f"{tmp_path / 'images'} (not there yet")
     assert "small_cnn" in findings["models"]
     assert [line.split("  ")[0] for line in plain.out.splitlines()] == list(findings)
+
+
+@pytest.mark.parametrize(("name", "low"), [("avx512_bf16", True), ("avx2", False)])
+def test_doctor_names_the_kernels_that_run(command, monkeypatch, name, low):
+    kernels = native.named(name)
+    if kernels is None:
+        pytest.skip(f"this machine or this build has no {name}")
+    monkeypatch.setattr(native, "best", lambda: kernels)
+    line = json.loads(command("doctor", "--json").out)["kernels"]
+    assert line.startswith(name) and ("bf16 in weight gradients" in line) == low
+
+
+def _foreign_library():
+    raise OSError("wrong ELF class")
+
+
+@pytest.mark.parametrize(
+    ("best", "reason"),
+    [(lambda: None, "not built; "), (_foreign_library, "cannot be loaded (wrong ELF class); ")],
+)
+def test_doctor_says_what_is_slower_without_kernels(command, monkeypatch, best, reason):
+    monkeypatch.setattr(native, "best", best)
+    line = json.loads(command("doctor", "--json").out)["kernels"]
+    assert line.startswith(reason) and "attacks on pruned networks and their finetuning" in line
+    assert "install a C compiler" in line and "reinstall harprune" in line
 
 
 def test_data_says_what_is_in_a_set(command):

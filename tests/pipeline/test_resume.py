@@ -6,6 +6,7 @@ outcomes and report. Files that are no tensors are compared byte by byte; of che
 tensor and value, because safetensors writes its metadata in no fixed order.
 """
 
+import json
 import os
 import random
 import signal
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from harprune.pipeline.recipe import read_recipe
+from harprune.pipeline.recipe import make_recipe, read_recipe
 from harprune.pipeline.run import Run
 from harprune.pipeline.stages import open_workshop, run_until
 from harprune.training import checkpoint
@@ -264,3 +265,19 @@ def test_a_run_that_is_opened_again_loses_the_litter_of_the_dead(finished):
         pass
     assert not [name for name in litter if (finished / name).exists()]
     assert all((finished / name).exists() for name in others)
+
+
+def test_a_run_continued_by_other_code_says_so(tmp_path, monkeypatch):
+    recipe = make_recipe({}, source="a test")
+    commits = iter(["first", "second", "second", "third"])
+    monkeypatch.setattr("harprune.pipeline.run._commit", lambda: next(commits))
+    for moment in range(4):
+        with Run(tmp_path / "run", recipe) as run:
+            run.progress("pretrain").touch()
+            if moment == 2:
+                done = run.attack("finetuned") / "evaluation.json"
+                done.parent.mkdir(parents=True)
+                done.touch()
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["commit"] == "first"
+    assert [e["commit"] for e in environment["continued"]] == ["second"]

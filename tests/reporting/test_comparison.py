@@ -169,3 +169,17 @@ def test_failed_checks_of_any_run_are_shown(make_run, tmp_path):
     write_comparison([run], tmp_path / "c.md", title="t", note="", command="c")
     text = (tmp_path / "c.md").read_text()
     assert "**Warning:** harp + erk, seed 0, finetuned: check 'gradients' FAILED" in text
+
+
+def test_a_run_continued_by_other_code_names_both(make_run, tmp_path):
+    run = make_run("one")
+    path = run / "environment.json"
+    environment = json.loads(path.read_text())
+    environment["continued"] = [{**environment, "commit": "fedcba987654"}]
+    path.write_text(json.dumps(environment))
+    write_comparison(
+        [run, make_run("two", seed=1)], tmp_path / "out.md", title="T", note="", command="c"
+    )
+    text = (tmp_path / "out.md").read_text()
+    assert "| commit | 0123456789ab, then fedcba987654 | one |" in text
+    assert "| commit | 0123456789ab | two |" in text

@@ -50,10 +50,10 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-3)
 
 
-def train(model, optimiser, loss=natural, **options):
+def train(model, optimiser, loss=natural, *, precision="32-true", **options):
     """`fit` with everything that a test does not care about."""
     settings = {"schedule": constant, "epochs": EPOCHS, "seed": 0} | options
-    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
     fit(model, batches(), loss=loss, optimiser=optimiser, fabric=fabric, **settings)
 
 
@@ -99,6 +99,18 @@ def test_callbacks_come_in_order_with_the_loss_of_each_step():
     twin, batch = network().train(), next(iter(batches().epoch(0)))
     torch.manual_seed(step_seed(0, 0))
     assert torch.equal(losses[0], natural(twin, *batch).detach())
+
+
+def test_images_keep_their_precision_when_the_passes_have_a_lower_one():
+    seen, model = [], network()
+
+    def loss(model, x, y):
+        seen.append((x, model(x).dtype))
+        return natural(model, x, y)
+
+    train(model, sgd(model.parameters()), loss, precision="bf16-mixed", epochs=1)
+    for (x, dtype), (given, _) in zip(seen, batches().epoch(0), strict=True):
+        assert torch.equal(x, given) and dtype == torch.bfloat16
 
 
 # --- what is trained ----------------------------------------------------------------------------
