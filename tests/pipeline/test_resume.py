@@ -281,3 +281,18 @@ def test_a_run_continued_by_other_code_says_so(tmp_path, monkeypatch):
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["commit"] == "first"
     assert [e["commit"] for e in environment["continued"]] == ["second"]
+
+
+def test_a_key_that_came_with_a_later_version_does_not_make_another_recipe(tmp_path):
+    recipe = make_recipe({}, source="a test")
+    with Run(tmp_path / "run", recipe) as run:
+        run.progress("pretrain").touch()
+    path = tmp_path / "run" / "recipe.json"
+    held = json.loads(path.read_text())
+    del held["execution"]["backend"]
+    path.write_text(json.dumps(held))
+    with Run(tmp_path / "run", recipe):
+        pass
+    other = make_recipe({"execution": {"backend": "dense"}}, source="a test")
+    with pytest.raises(ValueError, match=r"execution.backend: 'auto' -> 'dense'"):
+        Run(tmp_path / "run", other)
