@@ -41,7 +41,7 @@ from bench.measuring import (
 )
 from harprune.kernels import native
 from harprune.kernels.graph import Convolution, Graph, Shape, Window
-from harprune.kernels.lists import Pattern
+from harprune.kernels.lists import NEARLY_DENSE, Pattern
 from harprune.kernels.plan import Plan
 from harprune.kernels.runtime import Executable
 from harprune.methods.base import Budget
@@ -54,7 +54,6 @@ from harprune.robustness.autoattack import AutoAttack
 from harprune.robustness.threat import Linf, parse_epsilon
 from harprune.sparsity import masks
 from harprune.sparsity.audit import audit
-from harprune.sparsity.bridge import NEARLY_DENSE
 from harprune.sparsity.execution import Execution, require_kernels, twin
 from harprune.sparsity.layers import prunable_layers
 from harprune.training.data import load_dataset

@@ -15,6 +15,8 @@ from harprune.kernels.graph import Convolution, Shape
 
 QUAD = 4
 """Filters that walk one list together where a layer is nearly dense."""
+NEARLY_DENSE = 0.5
+"""Density from which a layer runs as a dense one; measured by bench/attack.py."""
 
 
 @dataclass(eq=False)
@@ -53,6 +55,18 @@ class Pattern:
         if self.index is None:
             return filters, np.tile(np.arange(self.window, dtype=np.int32), self.filters)
         return filters, (self.index - filters.astype(np.int64) * self.window).astype(np.int32)
+
+
+def sift(weight: np.ndarray) -> tuple[Pattern, np.ndarray]:
+    """Exactly the weights that are not zero: where they are, and their values.
+
+    `weight` is (filters, channels per group, rows, columns), or (filters, inputs) of a linear
+    layer.
+    """
+    flat = weight.reshape(-1)
+    index = np.flatnonzero(flat)
+    pattern = Pattern((*weight.shape, 1, 1)[:4], None if len(index) == len(flat) else index)
+    return pattern, flat if pattern.index is None else flat[index]
 
 
 @dataclass(eq=False)

@@ -16,13 +16,10 @@ from torch.autograd.function import once_differentiable
 from harprune.kernels import graph as g
 from harprune.kernels import native
 from harprune.kernels.graph import Graph, Shape
-from harprune.kernels.lists import Pattern
+from harprune.kernels.lists import NEARLY_DENSE, Pattern
 from harprune.kernels.plan import Plan
 from harprune.kernels.runtime import Executable, Memory
 from harprune.sparsity.regions import Role, output_axes, translate
-
-NEARLY_DENSE = 0.5
-"""Density from which a layer runs as a dense one; measured by bench/attack.py."""
 
 
 def kernels_for(dtype: torch.dtype) -> native.Kernels | None:
@@ -82,6 +79,10 @@ class _Region(nn.Module):
         shapes = [Shape(*x.shape[1:]) for x in inputs]
         return translate(region, dict(region.named_modules()), self._role, shapes)
 
+    def in_torch(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether an input is no batch of images, but something for torch to broadcast."""
+        return len({len(x) for x in inputs}) > 1
+
     def shaped(self, outputs: list[np.ndarray]) -> tuple[Tensor, ...]:
         """Outputs as tensors: maps, or vectors without their unit axes."""
         tensors = [torch.from_numpy(y) for y in outputs]
@@ -97,6 +98,8 @@ class FunctionRegion(_Region):
         self._plans: dict[tuple, tuple] = {}
 
     def forward(self, *inputs: Tensor):
+        if self.in_torch(inputs):
+            return self._region[0](*inputs)
         outputs = _Function.apply(self, *inputs)
         return outputs if len(outputs) > 1 else outputs[0]
 
@@ -184,6 +187,8 @@ class TrainingRegion(_Region):
         self._executables: dict[tuple, Executable] = {}
 
     def forward(self, *inputs: Tensor):
+        if self.in_torch(inputs):
+            return self._region[0](*inputs)
         plan, layers = self._plan(inputs)
         held = {name: self._held(layers[name]) for name in _convolutions(plan)}
         parameters = []

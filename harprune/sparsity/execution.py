@@ -49,7 +49,7 @@ class Twin:
     """The eval-mode function of a model, rebuilt from its weights on demand; see `twin`."""
 
     def __init__(self, network: fx.GraphModule, dtype: torch.dtype | None, sparse: bool):
-        self._frozen = [m for m in network.modules() if isinstance(m, _Frozen)]
+        self._frozen = [m for m in network.modules() if isinstance(m, Frozen)]
         self._version = 0
         dense = _Cast(network, dtype)
         self._function = _OnKernels(dense, lambda: self._version) if sparse else dense
@@ -86,6 +86,19 @@ def twin(
     """
     if execution is Execution.SPARSE:
         require_kernels()
+    network = frozen(model)
+    if network is None:
+        return None
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    sparse = on_cpu and dtype is None and execution is not Execution.DENSE
+    return Twin(network, dtype, sparse and native.best() is not None)
+
+
+def frozen(model: nn.Module) -> fx.GraphModule | None:
+    """A trace of `model` in eval mode, or None where it cannot be traced.
+
+    Its convolutions, linear layers and batch norms are `Frozen` modules, which `read` fills.
+    """
     try:
         network = fx.symbolic_trace(model)
     except Exception:  # whatever the model's own control flow raises on fx's proxies
@@ -102,9 +115,7 @@ def twin(
     network.graph.eliminate_dead_code()
     network.delete_all_unused_submodules()
     network.recompile()
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-    sparse = on_cpu and dtype is None and execution is not Execution.DENSE
-    return Twin(network, dtype, sparse and native.best() is not None)
+    return network
 
 
 def _freeze(network: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module]) -> None:
@@ -162,11 +173,11 @@ class _OnKernels(nn.Module):
             return None
         whole = self.dense.network
         network = fx.GraphModule(whole, _copy(whole.graph))
-        if not split(network, x[:1].detach(), _role_of_frozen):
+        if not split(network, x[:1].detach(), role_of_frozen):
             return None
         for name, region in list(network.named_children()):
             if name.startswith("fused_"):
-                setattr(network, name, FunctionRegion(region, _role_of_frozen, self._read))
+                setattr(network, name, FunctionRegion(region, role_of_frozen, self._read))
         return network
 
 
@@ -176,20 +187,21 @@ def _copy(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def _role_of_frozen(module: nn.Module) -> type[kernel_nodes.Node] | None:
+def role_of_frozen(module: nn.Module) -> type[kernel_nodes.Node] | None:
+    """What a module of a frozen network is to the kernels."""
     if isinstance(module, _FrozenLayer):
         return kernel_nodes.Convolution
     return kernel_nodes.Affine if isinstance(module, _FrozenNorm) else None
 
 
-class _Frozen(nn.Module):
+class Frozen(nn.Module):
     """Stands for a module of the model; `read` takes its present tensors, detached."""
 
     def read(self, dtype: torch.dtype | None, layout: torch.memory_format) -> None:
         raise NotImplementedError
 
 
-class _FrozenLayer(_Frozen):
+class _FrozenLayer(Frozen):
     """A convolution or linear layer, masked, with the batch norm that follows folded in."""
 
     def __init__(self, layer: nn.Module, norm: nn.Module | None):
@@ -224,7 +236,7 @@ class _FrozenLayer(_Frozen):
         return self.layer._conv_forward(x, self.weight, self.bias)
 
 
-class _FrozenNorm(_Frozen):
+class _FrozenNorm(Frozen):
     """A batch norm in eval mode that no convolution precedes: one multiply-add per value."""
 
     def __init__(self, norm: nn.Module):

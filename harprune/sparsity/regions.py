@@ -73,6 +73,19 @@ def _name_flattening(network: fx.GraphModule) -> None:
     network.graph.eliminate_dead_code()
 
 
+def first_unsupported(network: fx.GraphModule, x: Tensor, role: Role) -> fx.Node | None:
+    """The first node of a trace that the kernels do not run, or None.
+
+    The trace is run once on `x`, for shapes.
+    """
+    with torch.no_grad():
+        ShapeProp(network).propagate(x)
+    _name_flattening(network)
+    translation = _Translation(dict(network.named_modules()), role)
+    steps = (n for n in network.graph.nodes if n.op.startswith("call"))
+    return next((n for n in steps if not translation.supports(n)), None)
+
+
 def translate(
     region: fx.GraphModule, modules: Mapping[str, nn.Module], role: Role, inputs: list[Shape]
 ) -> tuple[Graph, dict[str, nn.Module]]:
@@ -103,7 +116,9 @@ class _Translation:
             return False
         shape = _shape(node)
         sources = [_shape(n) for n in node.all_input_nodes]
-        if shape is None or None in sources or not sources:
+        # A tensor of the model has no axis of images, though it may look so for one image.
+        constant = any(n.op == "get_attr" for n in node.all_input_nodes)
+        if shape is None or None in sources or not sources or constant:
             return False
         probe = Graph()
         values = {n: probe.value(s) for n, s in zip(node.all_input_nodes, sources)}
@@ -264,6 +279,8 @@ def _weighted(node, graph: Graph, values, layer: nn.Module) -> bool:
 def _pool(node, graph: Graph, values, kind, window: Window, **fields) -> bool:
     source = _source(node, values)
     channels, height, width = graph.shapes[source]
+    if kind is g.MaxPool and prod(window.size) > 256:
+        return False  # a byte names the winner of a window
     shape = Shape(channels, *window.over(height, width))
     _add(node, graph, values, kind, shape, (source,), window=window, **fields)
     return True

@@ -101,3 +101,16 @@ def test_bf16_is_near_and_gives_logits_in_the_type_of_the_images():
     logits = twin(model, dtype=torch.bfloat16).current()(x)
     assert logits.dtype == torch.float32
     assert torch.allclose(logits, model(x), atol=0.05)
+
+
+def test_a_map_of_the_model_itself_is_added_to_every_image():
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.place = nn.Conv2d(3, 4, 1), nn.Parameter(torch.randn(1, 4, 5, 5))
+
+        def forward(self, x):
+            return self.conv(x) + self.place
+
+    model, x = Placed().eval(), torch.rand(40, 3, 5, 5)
+    assert torch.allclose(twin(model).current()(x), model(x), atol=1e-6)

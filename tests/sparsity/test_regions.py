@@ -95,3 +95,21 @@ def test_torch_runs_what_lies_between(between):
     wanted, got = (torch.autograd.grad(z.square().sum(), weights) for z in (expected, logits))
     for a, b in zip(wanted, got):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+class Placed(nn.Module):
+    """Adds what no image decides, computed from a parameter, to every image."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.place = nn.Conv2d(3, 4, 3), nn.Parameter(torch.rand(1, 4, 5, 5))
+
+    def forward(self, x):
+        return torch.relu(self.conv(x) + self.place * 2).flatten(1)
+
+
+def test_what_is_no_batch_of_images_is_broadcast():
+    torch.manual_seed(0)
+    model, x = Placed().double(), torch.rand(40, 3, 7, 7, dtype=torch.float64)
+    assert torch.allclose(twin(model).current()(x), model(x), rtol=1e-12, atol=1e-14)
+    assert torch.allclose(training_twin(model)(x), model(x), rtol=1e-12, atol=1e-14)
