@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a graph to steps over an arena: what is fused, where each map lies, what runs backwards.
+"""From a graph to steps over an arena, forwards and backwards.
 
 A *forward* step computes relu(main(x) + other), main being a convolution, an affine map, a batch
 norm or nothing. A *backward* step computes what one reader of a value adds to its gradient; the
@@ -8,10 +8,11 @@ of the sum before the ReLU.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from harprune.kernels.fusion import Copy, Fused, fuse
 from harprune.kernels.graph import (
     Affine,
     Concatenation,
@@ -22,63 +23,10 @@ from harprune.kernels.graph import (
     MeanPool,
     Node,
     Normalisation,
-    Rectifier,
     Shape,
-    Sum,
 )
-from harprune.kernels.lists import Strides
-from harprune.kernels.native import LANES, Kernels
-
-_ALIGNMENT = 64
-
-
-@dataclass(eq=False)
-class Buffer:
-    """A map of a block in the arena; `border` rows and columns of zeros surround it."""
-
-    shape: Shape
-    border: list[int] = field(default_factory=lambda: [0, 0])
-    at: int = -1
-
-    def need(self, rows: int, columns: int) -> None:
-        """Ask for a border at least so wide."""
-        self.border = [max(self.border[0], rows), max(self.border[1], columns)]
-
-    @property
-    def geometry(self) -> tuple[int, ...]:
-        return (self.shape.height, self.shape.width, *self.border)
-
-    @property
-    def strides(self) -> Strides:
-        row = (self.shape.width + 2 * self.border[1]) * LANES
-        return Strides((self.shape.height + 2 * self.border[0]) * row, row, LANES)
-
-
-@dataclass(frozen=True)
-class View:
-    """Part of a buffer: from a channel and a position on, in steps of `skip`."""
-
-    buffer: Buffer
-    channel: int = 0
-    top: int = 0
-    left: int = 0
-    skip: tuple[int, int] = (1, 1)
-
-    def place(self, number_bytes: int) -> tuple[int, int, int, int]:
-        """The fields of `struct map`."""
-        plane, row, column = (getattr(self.buffer.strides, n) for n in ("plane", "row", "column"))
-        down, right = self.buffer.border[0] + self.top, self.buffer.border[1] + self.left
-        start = self.channel * plane + down * row + right * column
-        at = self.buffer.at + start * number_bytes
-        return at, plane, row * self.skip[0], column * self.skip[1]
-
-
-@dataclass(eq=False)
-class Signs:
-    """One bit a number: what a ReLU let through."""
-
-    shape: Shape
-    at: int = -1
+from harprune.kernels.memory import Buffer, Signs, Unflattened, View, place_bits, place_maps
+from harprune.kernels.native import Kernels
 
 
 @dataclass(eq=False)
@@ -104,65 +52,6 @@ class Step:
 
     def views(self) -> list[View]:
         return [v for v in (self.source, self.out, self.other, self.second) if v is not None]
-
-
-@dataclass(frozen=True)
-class Fused:
-    """A node with the sum and the ReLU that follow it."""
-
-    main: Node
-    other: int | None
-    rectify: bool
-    out: int
-
-    @property
-    def sources(self) -> tuple[int, ...]:
-        return self.main.sources if self.other is None else (*self.main.sources, self.other)
-
-
-def fuse(graph: Graph) -> list[Fused]:
-    """The graph's nodes, with sums and ReLUs drawn into the step before them where one reads it."""
-    users, kept = graph.users(), set(graph.outputs)
-    fused: dict[int, Fused] = {}  # by the value each makes, in order
-    for node in graph.nodes:
-        sole = [
-            s
-            for s in node.sources
-            if s in fused and len(users[s]) == 1 and s not in kept and not fused[s].rectify
-        ]
-        if isinstance(node, Sum) and node.sources[0] != node.sources[1]:
-            # The later of the two: the other is then computed when this step runs.
-            last = max((s for s in fused if s in node.sources), key=list(fused).index, default=None)
-            if last in sole and fused[last].other is None and _takes_more(fused[last].main):
-                before = fused.pop(last)
-                other = next(s for s in node.sources if s != last)
-                fused[node.out] = Fused(before.main, other, False, node.out)
-                continue
-            fused[node.out] = Fused(_copy(node), node.sources[1], False, node.out)
-        elif isinstance(node, Rectifier):
-            if sole and _takes_more(fused[sole[0]].main):
-                before = fused.pop(sole[0])
-                fused[node.out] = Fused(before.main, before.other, True, node.out)
-                continue
-            fused[node.out] = Fused(_copy(node), None, True, node.out)
-        elif isinstance(node, Sum):
-            fused[node.out] = Fused(_copy(node), node.sources[1], False, node.out)
-        else:
-            fused[node.out] = Fused(node, None, False, node.out)
-    return list(fused.values())
-
-
-def _takes_more(node: Node) -> bool:
-    return isinstance(node, Convolution | Affine | Normalisation | _Copy)
-
-
-@dataclass(frozen=True)
-class _Copy(Node):
-    """Its source as it is."""
-
-
-def _copy(node: Node) -> _Copy:
-    return _Copy(node.sources[:1], node.out)
 
 
 class Plan:
@@ -200,7 +89,9 @@ class Plan:
         self.gradient_of: dict[int, Buffer] = {}
         if gradients is not None:
             self._backward()
-        self._place()
+        steps = [step.views() for step in (*self.forward, *self.backward)]
+        self.arena_bytes = place_maps(steps, kernels.dtype.itemsize, reuse=not training)
+        self.kept_bytes = place_bits(self.signs.values(), self.winners.values(), kernels.sign_bytes)
         self.spare: list = []  # memory of earlier batches, for the next ones
 
     # Forward --------------------------------------------------------------------------------
@@ -251,7 +142,7 @@ class Plan:
                 if isinstance(main, MaxPool):
                     step.winners = self.winners[fused.out] = Signs(shape)
             case Flatten():
-                step.shape, step.out = source.shape, View(_unflattened(out, source.shape))
+                step.shape, step.out = source.shape, View(Unflattened(out, source.shape))
             case Concatenation():
                 first = 0
                 for value in main.sources:
@@ -318,7 +209,7 @@ class Plan:
                     moments.vectors = (f"{main.name}/gradient", "", "")
                     self.backward.append(moments)
                 self._share_of_convolution(main, gradient)
-            case _Copy():
+            case Copy():
                 self._share_as_it_is(main.sources[0], View(gradient))
             case Affine():
                 step.vectors = (f"{main.name}/scale", "", "")
@@ -337,7 +228,7 @@ class Plan:
                 step.pool, step.winners = main, self.winners.get(fused.out)
                 self._share(main.sources[0], step)
             case Flatten():
-                step.source = View(_unflattened(gradient, shape))
+                step.source = View(Unflattened(gradient, shape))
                 self._share(main.sources[0], step)
             case Concatenation():
                 channel = 0
@@ -422,70 +313,3 @@ class Plan:
     def made_by(self, node: Node) -> int:
         """The value that the step of `node` makes, sum and ReLU included."""
         return next(f.out for f in self.fused if f.main is node)
-
-    # Memory ---------------------------------------------------------------------------------
-
-    def _place(self) -> None:
-        """Give each buffer its place; buffers of one geometry take turns, so borders stay zero."""
-        steps = self.forward + self.backward
-        last: dict[int, int] = {}
-        buffers: dict[int, Buffer] = {}
-        for number, step in enumerate(steps):
-            for view in step.views():
-                buffer = getattr(view.buffer, "whole", view.buffer)
-                buffers[id(buffer)], last[id(buffer)] = buffer, number
-        slots: dict[tuple, list[list]] = {}
-        taken: dict[int, list] = {}
-        every = []
-        for number, step in enumerate(steps):
-            for view in step.views():
-                buffer = getattr(view.buffer, "whole", view.buffer)
-                if id(buffer) not in taken:
-                    free = slots.setdefault(buffer.geometry, [])
-                    slot = free.pop() if free and not self.training else [buffer, 0, []]
-                    if not slot[2]:
-                        every.append(slot)
-                    slot[1] = max(slot[1], buffer.shape.channels)
-                    slot[2].append(buffer)
-                    taken[id(buffer)] = slot
-            for key, end in last.items():
-                if end == number:
-                    slots[buffers[key].geometry].append(taken[key])
-        size, at = self.kernels.dtype.itemsize, 0
-        for buffer, channels, members in every:
-            for member in members:
-                member.at = at
-            at += -(-channels * buffer.strides.plane * size // _ALIGNMENT) * _ALIGNMENT
-        self.arena_bytes = at
-        at = 0
-        for signs in self.signs.values():
-            signs.at = at
-            at += -(-_positions(signs.shape) * self.kernels.sign_bytes // _ALIGNMENT) * _ALIGNMENT
-        for winners in self.winners.values():
-            winners.at = at
-            at += _positions(winners.shape) * LANES
-        self.kept_bytes = at
-
-
-def _positions(shape: Shape) -> int:
-    return shape.channels * shape.height * shape.width
-
-
-class _Unflattened(Buffer):
-    """A vector's memory read as the map that it was flattened from."""
-
-    def __init__(self, whole: Buffer, shape: Shape):
-        super().__init__(shape)
-        self.whole = whole
-
-    @property
-    def at(self) -> int:
-        return self.whole.at
-
-    @at.setter
-    def at(self, value: int) -> None:
-        pass
-
-
-def _unflattened(vector: Buffer, shape: Shape) -> Buffer:
-    return _Unflattened(vector, shape)

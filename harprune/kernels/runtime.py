@@ -15,8 +15,9 @@ import numpy as np
 
 from harprune.kernels.graph import Convolution, MaxPool
 from harprune.kernels.lists import List, Pattern, forward_list, transposed_list, window_offsets
+from harprune.kernels.memory import View
 from harprune.kernels.native import GRADIENT, KEPT, KINDS, LANES, STEP
-from harprune.kernels.plan import Plan, Step, View
+from harprune.kernels.plan import Plan, Step
 
 _CACHE = 1280 * 1024
 """Bytes of input that a band of rows may touch: about what a core's second-level cache holds.

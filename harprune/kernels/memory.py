@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the maps of a block lie, and what its forward steps keep for its backward steps."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from harprune.kernels.graph import Shape
+from harprune.kernels.lists import Strides
+from harprune.kernels.native import LANES
+
+_ALIGNMENT = 64
+
+
+@dataclass(eq=False)
+class Buffer:
+    """A map of a block in the arena; `border` rows and columns of zeros surround it."""
+
+    shape: Shape
+    border: list[int] = field(default_factory=lambda: [0, 0])
+    at: int = -1
+
+    def need(self, rows: int, columns: int) -> None:
+        """Ask for a border at least so wide."""
+        self.border = [max(self.border[0], rows), max(self.border[1], columns)]
+
+    @property
+    def memory(self) -> "Buffer":
+        """The buffer whose memory this one is: itself."""
+        return self
+
+    @property
+    def geometry(self) -> tuple[int, ...]:
+        return (self.shape.height, self.shape.width, *self.border)
+
+    @property
+    def strides(self) -> Strides:
+        row = (self.shape.width + 2 * self.border[1]) * LANES
+        return Strides((self.shape.height + 2 * self.border[0]) * row, row, LANES)
+
+
+@dataclass(frozen=True)
+class View:
+    """Part of a buffer: from a channel and a position on, in steps of `skip`."""
+
+    buffer: Buffer
+    channel: int = 0
+    top: int = 0
+    left: int = 0
+    skip: tuple[int, int] = (1, 1)
+
+    def place(self, number_bytes: int) -> tuple[int, int, int, int]:
+        """The fields of `struct map`."""
+        plane, row, column = (getattr(self.buffer.strides, n) for n in ("plane", "row", "column"))
+        down, right = self.buffer.border[0] + self.top, self.buffer.border[1] + self.left
+        start = self.channel * plane + down * row + right * column
+        at = self.buffer.at + start * number_bytes
+        return at, plane, row * self.skip[0], column * self.skip[1]
+
+
+@dataclass(eq=False)
+class Signs:
+    """One bit a number: what a ReLU let through."""
+
+    shape: Shape
+    at: int = -1
+
+
+class Unflattened(Buffer):
+    """A vector's memory read as the map that it was flattened from."""
+
+    def __init__(self, whole: Buffer, shape: Shape):
+        super().__init__(shape)
+        self.whole = whole
+
+    @property
+    def memory(self) -> Buffer:
+        return self.whole
+
+    @property
+    def at(self) -> int:
+        return self.whole.at
+
+    @at.setter
+    def at(self, value: int) -> None:
+        pass
+
+
+@dataclass(eq=False)
+class _Slot:
+    """Room for buffers of one geometry that live one after the other."""
+
+    buffers: list[Buffer] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """In numbers: planes of the widest buffer."""
+        most = max(buffer.shape.channels for buffer in self.buffers)
+        return most * self.buffers[0].strides.plane
+
+
+def place_maps(steps: Sequence[list[View]], number_bytes: int, *, reuse: bool) -> int:
+    """Give each buffer its place, by the order in which steps view them; the bytes of all.
+
+    With `reuse`, a buffer may take the place of one that no later step views, if both have the same
+    geometry: borders, which no step writes, then stay zero.
+    """
+    viewed = [[view.buffer.memory for view in step] for step in steps]
+    last = {buffer: number for number, step in enumerate(viewed) for buffer in step}
+    free: dict[tuple[int, ...], list[_Slot]] = {}
+    slots: list[_Slot] = []
+    taken: dict[Buffer, _Slot] = {}
+    for number, step in enumerate(viewed):
+        for buffer in step:
+            if buffer not in taken:
+                spare = free.setdefault(buffer.geometry, [])
+                if not (spare and reuse):
+                    slots.append(_Slot())
+                taken[buffer] = spare.pop() if spare and reuse else slots[-1]
+                taken[buffer].buffers.append(buffer)
+        for buffer in dict.fromkeys(step):
+            if last[buffer] == number:
+                free[buffer.geometry].append(taken[buffer])
+    at = 0
+    for slot in slots:
+        for buffer in slot.buffers:
+            buffer.at = at
+        at += _aligned(slot.size * number_bytes)
+    return at
+
+
+def place_bits(signs: Iterable[Signs], winners: Iterable[Signs], sign_bytes: int) -> int:
+    """Give signs, and winners of one byte a number, their places; the bytes of all."""
+    at = 0
+    for kept, size in (*((s, sign_bytes) for s in signs), *((w, LANES) for w in winners)):
+        kept.at = at
+        at += _aligned(prod(kept.shape) * size)
+    return at
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
