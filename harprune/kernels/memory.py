@@ -30,7 +30,12 @@ class Buffer:
         return self
 
     @property
+    def numbers(self) -> int:
+        return self.shape.channels * self.strides.plane
+
+    @property
     def geometry(self) -> tuple[int, ...]:
+        """Buffers that agree in this may take each other's place: borders then stay zero."""
         return (self.shape.height, self.shape.width, *self.border)
 
     @property
@@ -94,18 +99,15 @@ class _Slot:
 
     @property
     def size(self) -> int:
-        """In numbers: planes of the widest buffer."""
-        most = max(buffer.shape.channels for buffer in self.buffers)
-        return most * self.buffers[0].strides.plane
+        return max(buffer.numbers for buffer in self.buffers)
 
 
-def place_maps(steps: Sequence[list[View]], number_bytes: int, *, reuse: bool) -> int:
+def place_maps(viewed: Sequence[list], number_bytes: int, *, reuse: bool) -> int:
     """Give each buffer its place, by the order in which steps view them; the bytes of all.
 
     With `reuse`, a buffer may take the place of one that no later step views, if both have the same
-    geometry: borders, which no step writes, then stay zero.
+    `geometry`: what no step writes then stays zero.
     """
-    viewed = [[view.buffer.memory for view in step] for step in steps]
     last = {buffer: number for number, step in enumerate(viewed) for buffer in step}
     free: dict[tuple[int, ...], list[_Slot]] = {}
     slots: list[_Slot] = []

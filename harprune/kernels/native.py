@@ -32,6 +32,23 @@ GRADIENT = np.dtype(
     + [(name, "i8") for name in ("per_group", "window")]
 )
 """`struct gradient` of blocks.h."""
+_ROWS = [(name, "i8") for name in ("at", "plane", "pitch", "image", "copies")]
+ROW_STEP = np.dtype(
+    [("kind", "i8")]
+    + [(name, _ROWS) for name in ("in", "out", "other")]
+    + [(name, "i8") for name in ("has_other", "rectify", "channels", "height", "width")]
+    + [(name, "i8") for name in ("together", "lines", "vectors", "packed")]
+    + [(name, "u8") for name in ("masks", "starts", "offsets", "values")]
+    + [("list_width", "i8"), ("displacements", "u8")]
+    + [(name, "i8") for name in ("displaced", "whole", "in_vectors")]
+    + [("scale", "u8"), ("shift", "u8")]
+    + [(name, "i8") for name in ("external", "in_height", "in_width")]
+    + [(name, "i8") for name in ("size_y", "size_x", "stride_y", "stride_x")]
+    + [(name, "i8") for name in ("pad_y", "pad_x", "full_area")]
+)
+"""`struct row_step` of rows.h."""
+DISPLACEMENT = np.dtype([(name, "i8") for name in ("vectors", "lanes", "mask")])
+"""`struct displacement` of rows.h."""
 
 LANES = 16
 KINDS = [
@@ -46,6 +63,16 @@ KINDS = [
     "mean_pool",
     "mean_pool_back",
 ]
+ROW_KINDS = [
+    "pack",
+    "unpack",
+    "convolve",
+    "scale",
+    "split",
+    "flatten",
+    "max_pool",
+    "mean_pool",
+]
 KEPT, ALL, ALL_BF16 = 0, 1, 2
 """Which gradients to weights `Kernels.gradient` computes."""
 
@@ -55,10 +82,13 @@ class _Table(ctypes.Structure):
         ("name", ctypes.c_char_p),
         ("number_bytes", ctypes.c_int64),
         ("sign_bytes", ctypes.c_int64),
+        ("lanes", ctypes.c_int64),
+        ("tile", ctypes.c_int64),
         ("run", ctypes.c_void_p),
         ("kept_gradient", ctypes.c_void_p),
         ("full_gradient", ctypes.c_void_p),
         ("full_gradient_bf16", ctypes.c_void_p),
+        ("run_rows", ctypes.c_void_p),
     )
 
 
@@ -69,6 +99,8 @@ class Kernels:
         name: avx512_bf16, avx512, avx2, neon, plain or float64.
         dtype: of every number, float32, or float64 for the last.
         sign_bytes: bytes that keep the signs of one position of a block.
+        lanes: numbers of a vector.
+        tile: vectors of sums that a tile holds.
         has_bf16: whether gradients to all weights can be computed with bf16 products.
     """
 
@@ -78,12 +110,36 @@ class Kernels:
         self.name = entry.name.decode()
         self.dtype = np.dtype(np.float32 if entry.number_bytes == 4 else np.float64)
         self.sign_bytes = entry.sign_bytes
+        self.lanes, self.tile = entry.lanes, entry.tile
         self.has_bf16 = entry.full_gradient_bf16 is not None
 
     def run(self, steps: np.ndarray, arena: int, kept: int, external: np.ndarray, images: int):
         """Run `steps` on one block; `external` holds the addresses of the caller's arrays."""
         self._library.harprune_run(
             self._table, _address(steps), len(steps), arena, kept, _address(external), images
+        )
+
+    def run_rows(
+        self,
+        steps: np.ndarray,
+        arena: int,
+        external: np.ndarray,
+        images: int,
+        part: int,
+        parts: int,
+        meeting: np.ndarray,
+    ) -> None:
+        """Run row steps as thread `part` of `parts` that share them and `meeting`, two zeros."""
+        self._library.harprune_run_rows(
+            self._table,
+            _address(steps),
+            len(steps),
+            arena,
+            _address(external),
+            images,
+            part,
+            parts,
+            _address(meeting),
         )
 
     def gradient(
@@ -138,7 +194,11 @@ def _library() -> ctypes.CDLL | None:
         (pointer, integer, pointer, pointer) + (integer,) * 4 + (pointer,)
     )
     library.harprune_gradient.restype = None
-    for call, dtype in (("step", STEP), ("gradient", GRADIENT)):
+    library.harprune_run_rows.argtypes = (
+        (pointer, pointer, integer, pointer, pointer) + (integer,) * 3 + (pointer,)
+    )
+    library.harprune_run_rows.restype = None
+    for call, dtype in (("step", STEP), ("gradient", GRADIENT), ("row_step", ROW_STEP)):
         function = getattr(library, f"harprune_{call}_bytes")
         function.restype = integer
         if function() != dtype.itemsize:

@@ -50,8 +50,10 @@ class Step:
     pool: Node | None = None
     winners: Signs | None = None
 
-    def views(self) -> list[View]:
-        return [v for v in (self.source, self.out, self.other, self.second) if v is not None]
+    def buffers(self) -> list[Buffer]:
+        """Whose memory the step views."""
+        views = (self.source, self.out, self.other, self.second)
+        return [view.buffer.memory for view in views if view is not None]
 
 
 class Plan:
@@ -89,7 +91,7 @@ class Plan:
         self.gradient_of: dict[int, Buffer] = {}
         if gradients is not None:
             self._backward()
-        steps = [step.views() for step in (*self.forward, *self.backward)]
+        steps = [step.buffers() for step in (*self.forward, *self.backward)]
         self.arena_bytes = place_maps(steps, kernels.dtype.itemsize, reuse=not training)
         self.kept_bytes = place_bits(self.signs.values(), self.winners.values(), kernels.sign_bytes)
         self.spare: list = []  # memory of earlier batches, for the next ones

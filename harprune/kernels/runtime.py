@@ -252,7 +252,7 @@ class Executable:
             finally:
                 free.put(arena)
 
-        _each(one, memory.blocks, self.threads)
+        each(one, memory.blocks, self.threads)
 
     # Gradients to weights -------------------------------------------------------------------
 
@@ -297,7 +297,7 @@ class Executable:
                 result,
             )
 
-        _each(part, -(-pattern.filters // share), self.threads)
+        each(part, -(-pattern.filters // share), self.threads)
         return result
 
 
@@ -308,7 +308,7 @@ def aligned(shape: tuple[int, int]) -> np.ndarray:
     return held[start : start + shape[0] * shape[1]].reshape(shape)
 
 
-def _each(task: Callable[[int], None], many: int, threads: int) -> None:
+def each(task: Callable[[int], None], many: int, threads: int) -> None:
     """task(0) ... task(many - 1), several at a time."""
     if threads == 1 or many == 1:
         for number in range(many):

@@ -13,6 +13,7 @@ from harprune.kernels import native
 from harprune.kernels.graph import Graph, Shape, Window
 from harprune.kernels.lists import Pattern
 from harprune.kernels.plan import Plan
+from harprune.kernels.rows import RowExecutable
 from harprune.kernels.runtime import Executable
 from tests.oracles.numpy_graph import evaluate
 
@@ -108,6 +109,15 @@ class Case:
         made.load("layer", flat if self.pattern.index is None else flat[self.pattern.index])
         return made
 
+    def rows(self, *, threads=1):
+        dtype = self.kernels.dtype
+        vectors = {"layer/bias": self.bias.astype(dtype)}
+        patterns = {"layer": self.pattern}
+        made = RowExecutable(self.graph, self.kernels, patterns, vectors, threads=threads)
+        flat = self.weight.astype(dtype).reshape(-1)
+        made.load("layer", flat if self.pattern.index is None else flat[self.pattern.index])
+        return made
+
     def run(self, executable):
         """Output, gradient to the input, and the memory that holds both."""
         cast = [np.ascontiguousarray(a, self.kernels.dtype) for a in (self.x, self.gradient)]
@@ -137,6 +147,15 @@ def test_a_convolution_and_its_gradients_equal_torchs(name, layer):
         # Eight bits of mantissa; errors of many products partly cancel.
         rounding = 2**-8 * np.sqrt((case.gradient**2).sum() * (case.x**2).max())
         assert np.abs(low.reshape(case.shape) - case.to_weight).max() <= max(rounding, bound)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@given(layer=convolutions())
+@draws
+def test_a_convolution_in_rows_equals_torchs(name, layer):
+    case = Case(native.named(name), layer)
+    (y,) = case.rows().forward([case.x.astype(case.kernels.dtype)])
+    assert near(y, case.y, tolerance(case.kernels) * max(1.0, case.to_weight.size**0.25))
 
 
 @given(layer=convolutions())
@@ -232,6 +251,41 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
         outputs, memory = executable.forward(inputs)
         results.append([*outputs, *executable.backward(memory, outputs)])
     assert all(np.array_equal(a, b) for a, b in zip(*results))
+
+
+def in_rows(graph, kernels, weights, vectors, threads=1):
+    index = {name: np.flatnonzero(w) for name, w in weights.items()}
+    patterns = {name: Pattern(w.shape, index[name]) for name, w in weights.items()}
+    executable = RowExecutable(graph, kernels, patterns, vectors, threads=threads)
+    for name, w in weights.items():
+        executable.load(name, w.reshape(-1)[index[name]])
+    return executable
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_kind_of_node_runs_in_rows(name, threads):
+    rng, kernels = np.random.default_rng(3), native.named(name)
+    graph, weights, vectors = branching(rng, kernels.dtype)
+    executable = in_rows(graph, kernels, weights, vectors, threads)
+    for images in (1, 37, 16, 2, 5):
+        inputs = [rng.standard_normal((images, 6, 9, 7)).astype(kernels.dtype) for _ in range(2)]
+        exact = [x.astype(np.float64) for x in inputs]
+        for y, wanted in zip(executable.forward(inputs), evaluate(graph, exact, weights, vectors)):
+            assert near(y, wanted, 10 * tolerance(kernels))
+
+
+def test_rows_give_the_same_bits_on_any_number_of_threads():
+    rng = np.random.default_rng(4)
+    graph, weights, vectors = branching(rng, np.float32)
+    inputs = [rng.standard_normal((19, 6, 9, 7), dtype=np.float32) for _ in range(2)]
+    for images in (1, 19):
+        some = [x[:images] for x in inputs]
+        alone, *others = (
+            in_rows(graph, native.best(), weights, vectors, threads).forward(some)
+            for threads in (1, 2, 3)
+        )
+        assert all(np.array_equal(a, b) for o in others for a, b in zip(alone, o))
 
 
 def test_memory_used_again_leaves_no_trace():

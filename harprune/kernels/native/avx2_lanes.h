@@ -8,3 +8,11 @@ INLINE vec keep(vec v, signs bits) {
     return (vec)_mm256_and_ps((__m256)v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, one)));
 }
 INLINE vec larger(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE vec joined(vec a, vec b, int64_t k) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i from = _mm256_add_epi32(lanes, _mm256_set1_epi32((int)k));
+    const __m256 of_a = _mm256_permutevar8x32_ps((__m256)a, from);
+    const __m256 of_b = _mm256_permutevar8x32_ps((__m256)b, from);
+    const __m256i beyond = _mm256_cmpgt_epi32(from, _mm256_set1_epi32(7));
+    return (vec)_mm256_blendv_ps(of_a, of_b, _mm256_castsi256_ps(beyond));
+}

@@ -4,3 +4,8 @@ INLINE signs signs_of(vec v) {
 }
 INLINE vec keep(vec v, signs bits) { return (vec)_mm512_maskz_mov_ps(bits, (__m512)v); }
 INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE vec joined(vec a, vec b, int64_t k) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i from = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)k));
+    return (vec)_mm512_permutex2var_ps((__m512)a, from, (__m512)b);
+}

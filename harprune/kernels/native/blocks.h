@@ -13,6 +13,8 @@
 
 #include <stdint.h>
 
+#include "rows.h"
+
 #define LANES 16
 
 enum kind {
@@ -73,6 +75,7 @@ struct gradient {
 struct kernels {
     const char *name;
     int64_t number_bytes, sign_bytes; /* of a number; of the signs of one position */
+    int64_t lanes, tile;              /* numbers of a vector; vectors of sums at once */
     void (*run)(const struct step *steps, int64_t count, char *arena, char *kept,
                 char *const *external, int64_t images);
     void (*kept_gradient)(const struct gradient *task, const char *arena, int64_t arena_stride,
@@ -82,6 +85,9 @@ struct kernels {
     void (*full_gradient_bf16)(const struct gradient *task, const char *arena,
                                int64_t arena_stride, int64_t blocks, int64_t first, int64_t last,
                                void *result);
+    void (*run_rows)(const struct row_step *steps, int64_t count, char *arena,
+                     char *const *external, int64_t images, int64_t part, int64_t parts,
+                     struct meeting *meeting);
 };
 
 #endif

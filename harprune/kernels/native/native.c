@@ -33,6 +33,13 @@ void harprune_run(const struct kernels *k, const struct step *steps, int64_t cou
     k->run(steps, count, arena, kept, external, images);
 }
 
+/* One of `parts` threads that share the steps of the same images. */
+void harprune_run_rows(const struct kernels *k, const struct row_step *steps, int64_t count,
+                       char *arena, char *const *external, int64_t images, int64_t part,
+                       int64_t parts, struct meeting *meeting) {
+    k->run_rows(steps, count, arena, external, images, part, parts, meeting);
+}
+
 /* `which`: 0 kept weights, 1 all weights, 2 all weights in bf16. */
 void harprune_gradient(const struct kernels *k, int64_t which, const struct gradient *task,
                        const char *arena, int64_t arena_stride, int64_t blocks, int64_t first,
@@ -43,3 +50,4 @@ void harprune_gradient(const struct kernels *k, int64_t which, const struct grad
 
 int64_t harprune_step_bytes(void) { return sizeof(struct step); }
 int64_t harprune_gradient_bytes(void) { return sizeof(struct gradient); }
+int64_t harprune_row_step_bytes(void) { return sizeof(struct row_step); }

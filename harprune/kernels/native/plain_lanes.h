@@ -13,3 +13,10 @@ INLINE vec larger(vec a, vec b) {
     for (int i = 0; i < V; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
     return a;
 }
+INLINE vec joined(vec a, vec b, int64_t k) {
+    real both[2 * V];
+    memcpy(both, &a, sizeof a);
+    memcpy(both + V, &b, sizeof b);
+    memcpy(&a, both + k, sizeof a);
+    return a;
+}

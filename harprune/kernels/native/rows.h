@@ -1,0 +1,75 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Forward steps on single images: rows of a map in vectors.
+ *
+ * A map is [channel][row][column]. A row takes whole vectors; where it is at most half a vector
+ * wide, rows follow one another at a pitch of a power of two ("packed"), so a plane is a sequence
+ * of full vectors either way. Zero rows part the planes, zero lanes fill up the rows. The kept
+ * weights of a filter stand ordered by the horizontal displacement of their tap: the sum over one
+ * displacement is formed on whole aligned columns of vectors, and moved sideways once. A weight
+ * thus costs one broadcast and one multiply-add per vector.
+ *
+ * A strided layer reads a map that was split: channel c, rows y = i (mod stride) and columns
+ * x = j (mod stride) form a plane of their own.
+ */
+#ifndef HARPRUNE_ROWS_H
+#define HARPRUNE_ROWS_H
+
+#include <stdint.h>
+
+#define ROW_LONGEST 4096 /* numbers of a row that is pooled */
+
+enum row_kind {
+    ROW_PACK,     /* images [n][c][h][w] -> map */
+    ROW_UNPACK,   /* map -> images */
+    ROW_CONVOLVE,
+    ROW_SCALE,    /* scale[c] x + shift[c], or a copy without both */
+    ROW_SPLIT,    /* into one plane for each phase of the strides, perhaps of another pitch */
+    ROW_FLATTEN,  /* each number becomes a plane */
+    ROW_MAX_POOL,
+    ROW_MEAN_POOL
+};
+
+/* A map in the arena: the byte offset of row 0 of channel 0, strides in numbers. Image i of those
+ * that run together lies in copy i % copies. */
+struct rows {
+    int64_t at, plane, pitch, image, copies;
+};
+
+/* A horizontal displacement: whole vectors to the right (negative: to the left), lanes in [0, V)
+ * on top of them, and the lanes of a vector in which the result counts. */
+struct displacement {
+    int64_t vectors, lanes, mask;
+};
+
+struct row_step {
+    int64_t kind;
+    struct rows in, out, other; /* `other` is added to the result */
+    int64_t has_other, rectify;
+    int64_t channels, height, width; /* of the output; of the input where that is split, flattened */
+    int64_t together;                /* images that run through this step before the next step */
+    int64_t lines, vectors;          /* of an output plane: rows, and vectors of each; packed: */
+    int64_t packed;                  /* vectors, and one */
+    const int64_t *masks;            /* lanes that hold numbers, per vector of a row (packed: of the
+                                        plane); NULL where all do */
+    /* Weights: filter group f, displacement d owns entries starts[f * displacements + d] on, of
+     * `width` filters; see struct list. */
+    const int64_t *starts;
+    const int32_t *offsets;
+    const void *values;
+    int64_t list_width;
+    const struct displacement *displacements;
+    int64_t displaced;               /* how many; the displacement by nothing is the last */
+    int64_t whole;                   /* rows of input and output are equally long, and short */
+    int64_t in_vectors;              /* of a row of the input */
+    const void *scale, *shift;       /* per output channel, or NULL */
+    int64_t external;                /* which of the caller's arrays a step reads or writes */
+    int64_t in_height, in_width;     /* pooling */
+    int64_t size_y, size_x, stride_y, stride_x, pad_y, pad_x, full_area;
+};
+
+/* Where threads that share one image's steps wait for each other. */
+struct meeting {
+    int64_t arrived, round;
+};
+
+#endif
