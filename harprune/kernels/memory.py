@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the maps of a block lie, and what its forward steps keep for its backward steps."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 
 from harprune.kernels.graph import Shape
 from harprune.kernels.lists import Strides
@@ -102,11 +103,14 @@ class _Slot:
         return max(buffer.numbers for buffer in self.buffers)
 
 
-def place_maps(viewed: Sequence[list], number_bytes: int, *, reuse: bool) -> int:
+def place_maps(
+    viewed: Sequence[list], number_bytes: int, *, reuse: bool, onto: Mapping = MappingProxyType({})
+) -> int:
     """Give each buffer its place, by the order in which steps view them; the bytes of all.
 
     With `reuse`, a buffer may take the place of one that no later step views, if both have the same
-    `geometry`: what no step writes then stays zero.
+    `geometry`: what no step writes then stays zero. `onto` names buffers that are written position
+    by position where another has just been read, and may take its place in that very step.
     """
     last = {buffer: number for number, step in enumerate(viewed) for buffer in step}
     free: dict[tuple[int, ...], list[_Slot]] = {}
@@ -114,6 +118,12 @@ def place_maps(viewed: Sequence[list], number_bytes: int, *, reuse: bool) -> int
     taken: dict[Buffer, _Slot] = {}
     for number, step in enumerate(viewed):
         for buffer in step:
+            below = onto.get(buffer)
+            ends = below in taken and last[below] == number and buffer not in taken
+            if ends and below.geometry == buffer.geometry:
+                taken[buffer] = taken[below]
+                taken[buffer].buffers.append(buffer)
+                last[below] = -1  # its place is not free
             if buffer not in taken:
                 spare = free.setdefault(buffer.geometry, [])
                 if not (spare and reuse):

@@ -100,7 +100,7 @@ class Kernels:
         dtype: of every number, float32, or float64 for the last.
         sign_bytes: bytes that keep the signs of one position of a block.
         lanes: numbers of a vector.
-        tile: vectors of sums that a tile holds.
+        tile: vectors of sums that a tile holds, at most.
         has_bf16: whether gradients to all weights can be computed with bf16 products.
     """
 

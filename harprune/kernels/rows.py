@@ -27,11 +27,11 @@ from harprune.kernels.graph import (
 )
 from harprune.kernels.lists import QUAD, List, Pattern
 from harprune.kernels.memory import place_maps
-from harprune.kernels.native import DISPLACEMENT, LANES, ROW_KINDS, ROW_STEP, Kernels
+from harprune.kernels.native import DISPLACEMENT, ROW_KINDS, ROW_STEP, Kernels
 from harprune.kernels.runtime import aligned, each
 
-GROUP = LANES
-"""Images that a pass over the steps takes at most."""
+GROUP = 8
+"""Images that go through the steps together, at most: sums of a tile (ROW_SUMS)."""
 LONGEST = 4096
 """Numbers of a row that is pooled (ROW_LONGEST)."""
 
@@ -146,6 +146,7 @@ class RowStep:
     external: int = -1
     node: Node | None = None
     stride: tuple[int, int] = (1, 1)
+    taps: tuple[int, ...] = ()
     together: int = 1
 
     def maps(self) -> list[Map]:
@@ -160,7 +161,7 @@ class RowExecutable:
         kernels: the instruction set that runs it.
         patterns: where the kept weights of each convolution are.
         vectors: bias, scale and shift of each layer, as for `runtime.Executable`.
-        threads: how many groups of 16 images run at once; they share the steps of a lone group.
+        threads: how many groups of 8 images run at once; they share the steps of a lone group.
 
     Raises:
         ValueError: a node is not for these kernels; `runtime.Executable` takes it.
@@ -178,7 +179,7 @@ class RowExecutable:
         self.graph, self.kernels, self.patterns, self.vectors = graph, kernels, patterns, vectors
         self.threads = threads
         self._size = kernels.dtype.itemsize
-        self._laid: dict[tuple[int, tuple[int, int], int], Map] = {}
+        self._laid: dict[tuple, Map] = {}  # by value, stride and pitch
         self._lists: dict[str, List] = {}
         self._tables: list[np.ndarray] = []  # that the steps point into
         self._steps: list[RowStep] = []
@@ -291,11 +292,11 @@ class RowExecutable:
         else:
             pitch = out_pitch = max(pitch, out_pitch)
         read, out = self._read(source, stride, pitch), self._map(value, out_pitch)
-        taps_y, taps_x = _taps(window, 0), _taps(window, 1)
+        taps_y, taps_x = _taps(window, 0), _displacements(window, read.shape.width, shape.width)
         below = shape.height - 1 + taps_y.max() - (read.shape.height - 1)
         read.border = max(read.border, int(-taps_y.min()), int(below))
-        read.margin = max(read.margin, lanes * (2 + int(np.abs(taps_x).max()) // lanes))
-        step = RowStep("convolve", shape, Part(read), Part(out), node=node)
+        read.margin = max(read.margin, lanes * (2 + max(map(abs, taps_x), default=0) // lanes))
+        step = RowStep("convolve", shape, Part(read), Part(out), node=node, taps=taps_x)
         step.vectors = ("", f"{node.name}/bias")
         return step
 
@@ -343,7 +344,13 @@ class RowExecutable:
                 segments.setdefault(held, set()).add(begin)
         for held, begins in segments.items():
             held.copies = self._steps[min(begins)].together if len(begins) == 1 else GROUP
-        return place_maps([s.maps() for s in self._steps], self._size, reuse=True)
+        onto = {
+            step.out.whole: step.other.whole
+            for step in self._steps
+            if step.other is not None and step.other.whole is not step.source.whole
+        }
+        maps = [step.maps() for step in self._steps]
+        return place_maps(maps, self._size, reuse=True, onto=onto)
 
     def _together(self, written: Map) -> int:
         """Images whose planes fill a tile."""
@@ -382,53 +389,24 @@ class RowExecutable:
             row["full_area"] = isinstance(step.node, MeanPool) and step.node.full_area
 
     def _link_list(self, row: np.void, step: RowStep) -> None:
-        node, read, out = step.node, step.source.whole, step.out.whole
-        pattern, lanes = self.patterns[node.name], self.kernels.lanes
-        dense = pattern.index is None and node.groups == 1 and pattern.filters % QUAD == 0
+        name, pattern = step.node.name, self.patterns[step.node.name]
+        read, out, lanes = step.source.whole, step.out.whole, self.kernels.lanes
+        dense = pattern.index is None and step.node.groups == 1 and pattern.filters % QUAD == 0
         width = QUAD if dense else 1
-        taps = np.unique(_taps(node.window, 1))
-        taps = taps[(taps < read.shape.width) & (taps > -out.shape.width)]
-        taps = np.concatenate([taps[taps != 0], taps[taps == 0]])
         # A row that fits a tile is read as it is; else a displaced sum takes a vector more.
         span = 1 << (out.vectors - 1).bit_length()
-        short = span <= min(4, self.kernels.tile // width) and (np.abs(taps) < lanes).all()
-        whole = short and read.pitch == out.pitch
-        moves = np.zeros(len(taps), DISPLACEMENT)
-        moves["vectors"], moves["lanes"] = taps // lanes, taps % lanes
-        place = np.arange(lanes) % out.pitch
-        stays = (place + taps[:, None] >= 0) & (place + taps[:, None] < out.pitch)
-        moves["mask"] = _bits(stays if out.packed else np.ones_like(stays))
-        at, offsets = self._places(node, read, taps, 0 if whole else lanes)
-        kept = _by_displacement(node, pattern, at, offsets, len(taps), read.plane, width)
-        starts, entries, order = kept
-        values = np.empty(order.shape, self.kernels.dtype)
-        self._lists[node.name] = made = List(starts, entries, order, width, values)
-        row["starts"], row["offsets"] = starts.ctypes.data, entries.ctypes.data
+        short = span <= min(4, self.kernels.tile // width if dense else GROUP)
+        short &= all(abs(tap) < lanes for tap in step.taps)
+        row["whole"] = whole = short and read.pitch == out.pitch
+        made = _row_list(step, pattern, width, 0 if whole else lanes, self.kernels.dtype)
+        self._lists[name] = made
+        row["starts"], row["offsets"] = made.starts.ctypes.data, made.offsets.ctypes.data
         row["values"], row["list_width"] = made.values.ctypes.data, width
-        row["displacements"], row["displaced"] = self._address(moves), len(taps)
-        row["whole"] = whole
-
-    @staticmethod
-    def _places(node: Convolution, read: Map, taps: np.ndarray, lanes: int):
-        """For each place of a filter: which displacement it has, and its offset in group 0.
-
-        Places that no output position sees within the map have displacement -1.
-        """
-        channels = read.shape.channels // (node.window.stride[0] * node.window.stride[1])
-        channels //= node.groups
-        (down, phase_y), (across, phase_x) = (
-            np.divmod(_reach(node.window, axis), node.window.stride[axis]) for axis in (0, 1)
-        )
-        phases = node.window.stride[0] * node.window.stride[1]
-        planes = np.arange(channels)[:, None, None] * phases
-        planes = planes + phase_y[:, None] * node.window.stride[1] + phase_x
-        offsets = planes * read.plane + down[:, None] * read.pitch
-        if lanes:
-            offsets = offsets + across // lanes * lanes
-        which = np.full(len(across), -1)
-        for number, tap in enumerate(taps):
-            which[across == tap] = number
-        return np.broadcast_to(which, offsets.shape).ravel(), offsets.ravel()
+        moves, taps = np.zeros(len(step.taps), DISPLACEMENT), np.array(step.taps, np.int64)
+        moves["vectors"], moves["lanes"] = np.divmod(taps, lanes)
+        place = np.arange(lanes) % read.pitch + taps[:, None]
+        moves["mask"] = _bits((place >= 0) & (place < read.pitch) | (not read.packed))
+        row["displacements"], row["displaced"] = self._address(moves), len(moves)
 
     def _address(self, table: np.ndarray | None) -> int:
         if table is None:
@@ -437,25 +415,41 @@ class RowExecutable:
         return table.ctypes.data
 
 
-def _by_displacement(node, pattern, which, offsets, many, plane, width):
-    """Starts, offsets and order of a layer's kept weights, by filter and then by displacement."""
+def _row_list(step: RowStep, pattern: Pattern, width: int, lanes: int, dtype) -> List:
+    """A layer's kept weights, those of each filter ordered by displacement.
+
+    With `lanes` the offsets hold the whole vectors of a displacement.
+    """
+    node, read, taps = step.node, step.source.whole, step.taps
+    (sy, sx), many = node.window.stride, len(taps)
+    down, phase_y = np.divmod(_reach(node.window, 0), sy)
+    across, phase_x = np.divmod(_reach(node.window, 1), sx)
+    planes = (np.arange(pattern.shape[1])[:, None, None] * sy + phase_y[:, None]) * sx + phase_x
+    rows = down[:, None] * read.pitch + (across // lanes * lanes if lanes else 0)
+    offsets = (planes * read.plane + rows).ravel()
+    # Taps that no output position sees within the map have no displacement.
+    moved = np.array([taps.index(tap) if tap in taps else -1 for tap in across])
+    moved = np.broadcast_to(moved, planes.shape).ravel()
     if width > 1:
-        places = np.argsort(which, kind="stable")
-        places = places[which[places] >= 0]
-        counts = np.bincount(which[places], minlength=many)
-        groups = pattern.filters // width
-        starts = np.concatenate([[0], np.cumsum(np.tile(counts, groups))])
-        weights = np.arange(pattern.filters)[:, None] * pattern.window + places
-        order = weights.reshape(groups, width, -1).transpose(0, 2, 1).reshape(-1, width)
-        return starts, np.tile(offsets[places], groups).astype(np.int32), order
-    filters, places = pattern.filter_and_place
-    key = filters.astype(np.int64) * many + which[places]
-    order = np.argsort(key, kind="stable")
-    order = order[which[places[order]] >= 0]
-    starts = np.concatenate([[0], np.cumsum(np.bincount(key[order], minlength=pattern.filters * many))])
-    first = filters // (pattern.filters // node.groups) * np.int64(pattern.shape[1])
-    entries = offsets[places] + first * np.prod(node.window.stride) * plane
-    return starts, entries[order].astype(np.int32), order
+        places = np.argsort(moved, kind="stable")
+        places = places[moved[places] >= 0]
+        lists = pattern.filters // width
+        counts = np.tile(np.bincount(moved[places], minlength=many), lists)
+        order = np.arange(pattern.filters)[:, None] * pattern.window + places
+        order = order.reshape(lists, width, -1).transpose(0, 2, 1).reshape(-1, width)
+        entries = np.tile(offsets[places], lists)
+    else:
+        filters, places = pattern.filter_and_place
+        key = filters.astype(np.int64) * many + moved[places]
+        order = np.argsort(key, kind="stable")
+        order = order[moved[places[order]] >= 0]
+        counts = np.bincount(key[order], minlength=pattern.filters * many)
+        group = filters // (pattern.filters // node.groups)
+        per_group = pattern.shape[1] * sy * sx * read.plane
+        entries = (offsets[places] + group * np.int64(per_group))[order]
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    values = np.empty(order.shape, dtype)
+    return List(starts, entries.astype(np.int32), order, width, values)
 
 
 def _reach(window, axis: int) -> np.ndarray:
@@ -467,6 +461,12 @@ def _reach(window, axis: int) -> np.ndarray:
 def _taps(window, axis: int) -> np.ndarray:
     """How far each tap lies in the planes of the map that was split by the stride."""
     return _reach(window, axis) // window.stride[axis]
+
+
+def _displacements(window, before: int, after: int) -> tuple[int, ...]:
+    """The columns that taps reach, of rows from `before` to `after` numbers; none moved is last."""
+    taps = {int(tap) for tap in _taps(window, 1) if -after < tap < before}
+    return (*sorted(taps - {0}), *(taps & {0}))
 
 
 def _whole(numbers: int, lanes: int) -> int:

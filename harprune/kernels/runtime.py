@@ -5,10 +5,13 @@ Blocks of 16 images do not depend on one another, and sums over blocks are taken
 so a result does not depend on the number of threads.
 """
 
+import mmap as mmap_module
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from mmap import mmap
 from queue import SimpleQueue
 
 import numpy as np
@@ -302,10 +305,17 @@ class Executable:
 
 
 def aligned(shape: tuple[int, int]) -> np.ndarray:
-    """Zeroed bytes whose rows start on cache lines (the row length must be a multiple of one)."""
-    held = np.zeros(shape[0] * shape[1] + 64, np.uint8)
-    start = -held.ctypes.data % 64
-    return held[start : start + shape[0] * shape[1]].reshape(shape)
+    """Zeroed bytes whose rows start on cache lines (the row length must be a multiple of one).
+
+    They ask for large pages: a filter's kept weights read from as many places as there are weights,
+    more than a core keeps translations of small pages for.
+    """
+    size = max(shape[0] * shape[1], 1)
+    held = mmap(-1, size)
+    if hasattr(held, "madvise") and hasattr(mmap_module, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            held.madvise(mmap_module.MADV_HUGEPAGE)
+    return np.frombuffer(held, np.uint8, shape[0] * shape[1]).reshape(shape)
 
 
 def each(task: Callable[[int], None], many: int, threads: int) -> None:

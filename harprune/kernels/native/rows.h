@@ -36,7 +36,7 @@ struct rows {
 };
 
 /* A horizontal displacement: whole vectors to the right (negative: to the left), lanes in [0, V)
- * on top of them, and the lanes of a vector in which the result counts. */
+ * on top of them, and in packed rows the lanes in which the result counts. */
 struct displacement {
     int64_t vectors, lanes, mask;
 };
