@@ -12,6 +12,7 @@ from harprune.methods.base import Method
 from harprune.pipeline.run import Run
 from harprune.robustness.objectives import Free, Objective
 from harprune.training import checkpoint
+from harprune.training.averaging import Average
 from harprune.training.loop import Diverged
 
 
@@ -19,10 +20,12 @@ from harprune.training.loop import Diverged
 class Course:
     """Progress of `stage`: step reached, metrics per epoch, best epoch so far.
 
-    An epoch has `steps` batches.
+    An epoch has `steps` batches. Where there is an `average`, it is the network that counts: epochs
+    are judged by it and the best one holds it.
 
-    `save` and `restore` carry it, with model, method, optimiser and the objective's own state,
-    through the run's progress file. Randomness needs no saving: it is a function of the step.
+    `save` and `restore` carry it, with model, average, method, optimiser and the objective's own
+    state, through the run's progress file. Randomness needs no saving: it is a function of the
+    step.
     """
 
     run: Run
@@ -32,6 +35,7 @@ class Course:
     objective: Objective
     method: Method | None
     steps: int
+    average: Average | None = None
     step: int = 0
     loss_sum: float = 0.0
     passes: int = 0
@@ -39,6 +43,11 @@ class Course:
     best: list | None = None
     _losses: list[Tensor] = field(default_factory=list)
     _saved: float = field(default_factory=time.monotonic)
+
+    @property
+    def network(self) -> nn.Module:
+        """What the stage is to leave behind: the average, or the model itself."""
+        return self.model if self.average is None else self.average.module
 
     def restore(self) -> bool:
         """Go on where the progress file stands; False when there is none."""
@@ -55,6 +64,8 @@ class Course:
             self.method.load_state_dict(values["method"])
         if isinstance(self.objective, Free):
             self.objective.load_state_dict(checkpoint.unpack("objective", tensors))
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint.unpack("average", tensors))
         for name in ("step", "loss_sum", "passes", "history", "best"):
             setattr(self, name, values[name])
         return True
@@ -75,6 +86,8 @@ class Course:
         tensors |= checkpoint.pack("optimiser", state)
         if isinstance(self.objective, Free):
             tensors |= checkpoint.pack("objective", self.objective.state_dict())
+        if self.average is not None:
+            tensors |= checkpoint.pack("average", self.average.state_dict())
         values = {
             name: getattr(self, name) for name in ("step", "loss_sum", "passes", "history", "best")
         }
@@ -133,7 +146,7 @@ class Course:
         if improved:
             self.best = [*score, record["epoch"]]
             if self.run.leader:
-                tensors = checkpoint.pack("model", self.model.state_dict())
+                tensors = checkpoint.pack("model", self.network.state_dict())
                 checkpoint.save(self.run.best(self.stage), tensors, {"epoch": record["epoch"]})
         self.save()
         return improved

@@ -126,7 +126,15 @@ class Training(Section):
     """The loss of this stage; the recipe's [objective] when absent."""
 
 
-class Pretrain(Training):
+class WeightTraining(Training):
+    """A stage that trains weights, not a selection among them."""
+
+    averaging: float | None = Field(None, ge=0, lt=1)
+    """Decay per optimiser step of an average of weights and batch-norm statistics, as 0.999; this
+    network is then validated, selected and kept. The last step's own when absent."""
+
+
+class Pretrain(WeightTraining):
     """Dense robust training; skipped when model.weights is given."""
 
 
@@ -137,7 +145,7 @@ class Prune(Training):
     """Passes over the training images."""
 
 
-class Finetune(Training):
+class Finetune(WeightTraining):
     """Training of the kept weights under fixed masks."""
 
     learning_rate: float = Field(0.01, gt=0)

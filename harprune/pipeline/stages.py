@@ -32,6 +32,7 @@ from harprune.sparsity.costs import multiply_add_prices
 from harprune.sparsity.execution import Execution, Twin, training_twin
 from harprune.sparsity.layers import weights
 from harprune.training import checkpoint
+from harprune.training.averaging import Average
 from harprune.training.loop import Diverged, fit
 from harprune.training.schedules import make_schedule
 from harprune.training.splits import to_float
@@ -93,7 +94,8 @@ def pretrain(shop: Workshop) -> None:
     model = shop.materials.network().to(shop.engine.device)
     history: list[dict] = []
     if not shop.materials.given and shop.recipe.pretrain.epochs:
-        history = learn(shop, "pretrain", model, [{"params": list(model.parameters())}])
+        groups = [{"params": list(model.parameters())}]
+        history = learn(shop, "pretrain", model, groups, averaging=shop.recipe.pretrain.averaging)
     clean, robust = validate(shop, model, build.twin(shop.recipe, model))
     shop.console.say(f"dense network: {_percent(clean, robust)} on validation images")
     _finish(shop, "pretrain", checkpoint.pack("model", model.state_dict()), history, clean, robust)
@@ -150,7 +152,8 @@ def finetune(shop: Workshop) -> None:
     history: list[dict] = []
     if shop.recipe.finetune.epochs:
         masks.compact(model)
-        history = learn(shop, "finetune", model, [{"params": list(model.parameters())}])
+        groups = [{"params": list(model.parameters())}]
+        history = learn(shop, "finetune", model, groups, averaging=shop.recipe.finetune.averaging)
         masks.expand(model)
     masks.bake(model)
     counts = budget.audit(model)
@@ -217,10 +220,11 @@ def learn(
     groups: list[dict],
     *,
     method: Method | None = None,
+    averaging: float | None = None,
 ) -> list[dict]:
     """Train `groups` for the stage's epochs, leave the selected epoch in `model`; its history."""
     section = getattr(shop.recipe, stage)
-    fast = build.twin(shop.recipe, model)
+    average = None if averaging is None else Average(model, averaging)
     objective = build.objective(
         shop.recipe, section.objective or shop.recipe.objective, _attacked(shop, model)
     )
@@ -228,7 +232,8 @@ def learn(
     batches = build.batches(
         shop.materials.train, shop.recipe, section, shop.engine, shop.seed(stage)
     )
-    course = Course(shop.run, stage, model, optimiser, objective, method, len(batches))
+    course = Course(shop.run, stage, model, optimiser, objective, method, len(batches), average)
+    fast = build.twin(shop.recipe, course.network)
     if course.restore():
         shop.run.write_metrics(_histories(shop, course))
         shop.console.say(f"{stage}: going on at step {course.step}")
@@ -258,6 +263,7 @@ def learn(
                 seed=shop.seed(stage),
                 start=course.step,
                 replays=objective.replays,
+                average=average,
                 after_step=after_step,
                 after_epoch=after_epoch,
             )
@@ -287,7 +293,7 @@ def _loss(
 
 def _end_epoch(shop: Workshop, course: Course, epoch: int, fast: Twin | None, epochs: int) -> None:
     """Validate, let the method react, record, checkpoint, say."""
-    clean, robust = validate(shop, course.model, fast)
+    clean, robust = validate(shop, course.network, fast)
     record = {"epoch": epoch, "clean": clean, "robust": robust}
     record["learning_rate"] = course.optimiser.param_groups[0]["lr"]
     eligible = True

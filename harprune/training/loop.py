@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from harprune.training.averaging import Average
 from harprune.training.schedules import Schedule
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -49,6 +50,7 @@ def fit(
     seed: int,
     start: int = 0,
     replays: int = 1,
+    average: Average | None = None,
     after_step: Callable[[int, Tensor], None] = lambda step, loss: None,
     after_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> None:
@@ -59,6 +61,7 @@ def fit(
         schedule: progress in [0, 1] -> multiplier of each group's learning rate.
         start: step to begin with, counted over all epochs; earlier ones count as done.
         replays: optimiser steps on each batch (free adversarial training).
+        average: takes in the model after every optimiser step.
         after_step: called as (step, loss) when step `step` is done.
         after_epoch: called with the number of the epoch that ended.
 
@@ -77,9 +80,12 @@ def fit(
                     group["lr"] = rate * schedule(step / total)
                 for _ in range(replays):
                     value = _step(fabric, objective, optimiser, x, y)
+                    if average is not None:
+                        average.update_parameters(model)
                 _require_finite(value, step)
                 after_step(step, value)
-            _share_buffers(fabric, model)
+            for network in (model,) if average is None else (model, average.module):
+                _share_buffers(fabric, network)
             after_epoch(epoch)
 
 

@@ -124,12 +124,14 @@ gamma = 0.1
 epochs = 2
 batch_size = 12
 learning_rate = 0.05
+averaging = 0.9
 [prune]
 epochs = 2
 batch_size = 12
 [finetune]
 epochs = 2
 batch_size = 12
+averaging = 0.9
 [validation]
 size = 12
 steps = 1

@@ -30,6 +30,7 @@ def refusal(content: dict, *overrides: str) -> str:
         ({"prune": {"objective": {"betta": 1}}}, "prune.objective.betta", "prune.objective.beta"),
         ({"density": 0.1}, "density", "budget.density"),
         ({"attack": {"epsilon": 0.1}}, "attack.epsilon", "threat.epsilon"),
+        ({"prune": {"averaging": 0.9}}, "prune.averaging", "pretrain.averaging"),
         ({"zzzz": 1}, "zzzz", "seed"),
     ],
 )
@@ -63,6 +64,7 @@ def test_an_unknown_key_is_named_with_the_nearest(content, wrong, nearest):
         ({"model": {"mean": [0.5, "x"]}}, "model.mean.1 = 'x': must be a valid number"),
         ({"finetune": {"schedule": "cosin"}}, "finetune.schedule = 'cosin': must be 'cosine', "),
         ({"finetune": {"learning_rate": float("nan")}}, "finetune.learning_rate = nan: must be a"),
+        ({"finetune": {"averaging": 1}}, "finetune.averaging = 1: must be less than 1"),
         ({"data": {"validation": 0}}, "data.validation = 0: must be greater than 0"),
         ({"name": "x" * 500, "seed": [0] * 500}, "seed = [0, 0, 0"),
     ],
