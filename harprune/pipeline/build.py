@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -214,12 +214,7 @@ def objective(
     recipe: Recipe, section: recipes.Objective, twin: Twin | None
 ) -> objectives.Objective:
     """The training loss that `section` names, its attack run on `twin` where there is one."""
-    bound, step = threat(recipe), step_size(recipe, section)
-
-    def pgd(steps: int = section.steps, step: float = step, **options) -> attacks.Attack:
-        attack = attacks.PGD(bound, steps, step_size=step, **options)
-        return attack if twin is None else OnTwin(attack, twin)
-
+    pgd = partial(_training_attack, recipe, section, twin)
     match section.name:
         case "natural":
             return objectives.Natural()
@@ -238,9 +233,43 @@ def objective(
                 clean_forward=recipe.parity.clean_forward,
             )
         case "free":
-            return objectives.Free(bound, replays=section.replays)
+            return objectives.Free(threat(recipe), replays=section.replays)
         case "fgsm-rs":
-            return objectives.PGDAT(pgd(1, 1.25 * bound.epsilon))
+            return objectives.PGDAT(pgd())
+
+
+def distilled(
+    recipe: Recipe,
+    section: recipes.Objective,
+    twin: Twin | None,
+    soft: recipes.Distillation,
+    teacher: Callable[[Tensor], Tensor],
+) -> objectives.RSLAD:
+    """Distillation from `teacher` under the attack of the loss that `section` names.
+
+    Raises:
+        ValueError: a loss whose attack has a target of its own, or none.
+    """
+    if section.name not in ("pgd-at", "fgsm-rs"):
+        raise ValueError(
+            f"distillation takes its attack from pgd-at or fgsm-rs, not from objective.name = "
+            f"{section.name!r}; name one of them, or leave out the stage's distillation"
+        )
+    divergence = objectives.SoftLabels(soft.temperature)
+    attack = _training_attack(recipe, section, twin, loss=divergence)
+    return objectives.RSLAD(attack, teacher, divergence, soft.weight)
+
+
+def _training_attack(
+    recipe: Recipe, section: recipes.Objective, twin: Twin | None, **options
+) -> attacks.Attack:
+    """PGD as `section` has it, on `twin` where there is one; fgsm-rs takes one long step."""
+    bound = threat(recipe)
+    steps, step = section.steps, step_size(recipe, section)
+    if section.name == "fgsm-rs":
+        steps, step = 1, 1.25 * bound.epsilon
+    attack = attacks.PGD(bound, steps, step_size=step, **options)
+    return attack if twin is None else OnTwin(attack, twin)
 
 
 def _beta(section: recipes.Objective, usual: float) -> float:

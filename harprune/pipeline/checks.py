@@ -33,6 +33,9 @@ def check(recipe: Recipe) -> None:
     for stage in (recipe.pretrain, recipe.prune, recipe.finetune):
         build.objective(recipe, stage.objective or recipe.objective, None)
         make_schedule(stage.schedule, epochs=stage.epochs, offset=recipe.parity.cosine_offset)
+    for stage in (recipe.prune, recipe.finetune):
+        if soft := stage.distillation:
+            build.distilled(recipe, stage.objective or recipe.objective, None, soft, lambda x: x)
     weights = recipe.model.weights
     if weights is not None and not Path(weights).is_file():
         raise ValueError(f"model.weights = {weights!r}: no such file; name a checkpoint")

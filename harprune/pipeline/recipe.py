@@ -126,7 +126,7 @@ class Training(Section):
     """The loss of this stage; the recipe's [objective] when absent."""
 
 
-class WeightTraining(Training):
+class Averaged(Training):
     """A stage that trains weights, not a selection among them."""
 
     averaging: float | None = Field(None, ge=0, lt=1)
@@ -134,18 +134,35 @@ class WeightTraining(Training):
     network is then validated, selected and kept. The last step's own when absent."""
 
 
-class Pretrain(WeightTraining):
+class Distillation(Section):
+    """Learning from the dense network's answers in place of labels (RSLAD)."""
+
+    weight: float = Field(5 / 6, ge=0, le=1)
+    """Share of the attacked images in the loss; the clean ones have the rest."""
+    temperature: float = Field(1.0, gt=0)
+    """Softens the answers that are compared."""
+
+
+class Distilled(Training):
+    """A stage that comes after a dense network."""
+
+    distillation: Distillation | None = None
+    """Learn from the dense network's answers (RSLAD) under the attack of pgd-at or fgsm-rs; its
+    keys are weight, of attacked images (5/6), and temperature (1). From labels when absent."""
+
+
+class Pretrain(Averaged):
     """Dense robust training; skipped when model.weights is given."""
 
 
-class Prune(Training):
+class Prune(Distilled):
     """The method's own training: scores and densities in HARP."""
 
     epochs: int = Field(20, ge=0)
     """Passes over the training images."""
 
 
-class Finetune(WeightTraining):
+class Finetune(Averaged, Distilled):
     """Training of the kept weights under fixed masks."""
 
     learning_rate: float = Field(0.01, gt=0)

@@ -20,7 +20,7 @@ from harprune.pipeline import build, checks
 from harprune.pipeline.build import Materials
 from harprune.pipeline.console import Console
 from harprune.pipeline.course import Course
-from harprune.pipeline.recipe import Recipe
+from harprune.pipeline.recipe import Distillation, Recipe
 from harprune.pipeline.run import STAGES, Run
 from harprune.reporting.report import write_report
 from harprune.reporting.tables import results_table
@@ -111,7 +111,8 @@ def prune(shop: Workshop) -> None:
     method.attach(model, budget)
     history: list[dict] = []
     if shop.recipe.prune.epochs and (groups := method.trainable(model)):
-        history = learn(shop, "prune", model, groups, method=method)
+        soft = shop.recipe.prune.distillation
+        history = learn(shop, "prune", model, groups, method=method, distillation=soft)
     method.settle(model)
     tensors = checkpoint.pack("mask", masks.kept_masks(model))
     masks.bake(model)
@@ -153,7 +154,15 @@ def finetune(shop: Workshop) -> None:
     if shop.recipe.finetune.epochs:
         masks.compact(model)
         groups = [{"params": list(model.parameters())}]
-        history = learn(shop, "finetune", model, groups, averaging=shop.recipe.finetune.averaging)
+        section = shop.recipe.finetune
+        history = learn(
+            shop,
+            "finetune",
+            model,
+            groups,
+            averaging=section.averaging,
+            distillation=section.distillation,
+        )
         masks.expand(model)
     masks.bake(model)
     counts = budget.audit(model)
@@ -221,13 +230,18 @@ def learn(
     *,
     method: Method | None = None,
     averaging: float | None = None,
+    distillation: Distillation | None = None,
 ) -> list[dict]:
     """Train `groups` for the stage's epochs, leave the selected epoch in `model`; its history."""
     section = getattr(shop.recipe, stage)
     average = None if averaging is None else Average(model, averaging)
-    objective = build.objective(
-        shop.recipe, section.objective or shop.recipe.objective, _attacked(shop, model)
-    )
+    wanted = section.objective or shop.recipe.objective
+    if distillation is None:
+        objective = build.objective(shop.recipe, wanted, _attacked(shop, model))
+    else:
+        objective = build.distilled(
+            shop.recipe, wanted, _attacked(shop, model), distillation, _teacher(shop)
+        )
     optimiser = build.optimiser(groups, section)
     batches = build.batches(
         shop.materials.train, shop.recipe, section, shop.engine, shop.seed(stage)
@@ -355,6 +369,13 @@ def _attacked(shop: Workshop, model: nn.Module) -> Twin | None:
         return None
     low = shop.recipe.execution.attack_precision == "bf16"
     return build.twin(shop.recipe, model, dtype=torch.bfloat16 if low else None)
+
+
+def _teacher(shop: Workshop) -> nn.Module:
+    """The dense network as a fixed function, its twin where attacks run on twins."""
+    model = load_network(shop, "pretrain").eval()
+    fast = _attacked(shop, model)
+    return model if fast is None else fast.current()
 
 
 def _finish(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training losses that harden a network: PGD-AT, TRADES, MART, Free and fast adversarial training.
+"""Training losses that harden a network: PGD-AT, TRADES, MART, RSLAD, Free and fast training.
 
 An objective is called as `objective(model, x, y) -> scalar loss`. Its attack runs in eval mode,
 the forward passes that are differentiated in the model's own mode. `replays` says how many
@@ -7,7 +7,7 @@ optimiser steps a batch gets, `passes` how many forward + backward passes per im
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +150,56 @@ def _boosted_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     # log(1 - p_k) as a sum over the other classes: finite however sure of k the model is.
     others = logits.scatter(1, rival, -torch.inf).logsumexp(1) - logits.logsumexp(1)
     return F.cross_entropy(logits, y) - others.mean()
+
+
+@dataclass(frozen=True)
+class SoftLabels:
+    """T^2 KL(q || p) of answers softened by the temperature T, per image (N,), from logits.
+
+    p = softmax(logits / T), q = softmax(reference / T). T^2 keeps gradients at one scale for every
+    temperature (Hinton et al. 2015, sec. 2).
+    """
+
+    temperature: float = 1.0
+
+    def __call__(self, logits: Tensor, reference: Tensor) -> Tensor:
+        t = self.temperature
+        return t**2 * kl_divergence(logits / t, reference / t)
+
+
+@dataclass(frozen=True)
+class RSLAD:
+    """(1 - weight) D(x) + weight D(x_adv), D the divergence from a robust teacher's answer to x.
+
+    Robust soft label adversarial distillation (Zi et al., ICCV 2021), there with temperature 1 and
+    weight 5/6. Labels are not used; what the attack is given for y are the teacher's logits.
+
+    Args:
+        attack: raises D, as `PGD(..., loss=divergence)` does.
+        teacher: images -> logits (N, K), a fixed function; asked once for each batch.
+        divergence: D, a function of (logits, the teacher's) per image.
+        weight: of the attacked images, in [0, 1].
+    """
+
+    attack: Attack
+    teacher: Callable[[Tensor], Tensor] = field(repr=False)
+    divergence: SoftLabels = SoftLabels()
+    weight: float = 5 / 6
+
+    @property
+    def replays(self) -> int:
+        return 1
+
+    @property
+    def passes(self) -> int:
+        return self.attack.passes + 2
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            reference = self.teacher(x)
+        x_adv = self.attack(model, x, reference)
+        clean, attacked = (self.divergence(model(z), reference).mean() for z in (x, x_adv))
+        return (1 - self.weight) * clean + self.weight * attacked
 
 
 @dataclass(repr=False, eq=False)

@@ -85,6 +85,11 @@ def test_a_wrong_command_is_one_line(command, here, arguments, text):
         ("pretrain.epochs=-1", "tiny.toml: pretrain.epochs = -1: must be greater than or equal t"),
         ("attack.attacks=['autoatack']", "attack 'autoatack' is unknown; choose among fgsm, pgd-"),
         ("method.name=harpp", "method.name = 'harpp' is unknown; choose one of harp, hydra, mag"),
+        ("prune.distillation.weight=2", "tiny.toml: prune.distillation.weight = 2: must be less"),
+        (
+            "finetune={distillation = {}, objective = {name = 'trades'}}",
+            "distillation takes its at",
+        ),
         ("budget.allocation=erkk", "budget.allocation = 'erkk' is unknown; choose one of uniform"),
         ("prune.schedule=cosin", "tiny.toml: prune.schedule = 'cosin': must be 'cosine', 'one_cy"),
         ("density", "--set 'density' must have the form section.key=value, as --set prune.epochs"),

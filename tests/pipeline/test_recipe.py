@@ -30,6 +30,7 @@ def refusal(content: dict, *overrides: str) -> str:
         ({"prune": {"objective": {"betta": 1}}}, "prune.objective.betta", "prune.objective.beta"),
         ({"density": 0.1}, "density", "budget.density"),
         ({"attack": {"epsilon": 0.1}}, "attack.epsilon", "threat.epsilon"),
+        ({"pretrain": {"distillation": {}}}, "pretrain.distillation", "prune.distillation"),
         ({"prune": {"averaging": 0.9}}, "prune.averaging", "pretrain.averaging"),
         ({"zzzz": 1}, "zzzz", "seed"),
     ],

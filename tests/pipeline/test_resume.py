@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from harprune.pipeline.recipe import make_recipe, read_recipe
 from harprune.pipeline.run import Run
@@ -209,10 +208,11 @@ VARIANTS = {
     ),
     "magnitude, fgsm-rs, steps": (
         "method.name=magnitude", "objective.name=fgsm-rs", "finetune.schedule=steps",
-        "execution.twin=false",
+        "execution.twin=false", "finetune.distillation.temperature=2.0",
     ),
-    "harp, free, averaged": (
-        "objective.name=free", "pretrain.averaging=0.9", "finetune.averaging=0.5",
+    "harp, averaged, distilled": (
+        "pretrain.averaging=0.9", "finetune.averaging=0.5",
+        "prune.distillation.weight=0.5", "finetune.distillation.weight=0.5",
     ),
 }  # fmt: skip
 
@@ -235,29 +235,6 @@ def test_dying_at_any_rename_changes_nothing(variant, here, monkeypatch):
             continue
     assert fate.deaths >= 3
     require_same(here / "killed", here / "whole")
-
-
-def test_an_average_over_one_step_is_no_average(finished, here):
-    """Decay 0 keeps each step's own network: the same bits as without averaging."""
-    settings = ["pretrain.averaging=0.0", "finetune.averaging=0.0"]
-    attempt(here / "averaged", read_recipe("tiny.toml", settings))
-    for name in ("dense", "pruned", "finetuned"):
-        path = f"{name}.safetensors"
-        assert _read(here / "averaged" / path) == _read(finished / path)
-
-
-def test_the_average_is_what_is_validated_selected_and_kept(here):
-    recipe = read_recipe("tiny.toml", ["pretrain.averaging=0.95"])
-    with Run(here / "run", recipe) as run:
-        run_until(open_workshop(run), "pretrain")
-    averaged, values = checkpoint.load(here / "run" / "dense.safetensors")
-    with Run(here / "plain", read_recipe("tiny.toml")) as run:
-        run_until(open_workshop(run), "pretrain")
-    plain, _ = checkpoint.load(here / "plain" / "dense.safetensors")
-    assert averaged.keys() == plain.keys()  # a network like any other
-    assert not all(torch.equal(averaged[name], plain[name]) for name in plain)
-    best = max(values["history"], key=lambda e: (e["robust"], e["clean"]))
-    assert (values["clean"], values["robust"]) == (best["clean"], best["robust"])
 
 
 def test_dying_before_the_last_metrics_loses_none(finished, here, monkeypatch):

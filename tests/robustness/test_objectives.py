@@ -12,10 +12,12 @@ from harprune.robustness.objectives import (
     MART,
     MART_ATTACK,
     PGDAT,
+    RSLAD,
     TRADES,
     TRADES_ATTACK,
     Free,
     Natural,
+    SoftLabels,
 )
 from harprune.robustness.threat import L2, Linf
 
@@ -35,6 +37,7 @@ def every_objective():
         TRADES(PGD(THREAT, 3, **TRADES_ATTACK)),
         MART(PGD(THREAT, 3, **MART_ATTACK)),
         Free(THREAT),
+        RSLAD(PGD(THREAT, 3, loss=SoftLabels()), lambda x: x.flatten(1)[:, :5]),
     ]
 
 
@@ -75,6 +78,40 @@ def test_mart(double):
         divergence = sum(p[i, k] * torch.log(p[i, k] / q[i, k]) for k in range(5))
         naive = naive + (boosted + 5.0 * divergence * (1 - p[i, y[i]])) / len(y)
     assert_same_loss_and_gradient(model, MART(shifted)(model, x, y), naive)
+
+
+def test_rslad_distils_the_teachers_answer_to_clean_images(double, make_network):
+    model, x, y = double
+    teacher, given = make_network().double().eval(), []
+
+    def attack(model, x, reference):
+        given.append(reference)
+        return shifted(model, x, y)
+
+    ours = RSLAD(attack, teacher, SoftLabels(2.0), weight=0.7)(model, x, y)
+    q, naive = (teacher(x) / 2).softmax(1), 0.0
+    for z, weight in ((x, 0.3), (shifted(model, x, y), 0.7)):
+        p = (model(z) / 2).softmax(1)
+        for i in range(len(y)):
+            divergence = sum(q[i, k] * torch.log(q[i, k] / p[i, k]) for k in range(5))
+            naive = naive + 4 * weight * divergence / len(y)
+    assert_same_loss_and_gradient(model, ours, naive)
+    assert torch.equal(given[0], teacher(x)) and not given[0].requires_grad
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_the_attack_of_rslad_leads_away_from_the_teacher(double):
+    model, x, _ = double
+    reference = model(x).detach()
+    divergence = SoftLabels()
+    torch.manual_seed(9)
+    x_adv = PGD(THREAT, 1, 0.1, loss=divergence)(model, x, reference)
+    torch.manual_seed(9)
+    start = THREAT.random_start(x).requires_grad_()
+    p, q = model(start).softmax(1), reference.softmax(1)
+    (gradient,) = torch.autograd.grad((q * (q / p).log()).sum(), start)
+    assert torch.allclose(x_adv, THREAT.project(start.detach() + 0.1 * gradient.sign(), x))
+    assert divergence(model(x_adv), reference).mean() > 0
 
 
 def assert_same_loss_and_gradient(model, ours, naive):
@@ -119,7 +156,7 @@ def test_the_attack_runs_in_eval_mode_and_the_loss_in_the_models_own(make_networ
     x, y = torch.rand(6, 3, 6, 6), torch.randint(5, (6,))
     loss = objective(model, x, y)
     loss.backward()
-    outer = 2 if isinstance(objective, TRADES | MART) else 1
+    outer = 2 if isinstance(objective, TRADES | MART | RSLAD) else 1
     assert loss.shape == () and model.training
     assert sum(model.passes) == outer
     assert not any(model.passes[:-outer]) and all(model.passes[-outer:])

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training stages leave behind and learn from: averages, and the dense network's answers."""
+
+import torch
+
+from harprune.pipeline import stages
+from harprune.pipeline.recipe import read_recipe
+from harprune.pipeline.run import Run
+from harprune.pipeline.stages import open_workshop, run_until
+from harprune.training import checkpoint
+
+
+def state(folder, *settings, last="finetune"):
+    """Tensors and values of the last stage of a run of the tiny recipe with `settings`."""
+    with Run(folder, read_recipe("tiny.toml", settings)) as run:
+        run_until(open_workshop(run), last)
+        return checkpoint.load(run.artifact(last))
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_an_average_over_one_step_is_no_average(finished, here):
+    """Decay 0 keeps each step's own network: the same bits as without averaging."""
+    tensors, values = state(here / "one", "pretrain.averaging=0.0", "finetune.averaging=0.0")
+    wanted, history = checkpoint.load(finished / "finetuned.safetensors")
+    assert same(tensors, wanted) and values == history
+
+
+def test_the_average_is_what_is_validated_selected_and_kept(finished, here):
+    averaged, values = state(here / "averaged", "pretrain.averaging=0.95", last="pretrain")
+    plain, _ = checkpoint.load(finished / "dense.safetensors")
+    assert averaged.keys() == plain.keys()  # a network like any other
+    assert not same(averaged, plain)
+    best = max(values["history"], key=lambda epoch: (epoch["robust"], epoch["clean"]))
+    assert (values["clean"], values["robust"]) == (best["clean"], best["robust"])
+
+
+def test_the_teacher_is_the_dense_network_in_eval_mode(finished, here):
+    for settings in ((), ("execution.twin=false",)):
+        with Run(here / f"run{len(settings)}", read_recipe("tiny.toml", settings)) as run:
+            shop = open_workshop(run)
+            stages.pretrain(shop)
+            x = torch.rand(7, 1, 8, 8)
+            wanted = stages.load_network(shop, "pretrain").eval()(x)
+            assert torch.allclose(stages._teacher(shop)(x), wanted, atol=1e-5)
+
+
+def test_distillation_changes_what_is_learned(finished, here):
+    plain, _ = checkpoint.load(finished / "finetuned.safetensors")
+    learned = [
+        state(here / name, f"finetune.distillation.{name}={value}")[0]
+        for name, value in (("weight", 0.1), ("temperature", 5.0))
+    ]
+    assert not any(same(*pair) for pair in zip(learned, [plain, learned[0]]))
