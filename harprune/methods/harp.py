@@ -29,6 +29,8 @@ from harprune.sparsity import masks
 from harprune.sparsity.costs import Cost
 from harprune.sparsity.density import Density, LearnedDensity
 
+_NEWTON_STEPS = 50
+
 
 @dataclass(eq=False)
 class HARP(Method):
@@ -36,6 +38,10 @@ class HARP(Method):
 
     Attributes:
         gamma: step of the penalty's weight; in epoch e (from 0) the weight is (e + 1) * gamma.
+        enforce_after: epochs after which the budget holds at every step: what the penalty has left
+            over it is taken away along the penalty's own gradient, as if gamma were each time the
+            multiplier that just meets the budget. None leaves that to gamma alone, as HARP does;
+            a stage of few epochs then ends above its budget, and `settle` cuts what was learned.
         start_density: global density from which the learned densities start, shared by the
             allocation; None takes ten times the target, at most 1.
         learn_scores: False keeps the magnitude scores (ablation "densities only").
@@ -46,6 +52,7 @@ class HARP(Method):
     """
 
     gamma: float = 0.01
+    enforce_after: int | None = None
     start_density: float | None = None
     learn_scores: bool = True
     learn_densities: bool = True
@@ -57,10 +64,13 @@ class HARP(Method):
     _overrun: Cost = field(init=False, repr=False)
     _steps: int = field(init=False, repr=False, default=1)
     _reached: bool = field(init=False, repr=False, default=False)
+    _enforced: bool = field(init=False, repr=False, default=False)
 
     def __post_init__(self):
         if not self.gamma >= 0.0:
             raise ValueError(f"gamma {self.gamma:g} must not be negative")
+        if self.enforce_after is not None and self.enforce_after < 0:
+            raise ValueError(f"enforce_after {self.enforce_after} must not be negative")
         if self.start_density is not None and not 0.0 < self.start_density <= 1.0:
             raise ValueError(f"start_density {self.start_density:g} must lie in (0, 1]")
         if not (self.learn_scores or self.learn_densities):
@@ -71,6 +81,7 @@ class HARP(Method):
     def attach(self, model: nn.Module, budget: Budget) -> None:
         self._budget, self._cost = budget, budget.cost(model)
         self._overrun = budget.overrun(model)
+        self._enforced = self.enforce_after == 0
         learn = self.learn_densities
         densities = self._learned(model, budget) if learn else given_densities(model, budget)
         install_scores(budget.layers(model), densities, budget.granularity, scaled_magnitude)
@@ -89,9 +100,7 @@ class HARP(Method):
         if self.learn_scores:
             groups.append(score_group(model, decay=self.decay_scores))
         if self.learn_densities:
-            logits = [m.density.logit for _, m in masks.installed(model).values()]
-            unique = list(dict.fromkeys(logits))
-            groups.append(parameter_group(unique, decay=self.decay_densities))
+            groups.append(parameter_group(_logits(model), decay=self.decay_densities))
         if self.train_batch_norm:
             groups.append(parameter_group(batch_norm_parameters(model), decay=True))
         return groups
@@ -108,11 +117,30 @@ class HARP(Method):
     def penalty(self, model: nn.Module) -> Tensor | float:
         return self.weight * self.hardware_loss(model) if self.learn_densities else 0.0
 
+    def step_ended(self, model: nn.Module, step: int) -> None:
+        """Where the budget is enforced, move the densities back into it."""
+        if not (self._enforced and self.learn_densities):
+            return
+        logits = _logits(model)
+        # Newton's method. Where layers are nearly dense the cost is concave in r and a whole step
+        # would throw them far below the budget; hence no logit moves by more than 1 at a time.
+        for _ in range(_NEWTON_STEPS):
+            if self.budget_met(model):
+                return
+            over = self.hardware_loss(model)
+            slopes = torch.autograd.grad(over, logits)
+            with torch.no_grad():
+                length = over / sum(slope.square() for slope in slopes)
+                length = torch.minimum(length, 1.0 / max(slope.abs() for slope in slopes))
+                for logit, slope in zip(logits, slopes):
+                    logit -= length * slope
+
     @torch.no_grad()
     def epoch_ended(self, model: nn.Module, epoch: int) -> None:
         self._reached = self._reached or self.budget_met(model)
         if not self._reached:
             self._steps += 1
+        self._enforced = self.enforce_after is not None and epoch + 1 >= self.enforce_after
 
     @torch.no_grad()
     def budget_met(self, model: nn.Module) -> bool:
@@ -133,7 +161,14 @@ class HARP(Method):
         settle_scores(model, self._budget)
 
     def state_dict(self) -> dict:
-        return {"steps": self._steps, "reached": self._reached}
+        return {"steps": self._steps, "reached": self._reached, "enforced": self._enforced}
 
     def load_state_dict(self, state: dict) -> None:
         self._steps, self._reached = int(state["steps"]), bool(state["reached"])
+        self._enforced = bool(state.get("enforced", False))
+
+
+def _logits(model: nn.Module) -> list[nn.Parameter]:
+    """What the densities are learned as, each once where layers share one."""
+    logits = [mask.density.logit for _, mask in masks.installed(model).values()]
+    return list(dict.fromkeys(logits))

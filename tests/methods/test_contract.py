@@ -17,8 +17,8 @@ from harprune.sparsity.costs import multiply_add_prices
 from harprune.sparsity.granularity import Granularity
 from harprune.training.loop import training_only
 
-METHODS = [HARP(gamma=0.1), HARP(learn_densities=False), HARP(learn_scores=False), HYDRA(),
-           Magnitude(), Random()]  # fmt: skip
+METHODS = [HARP(gamma=0.1), HARP(enforce_after=1), HARP(learn_densities=False),
+           HARP(learn_scores=False), HYDRA(), Magnitude(), Random()]  # fmt: skip
 
 
 @pytest.fixture(params=METHODS, ids=repr)

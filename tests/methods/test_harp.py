@@ -112,6 +112,76 @@ def test_gamma_goes_on_where_its_state_was_saved():
     assert (second.weight, second._reached) == (2.0, True)
 
 
+def overrun_at(layers, logits, target):
+    """The hardware loss and its slopes, written out: cost is sum n_l g(r_l) over sum n_l."""
+    floor, total = 0.1 * target, sum(layer.size for layer in layers)
+    sigmas = [torch.sigmoid(r) for r in logits]
+    cost = sum(n.size * ((1 - floor) * s + floor) for n, s in zip(layers, sigmas)) / total
+    slopes = [n.size * (1 - floor) * s * (1 - s) / total for n, s in zip(layers, sigmas)]
+    return float(cost / target - 1), torch.stack(slopes) / target
+
+
+def attached(target, **options):
+    """A small network under HARP, its layers and logits."""
+    torch.manual_seed(0)
+    model, method = small().double(), HARP(**options)
+    method.attach(model, Budget(target, allocation=allocation.uniform))
+    model.double()
+    parts = masks.installed(model).values()
+    return model, method, [layer for layer, _ in parts], [m.density.logit for _, m in parts]
+
+
+def test_an_enforced_budget_is_met_along_the_gradient_of_the_penalty():
+    """As if gamma were the multiplier that meets it: no density is cut for another reason."""
+    model, method, layers, logits = attached(0.1, enforce_after=0, start_density=0.1002)
+    before = torch.stack([r.detach().clone() for r in logits])
+    over, slopes = overrun_at(layers, before, 0.1)
+    assert over == pytest.approx(0.002, rel=1e-3) and not method.budget_met(model)
+    method.step_ended(model, 0)
+    moved = before - torch.stack([r.detach() for r in logits])
+    assert torch.allclose(moved, over * slopes / slopes.square().sum(), rtol=1e-2)
+    assert method.budget_met(model)
+
+
+@pytest.mark.parametrize("start", [0.02, 0.1, 0.5, 1.0])
+def test_an_enforced_budget_is_met_from_anywhere_and_hardly_undercut(start):
+    model, method, layers, logits = attached(0.01, enforce_after=0, start_density=start)
+    method.step_ended(model, 0)
+    over, _ = overrun_at(layers, [r.detach() for r in logits], 0.01)
+    assert -1e-3 < over <= 5e-5
+    held = [r.detach().clone() for r in logits]
+    method.step_ended(model, 1)  # what is within the budget stays as it is
+    assert all(torch.equal(a, b) for a, b in zip(held, logits))
+
+
+def test_a_budget_is_enforced_after_so_many_epochs_and_after_a_resume():
+    model, method, _, _ = attached(0.05, enforce_after=2)
+    seen = []
+    for epoch in range(3):
+        method.step_ended(model, epoch)
+        seen.append(method.budget_met(model))
+        method.epoch_ended(model, epoch)
+    assert seen == [False, False, True]
+    resumed = HARP(enforce_after=2)
+    resumed.load_state_dict(method.state_dict())
+    other, _, _, _ = attached(0.05)
+    resumed._budget, resumed._cost, resumed._overrun = method._budget, method._cost, method._overrun
+    resumed.step_ended(other, 0)
+    assert resumed.budget_met(other)
+    earlier = HARP(enforce_after=2)
+    earlier.load_state_dict({"steps": 1, "reached": False})  # as an earlier version wrote it
+    assert not earlier._enforced
+
+
+def test_by_default_gamma_alone_brings_the_densities_down():
+    model, method, _, logits = attached(0.05)
+    before = [r.detach().clone() for r in logits]
+    for epoch in range(3):
+        method.step_ended(model, epoch)
+        method.epoch_ended(model, epoch)
+    assert all(torch.equal(a, b) for a, b in zip(before, logits))
+
+
 @pytest.mark.parametrize("density", [0.3, 0.05])
 @pytest.mark.parametrize("share", [allocation.uniform, allocation.erk, allocation.lamp])
 def test_settling_meets_the_budget_to_the_unit_whatever_was_learned(density, share):
@@ -170,7 +240,8 @@ def test_densities_start_at_ten_times_the_target_or_where_told():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"gamma": -1.0}, "gamma -1"), ({"start_density": 2.0}, "start_density 2"),
+    [({"gamma": -1.0}, "gamma -1"), ({"enforce_after": -1}, "enforce_after -1"),
+     ({"start_density": 2.0}, "start_density 2"),
      ({"learn_scores": False, "learn_densities": False}, "trains nothing")],
 )  # fmt: skip
 def test_bad_options_are_refused(options, message):
