@@ -2,19 +2,20 @@
 """What every pruning method is asked for: `Budget` says how much, `Method` says how."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, sqrt
 
 from torch import Tensor, nn
 
 from harprune.sparsity import masks
-from harprune.sparsity.allocation import Allocation, apportion, erk
+from harprune.sparsity.allocation import Allocation, apportion, erk, global_top
 from harprune.sparsity.audit import Audit, audit, budget_of
 from harprune.sparsity.costs import Cost, parameter_prices, weighted_cost
 from harprune.sparsity.density import Density, GivenDensity
 from harprune.sparsity.granularity import Granularity
 from harprune.sparsity.layers import Layer, prunable_layers, weights
+from harprune.sparsity.selection import keep_top
 
 Prices = Callable[[nn.Module, Mapping[str, Layer]], dict[str, int]]
 
@@ -140,16 +141,45 @@ class Budget:
         return counts
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Training images that a method asks for.
+
+    Attributes:
+        batches: how many batches of the pruning stage; None for one pass over all images.
+        attacked: adversarial images of the stage's training attack instead of clean ones.
+
+    Raises:
+        ValueError: fewer than one batch.
+    """
+
+    batches: int | None
+    attacked: bool = False
+
+    def __post_init__(self):
+        if self.batches is not None and self.batches < 1:
+            raise ValueError(f"batches = {self.batches} must be at least 1; scores need images")
+
+
 class Method(ABC):
     """A pruning method: what it installs, trains and adds to the loss. It never owns a loop.
 
-    The life of a method: `attach` once; then, while the model trains, `penalty` in every loss,
-    `step_ended` after every optimiser step and `epoch_ended` after every epoch; `settle` last.
+    The life of a method: `attach` once, and `observe` if it asks for a `sample`; then, while the
+    model trains, `penalty` in every loss, `step_ended` after every optimiser step and
+    `epoch_ended` after every epoch; `settle` last.
     """
+
+    @property
+    def sample(self) -> Sample | None:
+        """The images that `observe` is shown; none by default."""
+        return None
 
     @abstractmethod
     def attach(self, model: nn.Module, budget: Budget) -> None:
         """Install masks on `model`, or remember what `settle` will need."""
+
+    def observe(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """See the `sample` once, after `attach`; `model` is in eval mode, as under attack."""
 
     def trainable(self, model: nn.Module) -> list[dict]:
         """What this stage trains, as parameter groups of a torch optimiser; none by default."""
@@ -219,6 +249,21 @@ def given_densities(model: nn.Module, budget: Budget) -> dict[str, Density]:
 def scaled_magnitude(layer: Layer, magnitude: Tensor) -> Tensor:
     """sqrt(6 / fan_in) * theta / max|theta|, the scores from which HYDRA and HARP start."""
     return sqrt(6.0 / layer.fan_in) * magnitude / magnitude.abs().max()
+
+
+def settle_ranking(model: nn.Module, budget: Budget, scores: Mapping[str, Tensor]) -> None:
+    """Fix the masks of the units with the highest scores of the whole network.
+
+    How many units each layer keeps follows from the ranking; its floor and the budget's bounds
+    then hold to the unit, the budget's allocation plays no part.
+
+    Args:
+        scores: by layer, not negative, in the `score_shape` of the budget's granularity.
+    """
+    shares = global_top(scores, budget.density)
+    counts = budget.counts(model, {name: max(share, 1e-12) for name, share in shares.items()})
+    for name, layer in budget.layers(model).items():
+        masks.fix(layer, keep_top(scores[name], counts[name]).bool())
 
 
 def settle_scores(model: nn.Module, budget: Budget) -> None:

@@ -16,9 +16,12 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from harprune.methods.base import Budget, Limit, Method
+from harprune.methods.grasp import GraSP
 from harprune.methods.harp import HARP
 from harprune.methods.hydra import HYDRA
 from harprune.methods.oneshot import Magnitude, Random
+from harprune.methods.snip import SNIP
+from harprune.methods.synflow import SynFlow
 from harprune.models.registry import create_model
 from harprune.models.weights import load_weights
 from harprune.pipeline import recipe as recipes
@@ -40,6 +43,9 @@ METHODS: dict[str, type[Method]] = {
     "hydra": HYDRA,
     "magnitude": Magnitude,
     "random": Random,
+    "snip": SNIP,
+    "grasp": GraSP,
+    "synflow": SynFlow,
 }
 
 ALLOCATIONS: dict[str, allocation.Allocation] = {
@@ -210,15 +216,28 @@ class OnTwin:
         return self.attack.passes
 
 
+def training_attack(
+    recipe: Recipe,
+    section: recipes.Objective,
+    twin: Twin | None,
+    steps: int | None = None,
+    step: float | None = None,
+    **options,
+) -> attacks.Attack:
+    """PGD with the steps of `section` or those given, run on `twin` where there is one."""
+    steps, step = steps or section.steps, step or step_size(recipe, section)
+    attack = attacks.PGD(threat(recipe), steps, step_size=step, **options)
+    return attack if twin is None else OnTwin(attack, twin)
+
+
 def objective(
     recipe: Recipe, section: recipes.Objective, twin: Twin | None
 ) -> objectives.Objective:
     """The training loss that `section` names, its attack run on `twin` where there is one."""
-    bound, step = threat(recipe), step_size(recipe, section)
+    bound = threat(recipe)
 
-    def pgd(steps: int = section.steps, step: float = step, **options) -> attacks.Attack:
-        attack = attacks.PGD(bound, steps, step_size=step, **options)
-        return attack if twin is None else OnTwin(attack, twin)
+    def pgd(*sizes, **options) -> attacks.Attack:
+        return training_attack(recipe, section, twin, *sizes, **options)
 
     match section.name:
         case "natural":
@@ -362,9 +381,15 @@ def attack(name: str, bound: Threat, *, seed: int = 0, batch_size: int = 250) ->
 
 
 def batches(
-    split: Split, recipe: Recipe, section: recipes.Training, engine: Fabric, seed: int
+    split: Split,
+    recipe: Recipe,
+    section: recipes.Training,
+    engine: Fabric,
+    seed: int,
+    *,
+    shared: bool = True,
 ) -> Batches:
-    """The training batches of a stage."""
+    """The training batches of a stage, shared among the processes or whole for each of them."""
     augment = None
     if recipe.data.augmentation == "default":
         augment = default_augmentation(recipe.data.name, split.shape[-1])
@@ -375,8 +400,8 @@ def batches(
         augment=augment,
         drop_last=True,
         device=engine.device,
-        rank=engine.global_rank,
-        world=engine.world_size,
+        rank=engine.global_rank if shared else 0,
+        world=engine.world_size if shared else 1,
     )
 
 

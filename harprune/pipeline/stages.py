@@ -8,6 +8,7 @@ The validation split selects epochs; the attack stage alone sees test images.
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from lightning_fabric import Fabric
@@ -107,6 +108,7 @@ def prune(shop: Workshop) -> None:
     method, budget = build.method(shop.recipe), build.budget(shop.recipe, shop.materials.example)
     torch.manual_seed(shop.seed("prune"))
     method.attach(model, budget)
+    _show_sample(shop, method, model)
     history: list[dict] = []
     if shop.recipe.prune.epochs and (groups := method.trainable(model)):
         history = learn(shop, "prune", model, groups, method=method)
@@ -121,6 +123,23 @@ def prune(shop: Workshop) -> None:
     shop.console.say(f"pruned network: {_percent(clean, robust)} on validation images")
     tensors |= checkpoint.pack("model", model.state_dict())
     _finish(shop, "prune", tensors, history, clean, robust)
+
+
+def _show_sample(shop: Workshop, method: Method, model: nn.Module) -> None:
+    """Show the method the images it asks for, in every process the same."""
+    sample, section = method.sample, shop.recipe.prune
+    if sample is None:
+        return
+    batches = build.batches(
+        shop.materials.train, shop.recipe, section, shop.engine, shop.seed("prune"), shared=False
+    )
+    images = islice(batches.epoch(0), sample.batches)
+    if sample.attacked:
+        objective = section.objective or shop.recipe.objective
+        attack = build.training_attack(shop.recipe, objective, _attacked(shop, model))
+        images = ((attack(model, x, y), y) for x, y in images)
+    with eval_mode(model):
+        method.observe(model, images)
 
 
 def _alarm(shop: Workshop, model: nn.Module, counts: Audit) -> None:

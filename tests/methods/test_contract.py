@@ -9,16 +9,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from harprune.methods.base import Budget, Limit
+from harprune.methods.grasp import GraSP
 from harprune.methods.harp import HARP
 from harprune.methods.hydra import HYDRA
 from harprune.methods.oneshot import Magnitude, Random
+from harprune.methods.snip import SNIP
+from harprune.methods.synflow import SynFlow
 from harprune.sparsity import allocation, masks
 from harprune.sparsity.costs import multiply_add_prices
 from harprune.sparsity.granularity import Granularity
 from harprune.training.loop import training_only
 
 METHODS = [HARP(gamma=0.1), HARP(learn_densities=False), HARP(learn_scores=False), HYDRA(),
-           Magnitude(), Random()]  # fmt: skip
+           Magnitude(), Random(), SNIP(), GraSP(), SynFlow(rounds=5)]  # fmt: skip
 
 
 @pytest.fixture(params=METHODS, ids=repr)
@@ -38,6 +41,14 @@ def model():
 X, Y = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
 
 
+def attach(method, model, budget):
+    """As the pruning stage does it."""
+    method.attach(model, budget)
+    if method.sample:
+        method.observe(model.eval(), [(X, Y)])
+        model.train()
+
+
 def train(model, method, steps=3):
     groups = method.trainable(model)
     if not groups:
@@ -54,7 +65,7 @@ def train(model, method, steps=3):
 
 @pytest.mark.parametrize("density", [0.3, 0.05])
 def test_masks_are_of_zeros_and_ones_and_only_what_is_trainable_moves(method, model, density):
-    method.attach(model, Budget(density))
+    attach(method, model, Budget(density))
     held = {id(p) for g in method.trainable(model) for p in g["params"]}
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     train(model, method)
@@ -69,7 +80,7 @@ def test_masks_are_of_zeros_and_ones_and_only_what_is_trainable_moves(method, mo
 )
 def test_settling_is_exact_and_neither_it_nor_baking_changes_the_logits(method, model, share):
     budget = Budget(0.1, allocation=share)
-    method.attach(model, budget)
+    attach(method, model, budget)
     train(model, method)
     method.settle(model)
     assert all(isinstance(m, masks.FixedMask) for _, m in masks.installed(model).values())
@@ -83,7 +94,7 @@ def test_settling_is_exact_and_neither_it_nor_baking_changes_the_logits(method, 
 @pytest.mark.parametrize("grain", [Granularity.FILTER, Granularity.CHANNEL])
 def test_filters_and_channels_are_kept_within_the_budget(method, model, grain):
     budget = Budget(0.4, granularity=grain)
-    method.attach(model, budget)
+    attach(method, model, budget)
     train(model, method)
     method.settle(model)
     masks.bake(model)
@@ -94,7 +105,7 @@ def test_filters_and_channels_are_kept_within_the_budget(method, model, grain):
 
 def test_a_budget_in_multiply_adds_is_met(method, model):
     budget = Budget(0.2, prices=lambda model, layers: multiply_add_prices(model, layers, X[:1]))
-    method.attach(model, budget)
+    attach(method, model, budget)
     train(model, method)
     method.settle(model)
     masks.bake(model)
@@ -108,7 +119,7 @@ def test_a_second_bound_is_met_beside_the_first(method, model, share):
     prices = lambda model, layers: multiply_add_prices(model, layers, X[:1])  # noqa: E731
     budget = Budget(0.2, limit=Limit(share, prices))
     price = prices(model, budget.layers(model))
-    method.attach(model, budget)
+    attach(method, model, budget)
     train(model, method)
     method.settle(model)
     masks.bake(model)
@@ -128,12 +139,12 @@ def test_a_second_bound_outside_its_range_is_refused():
 
 def test_a_resumed_stage_ends_where_the_undisturbed_one_does(method, model):
     other = copy.deepcopy(model)
-    method.attach(model, Budget(0.1))
+    attach(method, model, Budget(0.1))
     train(model, method, steps=2)
     state, values = model.state_dict(), method.state_dict()
     resumed = copy.deepcopy(method)
     resumed.__init__(**{n: getattr(method, n) for n in _options(method)})
-    resumed.attach(other, Budget(0.1))
+    attach(resumed, other, Budget(0.1))
     other.load_state_dict(state)
     resumed.load_state_dict(values)
     train(model, method)
