@@ -5,7 +5,7 @@ import atexit
 import gc
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from harprune.methods.grasp import GraSP
 from harprune.methods.harp import HARP
 from harprune.methods.hydra import HYDRA
 from harprune.methods.oneshot import Magnitude, Random
+from harprune.methods.s2ap import S2AP
 from harprune.methods.snip import SNIP
 from harprune.methods.synflow import SynFlow
 from harprune.models.registry import create_model
@@ -47,6 +48,11 @@ METHODS: dict[str, type[Method]] = {
     "grasp": GraSP,
     "synflow": SynFlow,
 }
+
+PLUG_INS = {"s2ap": S2AP}
+"""What a method's name may be followed by, as in `harp+s2ap`."""
+
+_WITH_SCORES = (HARP, HYDRA)
 
 ALLOCATIONS: dict[str, allocation.Allocation] = {
     "uniform": allocation.uniform,
@@ -216,6 +222,26 @@ class OnTwin:
         return self.attack.passes
 
 
+@dataclass(eq=False)
+class Once:
+    """An attack that is run once a batch: a second pass meets the same adversarial images."""
+
+    attack: attacks.Attack
+    _batch: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if self._batch is None or self._batch[0] is not x:
+            self._batch = x, self.attack(model, x, y)
+        return self._batch[1]
+
+    def __repr__(self) -> str:
+        return repr(self.attack)
+
+    @property
+    def passes(self) -> int:
+        return self.attack.passes
+
+
 def training_attack(
     recipe: Recipe,
     section: recipes.Objective,
@@ -262,6 +288,13 @@ def objective(
             return objectives.PGDAT(pgd(1, 1.25 * bound.epsilon))
 
 
+def attacked_once(objective: objectives.Objective) -> objectives.Objective:
+    """`objective`, a second pass of which over the same batch does not attack anew."""
+    if not hasattr(objective, "attack"):
+        return objective
+    return replace(objective, attack=Once(objective.attack))
+
+
 def _beta(section: recipes.Objective, usual: float) -> float:
     return usual if section.beta is None else section.beta
 
@@ -269,7 +302,7 @@ def _beta(section: recipes.Objective, usual: float) -> float:
 def method_notes() -> list[str]:
     """The options of every method with their defaults, a line each."""
     homes: dict[str, list[str]] = {}
-    for name, kind in METHODS.items():
+    for name, kind in (METHODS | PLUG_INS).items():
         for option in (f for f in fields(kind) if f.init):
             default = "" if option.default is None else str(option.default).lower()
             homes.setdefault(f"{option.name} = {default}".strip(), []).append(name)
@@ -282,13 +315,9 @@ def method(recipe: Recipe) -> Method:
     Raises:
         ValueError: an unknown method or option (the nearest is named), or a bad value.
     """
-    section, parity = recipe.method, recipe.parity
-    if section.name not in METHODS:
-        raise ValueError(
-            f"method.name = {section.name!r} is unknown; choose one of {', '.join(METHODS)}"
-        )
-    kind = METHODS[section.name]
-    known = {f.name for f in fields(kind) if f.init}
+    parity = recipe.parity
+    kind, plug_ins = _kinds(recipe)
+    known = _options(kind)
     wanted = {
         "train_batch_norm": parity.batch_norm_affine,
         "decay_scores": parity.score_decay,
@@ -297,13 +326,64 @@ def method(recipe: Recipe) -> Method:
     options = {name: True for name, on in wanted.items() if on and name in known}
     if parity.start_density and "start_density" in known:
         options["start_density"] = 0.1
-    for name in section.options:
-        if name not in known:
-            near = get_close_matches(name, sorted(known), n=1, cutoff=0.0)
+    everyone = known.union(*map(_options, plug_ins))
+    for name in recipe.method.options:
+        if name not in everyone:
+            near = get_close_matches(name, sorted(everyone), n=1, cutoff=0.0)
             hint = f"; the nearest known is 'method.{near[0]}'" if near else ""
-            raise ValueError(f"unknown key 'method.{name}' of {section.name}{hint}")
+            raise ValueError(f"unknown key 'method.{name}' of {recipe.method.name}{hint}")
+    return _made(kind, {**options, **_given(recipe, kind)})
+
+
+def sharpness(recipe: Recipe) -> S2AP | None:
+    """The plug-in S2AP with its options, where the method's name asks for it.
+
+    Raises:
+        ValueError: a bad value, or a training without scores or without a second pass.
+    """
+    kind, plug_ins = _kinds(recipe)
+    if S2AP not in plug_ins:
+        return None
+    if kind not in _WITH_SCORES or not getattr(method(recipe), "learn_scores", True):
+        raise ValueError(
+            f"method.name = {recipe.method.name!r}: s2ap perturbs scores, and this method trains "
+            "none; leave it out"
+        )
+    if (recipe.prune.objective or recipe.objective).name == "free":
+        raise ValueError(
+            "objective.name = 'free' moves its images in every pass, and s2ap needs a second pass "
+            "over the same; choose another objective"
+        )
+    return _made(S2AP, _given(recipe, S2AP))
+
+
+def _kinds(recipe: Recipe) -> tuple[type[Method], list[type]]:
+    """The classes behind `NAME+PLUG_IN`."""
+    name, *extra = recipe.method.name.split("+")
+    if name not in METHODS:
+        raise ValueError(f"method.name = {name!r} is unknown; choose one of {', '.join(METHODS)}")
+    for each in extra:
+        if each not in PLUG_INS:
+            raise ValueError(
+                f"method.name = {recipe.method.name!r}: {each!r} is no plug-in; choose one of "
+                f"{', '.join(PLUG_INS)}"
+            )
+    return METHODS[name], [PLUG_INS[each] for each in extra]
+
+
+def _options(kind: type) -> set[str]:
+    return {f.name for f in fields(kind) if f.init}
+
+
+def _given(recipe: Recipe, kind: type) -> dict:
+    """The recipe's options that are `kind`'s."""
+    return {n: value for n, value in recipe.method.options.items() if n in _options(kind)}
+
+
+def _made(kind: type, options: Mapping):
+    """`kind` with typed options; a wrong one is named as the recipe has it."""
     try:
-        return TypeAdapter(kind).validate_python({**options, **section.options})
+        return TypeAdapter(kind).validate_python(dict(options))
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         where = ".".join(["method", *map(str, fault["loc"])])

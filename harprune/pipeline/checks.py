@@ -21,6 +21,7 @@ def check(recipe: Recipe) -> None:
         ValueError: an unknown name, or a value that its owner does not take.
     """
     build.method(recipe)
+    build.sharpness(recipe)
     build.allocate(recipe.budget.allocation)
     if recipe.parity.epsilon and recipe.threat.norm != "linf":
         raise ValueError(

@@ -8,6 +8,7 @@ The validation split selects epochs; the attack stage alone sees test images.
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -111,7 +112,9 @@ def prune(shop: Workshop) -> None:
     _show_sample(shop, method, model)
     history: list[dict] = []
     if shop.recipe.prune.epochs and (groups := method.trainable(model)):
-        history = learn(shop, "prune", model, groups, method=method)
+        sharpness = build.sharpness(shop.recipe)
+        nearby = None if sharpness is None else partial(sharpness.nearby, model)
+        history = learn(shop, "prune", model, groups, method=method, nearby=nearby)
     method.settle(model)
     tensors = checkpoint.pack("mask", masks.kept_masks(model))
     masks.bake(model)
@@ -236,13 +239,19 @@ def learn(
     groups: list[dict],
     *,
     method: Method | None = None,
+    nearby: Callable | None = None,
 ) -> list[dict]:
-    """Train `groups` for the stage's epochs, leave the selected epoch in `model`; its history."""
+    """Train `groups` for the stage's epochs, leave the selected epoch in `model`; its history.
+
+    `nearby` is as in `fit`.
+    """
     section = getattr(shop.recipe, stage)
     fast = build.twin(shop.recipe, model)
     objective = build.objective(
         shop.recipe, section.objective or shop.recipe.objective, _attacked(shop, model)
     )
+    if nearby is not None:
+        objective = build.attacked_once(objective)
     optimiser = build.optimiser(groups, section)
     batches = build.batches(
         shop.materials.train, shop.recipe, section, shop.engine, shop.seed(stage)
@@ -277,6 +286,7 @@ def learn(
                 seed=shop.seed(stage),
                 start=course.step,
                 replays=objective.replays,
+                nearby=nearby or (lambda progress: None),
                 after_step=after_step,
                 after_epoch=after_epoch,
             )

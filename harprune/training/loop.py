@@ -10,7 +10,8 @@ its running statistics are those of rank 0. The noise of an attack is each rank'
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -49,6 +50,7 @@ def fit(
     seed: int,
     start: int = 0,
     replays: int = 1,
+    nearby: Callable[[float], AbstractContextManager | None] = lambda progress: None,
     after_step: Callable[[int, Tensor], None] = lambda step, loss: None,
     after_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> None:
@@ -59,6 +61,8 @@ def fit(
         schedule: progress in [0, 1] -> multiplier of each group's learning rate.
         start: step to begin with, counted over all epochs; earlier ones count as done.
         replays: optimiser steps on each batch (free adversarial training).
+        nearby: called as (progress) when a step has its gradients. Where it gives a context, they
+            are taken anew inside it, and the optimiser steps outside (sharpness-aware training).
         after_step: called as (step, loss) when step `step` is done.
         after_epoch: called with the number of the epoch that ended.
 
@@ -76,7 +80,8 @@ def fit(
                 for group, rate in zip(optimiser.param_groups, rates):
                     group["lr"] = rate * schedule(step / total)
                 for _ in range(replays):
-                    value = _step(fabric, objective, optimiser, x, y)
+                    there = partial(nearby, step / total)
+                    value = _step(fabric, objective, optimiser, x, y, there)
                 _require_finite(value, step)
                 after_step(step, value)
             _share_buffers(fabric, model)
@@ -101,16 +106,26 @@ class _Objective(nn.Module):
         return self.loss(self.model, *batch())
 
 
-def _step(fabric, objective, optimiser, x: Tensor, y: Tensor) -> Tensor:
-    """One optimiser step; every mask is computed once and serves attack and loss."""
+def _step(fabric, objective, optimiser, x: Tensor, y: Tensor, nearby) -> Tensor:
+    """One optimiser step, on the gradients here or, where there is one, at the point nearby."""
     objective.train()
-    with parametrize.cached():
-        value = objective(lambda: (x, y))
-        fabric.backward(value)
+    value = _differentiate(fabric, objective, x, y)
+    if (context := nearby()) is not None:
+        with context:
+            optimiser.zero_grad(set_to_none=True)
+            _differentiate(fabric, objective, x, y)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     # The mean over processes: all of them record, and stop at, the same loss.
     return fabric.all_reduce(value.detach(), reduce_op="mean")
+
+
+def _differentiate(fabric, objective, x: Tensor, y: Tensor) -> Tensor:
+    """The loss, its gradients left behind; every mask is computed once for attack and loss."""
+    with parametrize.cached():
+        value = objective(lambda: (x, y))
+        fabric.backward(value)
+    return value
 
 
 def _fill_cache(model: nn.Module) -> None:
