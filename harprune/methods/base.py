@@ -164,9 +164,11 @@ class Sample:
 class Method(ABC):
     """A pruning method: what it installs, trains and adds to the loss. It never owns a loop.
 
-    The life of a method: `attach` once, and `observe` if it asks for a `sample`; then, while the
-    model trains, `penalty` in every loss, `step_ended` after every optimiser step and
-    `epoch_ended` after every epoch; `settle` last.
+    The life of a method: `attach` once, and `observe` if it asks for a `sample`; then `begin` and,
+    while the model trains, `penalty` in every loss, `step_ended` after every optimiser step and
+    `epoch_ended` after every epoch; `settle` last. A stage that goes on after an interruption
+    lives it again, up to `begin`, and is then given the model's tensors and `load_state_dict`. So
+    what a method learns lies in tensors of the masks it installs, or in `state_dict`.
     """
 
     @property
@@ -184,6 +186,9 @@ class Method(ABC):
     def trainable(self, model: nn.Module) -> list[dict]:
         """What this stage trains, as parameter groups of a torch optimiser; none by default."""
         return []
+
+    def begin(self, epochs: int, steps: int) -> None:
+        """Before training: it will last `epochs` of `steps` optimiser steps each."""
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """Scalar added to the objective; zero by default."""
@@ -251,8 +256,10 @@ def scaled_magnitude(layer: Layer, magnitude: Tensor) -> Tensor:
     return sqrt(6.0 / layer.fan_in) * magnitude / magnitude.abs().max()
 
 
-def settle_ranking(model: nn.Module, budget: Budget, scores: Mapping[str, Tensor]) -> None:
-    """Fix the masks of the units with the highest scores of the whole network.
+def best_of_all(
+    model: nn.Module, budget: Budget, scores: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Boolean masks of the units with the highest scores of the whole network.
 
     How many units each layer keeps follows from the ranking; its floor and the budget's bounds
     then hold to the unit, the budget's allocation plays no part.
@@ -262,8 +269,14 @@ def settle_ranking(model: nn.Module, budget: Budget, scores: Mapping[str, Tensor
     """
     shares = global_top(scores, budget.density)
     counts = budget.counts(model, {name: max(share, 1e-12) for name, share in shares.items()})
+    return {name: keep_top(score, counts[name]).bool() for name, score in scores.items()}
+
+
+def settle_ranking(model: nn.Module, budget: Budget, scores: Mapping[str, Tensor]) -> None:
+    """Fix the masks that `best_of_all` gives."""
+    best = best_of_all(model, budget, scores)
     for name, layer in budget.layers(model).items():
-        masks.fix(layer, keep_top(scores[name], counts[name]).bool())
+        masks.fix(layer, best[name])
 
 
 def settle_scores(model: nn.Module, budget: Budget) -> None:

@@ -19,10 +19,13 @@ from harprune.methods.base import Budget, Limit, Method
 from harprune.methods.grasp import GraSP
 from harprune.methods.harp import HARP
 from harprune.methods.hydra import HYDRA
+from harprune.methods.li20 import Li20
 from harprune.methods.oneshot import Magnitude, Random
+from harprune.methods.rst import RST
 from harprune.methods.s2ap import S2AP
 from harprune.methods.snip import SNIP
 from harprune.methods.synflow import SynFlow
+from harprune.methods.twinrep import TwinRep
 from harprune.models.registry import create_model
 from harprune.models.weights import load_weights
 from harprune.pipeline import recipe as recipes
@@ -47,12 +50,15 @@ METHODS: dict[str, type[Method]] = {
     "snip": SNIP,
     "grasp": GraSP,
     "synflow": SynFlow,
+    "li20": Li20,
+    "rst": RST,
+    "twinrep": TwinRep,
 }
 
 PLUG_INS = {"s2ap": S2AP}
 """What a method's name may be followed by, as in `harp+s2ap`."""
 
-_WITH_SCORES = (HARP, HYDRA)
+_WITH_SCORES = (HARP, HYDRA, RST)
 
 ALLOCATIONS: dict[str, allocation.Allocation] = {
     "uniform": allocation.uniform,

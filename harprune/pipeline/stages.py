@@ -257,6 +257,8 @@ def learn(
         shop.materials.train, shop.recipe, section, shop.engine, shop.seed(stage)
     )
     course = Course(shop.run, stage, model, optimiser, objective, method, len(batches))
+    if method is not None:
+        method.begin(section.epochs, len(batches))
     if course.restore():
         shop.run.write_metrics(_histories(shop, course))
         shop.console.say(f"{stage}: going on at step {course.step}")

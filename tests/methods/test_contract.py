@@ -2,6 +2,7 @@
 """What every method owes: the table of methods x promises."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -12,16 +13,22 @@ from harprune.methods.base import Budget, Limit
 from harprune.methods.grasp import GraSP
 from harprune.methods.harp import HARP
 from harprune.methods.hydra import HYDRA
+from harprune.methods.li20 import Li20
 from harprune.methods.oneshot import Magnitude, Random
+from harprune.methods.rst import RST
 from harprune.methods.snip import SNIP
 from harprune.methods.synflow import SynFlow
+from harprune.methods.twinrep import TwinRep
 from harprune.sparsity import allocation, masks
 from harprune.sparsity.costs import multiply_add_prices
 from harprune.sparsity.granularity import Granularity
 from harprune.training.loop import training_only
 
 METHODS = [HARP(gamma=0.1), HARP(learn_densities=False), HARP(learn_scores=False), HYDRA(),
-           Magnitude(), Random(), SNIP(), GraSP(), SynFlow(rounds=5)]  # fmt: skip
+           Magnitude(), Random(), SNIP(), GraSP(), SynFlow(rounds=5),
+           Li20(),
+           RST(),
+           TwinRep(), TwinRep(inherit=True)]  # fmt: skip
 
 
 @pytest.fixture(params=METHODS, ids=repr)
@@ -53,6 +60,7 @@ def train(model, method, steps=3):
     groups = method.trainable(model)
     if not groups:
         return
+    method.begin(5, 1)
     optimiser = torch.optim.SGD(groups, lr=0.5, momentum=0.9)
     with training_only(model, optimiser):
         for step in range(steps):
@@ -141,14 +149,15 @@ def test_a_resumed_stage_ends_where_the_undisturbed_one_does(method, model):
     other = copy.deepcopy(model)
     attach(method, model, Budget(0.1))
     train(model, method, steps=2)
-    state, values = model.state_dict(), method.state_dict()
+    state, values = copy.deepcopy(model.state_dict()), json.loads(json.dumps(method.state_dict()))
     resumed = copy.deepcopy(method)
     resumed.__init__(**{n: getattr(method, n) for n in _options(method)})
     attach(resumed, other, Budget(0.1))
     other.load_state_dict(state)
     resumed.load_state_dict(values)
-    train(model, method)
-    train(other, resumed)
+    for each, its in ((model, method), (other, resumed)):
+        train(each, its)
+        its.settle(each)
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values())
     )
