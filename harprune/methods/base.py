@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, sqrt
 
+import torch
 from torch import Tensor, nn
 
 from harprune.sparsity import masks
@@ -204,6 +205,23 @@ class Method(ABC):
         """Whether the network as it stands is worth selecting; always, by default."""
         return True
 
+    def done(self, model: nn.Module) -> bool:
+        """Whether training may end before its epochs are over, asked after each; no by default."""
+        return False
+
+    @property
+    def watches(self) -> bool:
+        """Whether `judged` is to be called, at the cost of one more validation; no by default."""
+        return False
+
+    def judged(self, gap: float, loss: float) -> None:
+        """Before `epoch_ended`, how the network overfits.
+
+        Args:
+            gap: robust accuracy on training images minus that on validation images.
+            loss: mean cross-entropy on attacked validation images.
+        """
+
     def metrics(self, model: nn.Module) -> dict:
         """What to log after an epoch, as plain values; nothing by default."""
         return {}
@@ -232,8 +250,8 @@ def install_scores(
         masks.install(layer, masks.LearnedMask(scores(layer, magnitude), densities[name]))
 
 
-def given_densities(model: nn.Module, budget: Budget) -> dict[str, Density]:
-    """The budget's allocation at its density as fixed densities, exact to the unit.
+def given_counts(model: nn.Module, budget: Budget) -> dict[str, int]:
+    """Units that each layer keeps when the budget's allocation shares its density.
 
     Raises:
         ValueError: the allocation leaves a layer empty and the budget has no floor.
@@ -245,8 +263,12 @@ def given_densities(model: nn.Module, budget: Budget) -> dict[str, Density]:
             f"layer collapse: the allocation keeps no weight of {empty[0]} ({len(empty)} layers in "
             "all); set budget.floor above 0 or choose another allocation"
         )
-    counts = budget.counts(model, {name: max(share, 1e-12) for name, share in shares.items()})
-    layers = budget.layers(model)
+    return budget.counts(model, {name: max(share, 1e-12) for name, share in shares.items()})
+
+
+def given_densities(model: nn.Module, budget: Budget) -> dict[str, Density]:
+    """`given_counts` as fixed densities, exact to the unit."""
+    counts, layers = given_counts(model, budget), budget.layers(model)
     units = {name: budget.granularity.units(layer) for name, layer in layers.items()}
     return {name: GivenDensity(counts[name] / units[name]) for name in layers}
 
@@ -294,6 +316,14 @@ def score_group(model: nn.Module, *, decay: bool) -> dict:
 def parameter_group(parameters: list, *, decay: bool) -> dict:
     """A torch parameter group that takes the stage's weight decay, or none."""
     return {"params": parameters} if decay else {"params": parameters, "weight_decay": 0.0}
+
+
+def generator(*stream: int) -> torch.Generator:
+    """Random numbers of a method's own: the same in every process and after a resume."""
+    mixed = 0
+    for part in stream:
+        mixed = (mixed * 1_000_003 + part + 1) % 2**63
+    return torch.Generator().manual_seed(mixed)
 
 
 def batch_norm_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -16,11 +16,13 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from harprune.methods.base import Budget, Limit, Method
+from harprune.methods.flying_bird import FlyingBird
 from harprune.methods.grasp import GraSP
 from harprune.methods.harp import HARP
 from harprune.methods.hydra import HYDRA
 from harprune.methods.li20 import Li20
 from harprune.methods.oneshot import Magnitude, Random
+from harprune.methods.robust_bird import RobustBird
 from harprune.methods.rst import RST
 from harprune.methods.s2ap import S2AP
 from harprune.methods.snip import SNIP
@@ -53,6 +55,8 @@ METHODS: dict[str, type[Method]] = {
     "li20": Li20,
     "rst": RST,
     "twinrep": TwinRep,
+    "flying-bird": FlyingBird,
+    "robust-bird": RobustBird,
 }
 
 PLUG_INS = {"s2ap": S2AP}

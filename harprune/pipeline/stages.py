@@ -36,7 +36,7 @@ from harprune.sparsity.layers import weights
 from harprune.training import checkpoint
 from harprune.training.loop import Diverged, fit
 from harprune.training.schedules import make_schedule
-from harprune.training.splits import to_float
+from harprune.training.splits import Split, to_float
 
 _VALIDATION_BATCH = 250
 
@@ -271,8 +271,12 @@ def learn(
             if bar.due:
                 bar.update(step + 1, _summary(_now(course, float(loss))))
 
-        def after_epoch(epoch: int) -> None:
+        def after_epoch(epoch: int) -> bool:
             _end_epoch(shop, course, epoch, fast, section.epochs)
+            return done()
+
+        def done() -> bool:
+            return method is not None and method.done(model)
 
         try:
             fit(
@@ -283,7 +287,7 @@ def learn(
                 schedule=make_schedule(
                     section.schedule, epochs=section.epochs, offset=shop.recipe.parity.cosine_offset
                 ),
-                epochs=section.epochs,
+                epochs=0 if done() else section.epochs,
                 fabric=shop.engine,
                 seed=shop.seed(stage),
                 start=course.step,
@@ -323,6 +327,8 @@ def _end_epoch(shop: Workshop, course: Course, epoch: int, fast: Twin | None, ep
     record["learning_rate"] = course.optimiser.param_groups[0]["lr"]
     eligible = True
     if course.method is not None:
+        if course.method.watches:
+            course.method.judged(*_overfitting(shop, course.model, fast))
         record |= course.method.metrics(course.model)
         eligible = course.method.budget_met(course.model)
         course.method.epoch_ended(course.model, epoch)
@@ -333,25 +339,45 @@ def _end_epoch(shop: Workshop, course: Course, epoch: int, fast: Twin | None, ep
 
 def validate(shop: Workshop, model: nn.Module, fast: Twin | None) -> tuple[float, float]:
     """Clean and PGD accuracy on the validation images, in [0, 1]; the same images each time."""
-    section, split = shop.recipe.validation, shop.materials.validation
+    clean, robust, _ = _judge(shop, model, fast, shop.materials.validation)
+    return clean, robust
+
+
+def _overfitting(shop: Workshop, model: nn.Module, fast: Twin | None) -> tuple[float, float]:
+    """Robust accuracy on training minus validation images, and the robust validation loss."""
+    _, seen, _ = _judge(shop, model, fast, shop.materials.train)
+    _, unseen, loss = _judge(shop, model, fast, shop.materials.validation)
+    return seen - unseen, loss
+
+
+def _judge(
+    shop: Workshop, model: nn.Module, fast: Twin | None, split: Split
+) -> tuple[float, float, float]:
+    """Clean accuracy, PGD accuracy and mean PGD loss on the same images of `split` each time."""
+    section = shop.recipe.validation
     attack = build.attack(f"pgd-{section.steps}", build.threat(shop.recipe))
     index = evaluation.subset(split.labels, section.size, shop.recipe.seed)
     function = model if fast is None else fast.current()
-    hits = torch.zeros(2, dtype=torch.int64)
+    hits, loss = torch.zeros(2, dtype=torch.int64), 0.0
     with parametrize.cached(), eval_mode(function), torch.random.fork_rng():
         torch.manual_seed(shop.recipe.seed)
         for part in index.split(_VALIDATION_BATCH):
             x = to_float(split.images[part]).to(shop.engine.device)
             y = split.labels[part].to(shop.engine.device)
-            hits[0] += _correct(function, x, y)
-            hits[1] += _correct(function, attack(function, x, y), y)
+            hits[0] += _outcome(function, x, y)[0]
+            correct, summed = _outcome(function, attack(function, x, y), y)
+            hits[1] += correct
+            loss += summed
     clean, robust = hits.tolist()
-    return clean / len(index), robust / len(index)
+    return clean / len(index), robust / len(index), loss / len(index)
 
 
 @torch.no_grad()
-def _correct(model: nn.Module, x: Tensor, y: Tensor) -> int:
-    return int((model(x).argmax(dim=1) == y).sum())
+def _outcome(model: nn.Module, x: Tensor, y: Tensor) -> tuple[int, float]:
+    """(images classified correctly, summed cross-entropy)."""
+    logits = model(x)
+    loss = nn.functional.cross_entropy(logits, y, reduction="sum")
+    return int((logits.argmax(dim=1) == y).sum()), float(loss)
 
 
 def load_network(shop: Workshop, stage: str) -> nn.Module:

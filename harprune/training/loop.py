@@ -52,7 +52,7 @@ def fit(
     replays: int = 1,
     nearby: Callable[[float], AbstractContextManager | None] = lambda progress: None,
     after_step: Callable[[int, Tensor], None] = lambda step, loss: None,
-    after_epoch: Callable[[int], None] = lambda epoch: None,
+    after_epoch: Callable[[int], bool | None] = lambda epoch: None,
 ) -> None:
     """Train the parameters in `optimiser`, and only these, for `epochs` over `batches`.
 
@@ -64,7 +64,7 @@ def fit(
         nearby: called as (progress) when a step has its gradients. Where it gives a context, they
             are taken anew inside it, and the optimiser steps outside (sharpness-aware training).
         after_step: called as (step, loss) when step `step` is done.
-        after_epoch: called with the number of the epoch that ended.
+        after_epoch: called with the number of the epoch that ended; true ends the training.
 
     Raises:
         Diverged: a loss that is not finite, named with its step.
@@ -85,7 +85,8 @@ def fit(
                 _require_finite(value, step)
                 after_step(step, value)
             _share_buffers(fabric, model)
-            after_epoch(epoch)
+            if after_epoch(epoch):
+                return
 
 
 class _Objective(nn.Module):
