@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from harprune.methods.admm import ADMM
 from harprune.methods.base import Budget, Limit, Method
 from harprune.methods.flying_bird import FlyingBird
 from harprune.methods.grasp import GraSP
@@ -57,6 +58,7 @@ METHODS: dict[str, type[Method]] = {
     "twinrep": TwinRep,
     "flying-bird": FlyingBird,
     "robust-bird": RobustBird,
+    "admm": ADMM,
 }
 
 PLUG_INS = {"s2ap": S2AP}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from harprune.methods.admm import ADMM
 from harprune.methods.base import Budget, Limit
 from harprune.methods.flying_bird import FlyingBird, Growth
 from harprune.methods.grasp import GraSP
@@ -34,7 +35,8 @@ METHODS = [HARP(gamma=0.1), HARP(learn_densities=False), HARP(learn_scores=False
            TwinRep(), TwinRep(inherit=True),
            FlyingBird(updates=3), FlyingBird(Growth.GRADIENT, updates=3),
            FlyingBird(adaptive=True, updates=3),
-           RobustBird(window=2)]  # fmt: skip
+           RobustBird(window=2),
+           ADMM(updates=2)]  # fmt: skip
 
 GROWING = (FlyingBird,)
 
