@@ -11,7 +11,10 @@ from harprune.methods.base import Budget
 from harprune.sparsity import allocation, masks
 from harprune.sparsity.granularity import Granularity
 
-X, Y = torch.rand(6, 2, 5, 5, dtype=torch.float64), torch.arange(6) % 3
+X, Y = (
+    torch.rand(6, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+    torch.arange(6) % 3,
+)
 RATE = 0.1
 
 
@@ -83,7 +86,7 @@ def test_the_penalty_draws_the_weights_to_the_pruned_network():
         method.epoch_ended(model, epoch)
     before = model(X)
     method.settle(model)
-    assert (model(X) - before).abs().max() < 0.01 < 0.1 < _moved_by_magnitude_alone(budget)
+    assert (model(X) - before).abs().max() < 0.005 < 0.03 < _moved_by_magnitude_alone(budget)
 
 
 def _moved_by_magnitude_alone(budget):

@@ -16,7 +16,7 @@ from harprune.sparsity import allocation, masks
 from harprune.sparsity.execution import training_twin
 from harprune.sparsity.granularity import Granularity
 
-X, Y = torch.rand(8, 2, 5, 5), torch.arange(8) % 3
+X, Y = torch.rand(8, 2, 5, 5, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
 BUDGET = Budget(0.3, allocation=allocation.uniform)
 
 

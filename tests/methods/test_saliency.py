@@ -17,7 +17,11 @@ from harprune.methods.synflow import SynFlow
 from harprune.sparsity import masks
 from harprune.sparsity.granularity import Granularity
 
-BATCHES = [(torch.rand(6, 2, 5, 5, dtype=torch.float64), torch.arange(6) % 3) for _ in range(2)]
+SEEDED = torch.Generator().manual_seed(0)
+BATCHES = [
+    (torch.rand(6, 2, 5, 5, dtype=torch.float64, generator=SEEDED), torch.arange(6) % 3)
+    for _ in range(2)
+]
 
 
 @pytest.fixture
