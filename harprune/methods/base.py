@@ -287,8 +287,11 @@ def best_of_all(
     then hold to the unit, the budget's allocation plays no part.
 
     Args:
-        scores: by layer, not negative, in the `score_shape` of the budget's granularity.
+        scores: by layer, of any sign, in the `score_shape` of the budget's granularity.
     """
+    least = min(float(s.min()) for s in scores.values())
+    if least < 0.0:  # `keep_top` goes by magnitude
+        scores = {name: s.double() - least for name, s in scores.items()}
     shares = global_top(scores, budget.density)
     counts = budget.counts(model, {name: max(share, 1e-12) for name, share in shares.items()})
     return {name: keep_top(score, counts[name]).bool() for name, score in scores.items()}

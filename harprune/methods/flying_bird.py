@@ -24,6 +24,7 @@ from harprune.methods.base import Budget, Method, generator, given_counts, param
 from harprune.sparsity import masks
 from harprune.sparsity.layers import Layer
 from harprune.sparsity.masks import Mask
+from harprune.sparsity.selection import top_among
 
 _LEAST = 0.005  # where the cosine ends
 _PATIENCE = 4  # epochs that Flying Bird+ looks back
@@ -104,7 +105,7 @@ class FlyingBird(Method):
             shape = budget.granularity.score_shape(layer)
             everywhere = torch.ones(shape, dtype=torch.bool, device=layer.parameter.device)
             draw = torch.rand(shape, generator=generator(self._seed, number))
-            self._put(layer, _top(draw.to(everywhere.device), everywhere, counts[name]))
+            self._put(layer, top_among(draw.to(everywhere.device), everywhere, counts[name]))
 
     @torch.no_grad()
     def _put(self, layer: Layer, kept: Tensor) -> None:
@@ -127,9 +128,9 @@ class FlyingBird(Method):
             kept = int(mask.kept.sum())
             dropped, grown = self._exchange(kept, self._rate(done))
             magnitude = self._budget.granularity.magnitude(layer, layer.parameter).abs()
-            stay = _top(magnitude, mask.kept, kept - dropped)
-            dead = ~stay
-            new = _top(self._promise(layer, mask, step, number), dead, min(grown, int(dead.sum())))
+            stay = top_among(magnitude, mask.kept, kept - dropped)
+            grown = min(grown, int((~stay).sum()))
+            new = top_among(self._promise(layer, mask, step, number), ~stay, grown)
             layer.parameter.mul_(stay)  # what grows, grows from zero
             self._put(layer, stay | new)
 
@@ -188,10 +189,10 @@ class FlyingBird(Method):
             counts = self._budget.counts(model, wanted)
         for number, (name, (layer, mask)) in enumerate(parts.items()):
             magnitude = self._budget.granularity.magnitude(layer, layer.parameter).abs()
-            kept = _top(magnitude, mask.kept, min(counts[name], int(mask.kept.sum())))
+            kept = top_among(magnitude, mask.kept, min(counts[name], int(mask.kept.sum())))
             draw = torch.rand(kept.shape, generator=generator(self._seed, number, -1))
             missing = counts[name] - int(kept.sum())
-            masks.fix(layer, kept | _top(draw.to(kept.device), ~kept, missing))
+            masks.fix(layer, kept | top_among(draw.to(kept.device), ~kept, missing))
 
     def state_dict(self) -> dict:
         return {"seed": self._seed, "gaps": self._gaps, "losses": self._losses}
@@ -199,12 +200,3 @@ class FlyingBird(Method):
     def load_state_dict(self, state: dict) -> None:
         self._seed = int(state["seed"])
         self._gaps, self._losses = list(state["gaps"]), list(state["losses"])
-
-
-def _top(scores: Tensor, among: Tensor, count: int) -> Tensor:
-    """A boolean mask of the `count` highest `scores` where `among`."""
-    index = among.flatten().nonzero().flatten()
-    best = index[scores.flatten()[index].topk(count).indices]
-    chosen = torch.zeros_like(among)
-    chosen.view(-1)[best] = True
-    return chosen

@@ -63,9 +63,7 @@ class GraSP(Method):
             for total, product, w in zip(scores, torch.autograd.grad(flow, weights), weights):
                 total += w.detach() * product
         grain = self._budget.granularity
-        by_unit = {n: grain.total(layer, s) for (n, layer), s in zip(layers.items(), scores)}
-        least = min(s.min() for s in by_unit.values())  # shifted, for a ranking has no sign
-        self._scores = {name: s - least for name, s in by_unit.items()}
+        self._scores = {n: grain.total(layer, s) for (n, layer), s in zip(layers.items(), scores)}
 
     def settle(self, model: nn.Module) -> None:
         settle_ranking(model, self._budget, self._scores)

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from harprune.methods.admm import ADMM
 from harprune.methods.base import Budget, Limit, Method
+from harprune.methods.bcs import BCS
 from harprune.methods.flying_bird import FlyingBird
 from harprune.methods.grasp import GraSP
 from harprune.methods.harp import HARP
 from harprune.methods.hydra import HYDRA
 from harprune.methods.li20 import Li20
+from harprune.methods.mad import MAD
 from harprune.methods.oneshot import Magnitude, Random
 from harprune.methods.robust_bird import RobustBird
 from harprune.methods.rst import RST
@@ -59,6 +61,8 @@ METHODS: dict[str, type[Method]] = {
     "flying-bird": FlyingBird,
     "robust-bird": RobustBird,
     "admm": ADMM,
+    "mad": MAD,
+    "bcs": BCS,
 }
 
 PLUG_INS = {"s2ap": S2AP}

@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 from harprune.methods.admm import ADMM
 from harprune.methods.base import Budget, Limit
+from harprune.methods.bcs import BCS
 from harprune.methods.flying_bird import FlyingBird, Growth
 from harprune.methods.grasp import GraSP
 from harprune.methods.harp import HARP
 from harprune.methods.hydra import HYDRA
 from harprune.methods.li20 import Li20
+from harprune.methods.mad import MAD
 from harprune.methods.oneshot import Magnitude, Random
 from harprune.methods.robust_bird import RobustBird
 from harprune.methods.rst import RST
@@ -36,9 +38,12 @@ METHODS = [HARP(gamma=0.1), HARP(learn_densities=False), HARP(learn_scores=False
            FlyingBird(updates=3), FlyingBird(Growth.GRADIENT, updates=3),
            FlyingBird(adaptive=True, updates=3),
            RobustBird(window=2),
-           ADMM(updates=2)]  # fmt: skip
+           ADMM(updates=2),
+           MAD(mask_steps=3),
+           BCS()]  # fmt: skip
 
-GROWING = (FlyingBird,)
+GROWING = (FlyingBird, BCS)
+WEIGHTS_ONLY = (BCS,)
 
 
 @pytest.fixture(params=METHODS, ids=repr)
@@ -126,6 +131,10 @@ def test_settling_is_exact_and_neither_it_nor_baking_changes_the_logits(method, 
 @pytest.mark.parametrize("grain", [Granularity.FILTER, Granularity.CHANNEL])
 def test_filters_and_channels_are_kept_within_the_budget(method, model, grain):
     budget = Budget(0.4, granularity=grain)
+    if type(method) in WEIGHTS_ONLY:
+        with pytest.raises(ValueError, match="set granularity to weight"):
+            attach(method, model, budget)
+        return
     attach(method, model, budget)
     train(model, method)
     counts = settled(method, model, budget)
