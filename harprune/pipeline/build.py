@@ -37,6 +37,7 @@ from harprune.pipeline import recipe as recipes
 from harprune.pipeline.recipe import Recipe
 from harprune.robustness import attacks, objectives
 from harprune.robustness.autoattack import AutoAttack
+from harprune.robustness.pwoa import PwoA
 from harprune.robustness.threat import Linf, Threat, make_threat, parse_epsilon
 from harprune.sparsity import allocation, costs, execution
 from harprune.sparsity.execution import Execution, Twin
@@ -273,9 +274,15 @@ def training_attack(
 
 
 def objective(
-    recipe: Recipe, section: recipes.Objective, twin: Twin | None
+    recipe: Recipe,
+    section: recipes.Objective,
+    twin: Twin | None,
+    teacher: nn.Module | None = None,
 ) -> objectives.Objective:
-    """The training loss that `section` names, its attack run on `twin` where there is one."""
+    """The training loss that `section` names, its attack run on `twin` where there is one.
+
+    `teacher` is the dense network in eval mode, for a loss that distils from it.
+    """
     bound = threat(recipe)
 
     def pgd(*sizes, **options) -> attacks.Attack:
@@ -302,6 +309,8 @@ def objective(
             return objectives.Free(bound, replays=section.replays)
         case "fgsm-rs":
             return objectives.PGDAT(pgd(1, 1.25 * bound.epsilon))
+        case "pwoa":
+            return PwoA(teacher, **section.pwoa.model_dump())
 
 
 def attacked_once(objective: objectives.Objective) -> objectives.Objective:

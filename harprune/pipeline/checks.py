@@ -35,6 +35,12 @@ def check(recipe: Recipe) -> None:
         build.objective(recipe, stage.objective or recipe.objective, None)
         make_schedule(stage.schedule, epochs=stage.epochs, offset=recipe.parity.cosine_offset)
     weights = recipe.model.weights
+    first = recipe.pretrain.objective or recipe.objective
+    if first.name == "pwoa" and recipe.pretrain.epochs and weights is None:
+        raise ValueError(
+            "objective.name = 'pwoa' learns from the dense network, which pretraining has yet to "
+            "make; give pretrain.objective another name, or model.weights"
+        )
     if weights is not None and not Path(weights).is_file():
         raise ValueError(f"model.weights = {weights!r}: no such file; name a checkpoint")
 

@@ -247,9 +247,9 @@ def learn(
     """
     section = getattr(shop.recipe, stage)
     fast = build.twin(shop.recipe, model)
-    objective = build.objective(
-        shop.recipe, section.objective or shop.recipe.objective, _attacked(shop, model)
-    )
+    chosen = section.objective or shop.recipe.objective
+    teacher = load_network(shop, "pretrain").eval() if chosen.name == "pwoa" else None
+    objective = build.objective(shop.recipe, chosen, _attacked(shop, model), teacher)
     if nearby is not None:
         objective = build.attacked_once(objective)
     optimiser = build.optimiser(groups, section)
@@ -282,7 +282,7 @@ def learn(
             fit(
                 model,
                 batches,
-                loss=_loss(objective, method, _trained(shop, stage, model)),
+                loss=_loss(objective, method, model if teacher else _trained(shop, stage, model)),
                 optimiser=optimiser,
                 schedule=make_schedule(
                     section.schedule, epochs=section.epochs, offset=shop.recipe.parity.cosine_offset
@@ -299,8 +299,8 @@ def learn(
         except Diverged as error:
             raise _diverged(shop.run, stage, error) from None
     shop.engine.barrier()  # until rank 0 has written the best epoch
-    chosen = course.take_best()
-    shop.console.say(f"{stage}: epoch {chosen + 1} of {section.epochs} selected")
+    best = course.take_best()
+    shop.console.say(f"{stage}: epoch {best + 1} of {section.epochs} selected")
     return course.history
 
 
