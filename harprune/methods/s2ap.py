@@ -49,6 +49,8 @@ class S2AP:
     def _perturbed(self, model: nn.Module) -> Iterator[None]:
         learned = [m for _, m in masks.installed(model).values() if isinstance(m, LearnedMask)]
         scores = [m.scores for m in learned if m.scores.grad is not None]
+        if not scores:
+            raise ValueError("s2ap perturbs scores, and no mask of this method trains any")
         before = [s.detach().clone() for s in scores]
         with torch.no_grad():
             for s in scores:

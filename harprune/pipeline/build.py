@@ -5,7 +5,7 @@ import atexit
 import gc
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +47,7 @@ from harprune.training.augmentation import default_augmentation
 from harprune.training.batches import Batches
 from harprune.training.data import load_dataset
 from harprune.training.splits import Dataset, Split, split_validation, to_float
+from harprune.user_code import current_directory_importable, user_function
 
 METHODS: dict[str, type[Method]] = {
     "harp": HARP,
@@ -69,7 +70,7 @@ METHODS: dict[str, type[Method]] = {
 PLUG_INS = {"s2ap": S2AP}
 """What a method's name may be followed by, as in `harp+s2ap`."""
 
-_WITH_SCORES = (HARP, HYDRA, RST)
+_WITHOUT_SCORES = {kind for kind in METHODS.values() if kind not in (HARP, HYDRA, RST)}
 
 ALLOCATIONS: dict[str, allocation.Allocation] = {
     "uniform": allocation.uniform,
@@ -369,7 +370,7 @@ def sharpness(recipe: Recipe) -> S2AP | None:
     kind, plug_ins = _kinds(recipe)
     if S2AP not in plug_ins:
         return None
-    if kind not in _WITH_SCORES or not getattr(method(recipe), "learn_scores", True):
+    if kind in _WITHOUT_SCORES or not getattr(method(recipe), "learn_scores", True):
         raise ValueError(
             f"method.name = {recipe.method.name!r}: s2ap perturbs scores, and this method trains "
             "none; leave it out"
@@ -385,15 +386,30 @@ def sharpness(recipe: Recipe) -> S2AP | None:
 def _kinds(recipe: Recipe) -> tuple[type[Method], list[type]]:
     """The classes behind `NAME+PLUG_IN`."""
     name, *extra = recipe.method.name.split("+")
-    if name not in METHODS:
-        raise ValueError(f"method.name = {name!r} is unknown; choose one of {', '.join(METHODS)}")
+    kind = METHODS.get(name) or _own_kind(name)
     for each in extra:
         if each not in PLUG_INS:
             raise ValueError(
                 f"method.name = {recipe.method.name!r}: {each!r} is no plug-in; choose one of "
                 f"{', '.join(PLUG_INS)}"
             )
-    return METHODS[name], [PLUG_INS[each] for each in extra]
+    return kind, [PLUG_INS[each] for each in extra]
+
+
+def _own_kind(name: str) -> type[Method]:
+    """The user's own method that `module:Class` names."""
+    if ":" not in name:
+        raise ValueError(
+            f"method.name = {name!r} is unknown; choose one of {', '.join(METHODS)}, or give your "
+            "own as module:Class"
+        )
+    with current_directory_importable():
+        kind = user_function(name, "method.name")
+    if not (isinstance(kind, type) and issubclass(kind, Method) and is_dataclass(kind)):
+        raise ValueError(
+            f"method.name = {name!r} must be a dataclass derived from harprune.methods.base.Method"
+        )
+    return kind
 
 
 def _options(kind: type) -> set[str]:

@@ -196,7 +196,7 @@ class Method(Section):
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     name: str = "harp"
-    """harp, hydra, magnitude or random."""
+    """One that `harprune doctor` lists, with +s2ap where it trains scores, or module:Class."""
 
     @property
     def options(self) -> dict[str, Any]:
