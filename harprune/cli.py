@@ -109,7 +109,7 @@ def prune(
     data_dir: Folder = None,
     norm: Norm = "linf",
     epsilon: Epsilon = "8/255",
-    method: Annotated[str, typer.Option(help="harp, hydra, magnitude or random.")] = "harp",
+    method: Annotated[str, typer.Option(help="As method.name of a recipe.")] = "harp",
     prune_epochs: Annotated[int, typer.Option(help="Epochs of the method's stage.")] = 20,
     finetune_epochs: Annotated[int, typer.Option(help="Epochs of finetuning.")] = 100,
     seed: Annotated[int, typer.Option(help="Decides all randomness.")] = 0,

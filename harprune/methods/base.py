@@ -2,19 +2,21 @@
 """What every pruning method is asked for: `Budget` says how much, `Method` says how."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, sqrt
 
+import torch
 from torch import Tensor, nn
 
 from harprune.sparsity import masks
-from harprune.sparsity.allocation import Allocation, apportion, erk
+from harprune.sparsity.allocation import Allocation, apportion, erk, global_top
 from harprune.sparsity.audit import Audit, audit, budget_of
 from harprune.sparsity.costs import Cost, parameter_prices, weighted_cost
 from harprune.sparsity.density import Density, GivenDensity
 from harprune.sparsity.granularity import Granularity
 from harprune.sparsity.layers import Layer, prunable_layers, weights
+from harprune.sparsity.selection import keep_top
 
 Prices = Callable[[nn.Module, Mapping[str, Layer]], dict[str, int]]
 
@@ -140,20 +142,54 @@ class Budget:
         return counts
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Training images that a method asks for.
+
+    Attributes:
+        batches: how many batches of the pruning stage; None for one pass over all images.
+        attacked: adversarial images of the stage's training attack instead of clean ones.
+
+    Raises:
+        ValueError: fewer than one batch.
+    """
+
+    batches: int | None
+    attacked: bool = False
+
+    def __post_init__(self):
+        if self.batches is not None and self.batches < 1:
+            raise ValueError(f"batches = {self.batches} must be at least 1; scores need images")
+
+
 class Method(ABC):
     """A pruning method: what it installs, trains and adds to the loss. It never owns a loop.
 
-    The life of a method: `attach` once; then, while the model trains, `penalty` in every loss,
-    `step_ended` after every optimiser step and `epoch_ended` after every epoch; `settle` last.
+    The life of a method: `attach` once, and `observe` if it asks for a `sample`; then `begin` and,
+    while the model trains, `penalty` in every loss, `step_ended` after every optimiser step and
+    `epoch_ended` after every epoch; `settle` last. A stage that goes on after an interruption
+    lives it again, up to `begin`, and is then given the model's tensors and `load_state_dict`. So
+    what a method learns lies in tensors of the masks it installs, or in `state_dict`.
     """
+
+    @property
+    def sample(self) -> Sample | None:
+        """The images that `observe` is shown; none by default."""
+        return None
 
     @abstractmethod
     def attach(self, model: nn.Module, budget: Budget) -> None:
         """Install masks on `model`, or remember what `settle` will need."""
 
+    def observe(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """See the `sample` once, after `attach`; `model` is in eval mode, as under attack."""
+
     def trainable(self, model: nn.Module) -> list[dict]:
         """What this stage trains, as parameter groups of a torch optimiser; none by default."""
         return []
+
+    def begin(self, epochs: int, steps: int) -> None:
+        """Before training: it will last `epochs` of `steps` optimiser steps each."""
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """Scalar added to the objective; zero by default."""
@@ -168,6 +204,23 @@ class Method(ABC):
     def budget_met(self, model: nn.Module) -> bool:
         """Whether the network as it stands is worth selecting; always, by default."""
         return True
+
+    def done(self, model: nn.Module) -> bool:
+        """Whether training may end before its epochs are over, asked after each; no by default."""
+        return False
+
+    @property
+    def watches(self) -> bool:
+        """Whether `judged` is to be called, at the cost of one more validation; no by default."""
+        return False
+
+    def judged(self, gap: float, loss: float) -> None:
+        """Before `epoch_ended`, how the network overfits.
+
+        Args:
+            gap: robust accuracy on training images minus that on validation images.
+            loss: mean cross-entropy on attacked validation images.
+        """
 
     def metrics(self, model: nn.Module) -> dict:
         """What to log after an epoch, as plain values; nothing by default."""
@@ -197,8 +250,8 @@ def install_scores(
         masks.install(layer, masks.LearnedMask(scores(layer, magnitude), densities[name]))
 
 
-def given_densities(model: nn.Module, budget: Budget) -> dict[str, Density]:
-    """The budget's allocation at its density as fixed densities, exact to the unit.
+def given_counts(model: nn.Module, budget: Budget) -> dict[str, int]:
+    """Units that each layer keeps when the budget's allocation shares its density.
 
     Raises:
         ValueError: the allocation leaves a layer empty and the budget has no floor.
@@ -210,8 +263,12 @@ def given_densities(model: nn.Module, budget: Budget) -> dict[str, Density]:
             f"layer collapse: the allocation keeps no weight of {empty[0]} ({len(empty)} layers in "
             "all); set budget.floor above 0 or choose another allocation"
         )
-    counts = budget.counts(model, {name: max(share, 1e-12) for name, share in shares.items()})
-    layers = budget.layers(model)
+    return budget.counts(model, {name: max(share, 1e-12) for name, share in shares.items()})
+
+
+def given_densities(model: nn.Module, budget: Budget) -> dict[str, Density]:
+    """`given_counts` as fixed densities, exact to the unit."""
+    counts, layers = given_counts(model, budget), budget.layers(model)
     units = {name: budget.granularity.units(layer) for name, layer in layers.items()}
     return {name: GivenDensity(counts[name] / units[name]) for name in layers}
 
@@ -219,6 +276,32 @@ def given_densities(model: nn.Module, budget: Budget) -> dict[str, Density]:
 def scaled_magnitude(layer: Layer, magnitude: Tensor) -> Tensor:
     """sqrt(6 / fan_in) * theta / max|theta|, the scores from which HYDRA and HARP start."""
     return sqrt(6.0 / layer.fan_in) * magnitude / magnitude.abs().max()
+
+
+def best_of_all(
+    model: nn.Module, budget: Budget, scores: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Boolean masks of the units with the highest scores of the whole network.
+
+    How many units each layer keeps follows from the ranking; its floor and the budget's bounds
+    then hold to the unit, the budget's allocation plays no part.
+
+    Args:
+        scores: by layer, of any sign, in the `score_shape` of the budget's granularity.
+    """
+    least = min(float(s.min()) for s in scores.values())
+    if least < 0.0:  # `keep_top` goes by magnitude
+        scores = {name: s.double() - least for name, s in scores.items()}
+    shares = global_top(scores, budget.density)
+    counts = budget.counts(model, {name: max(share, 1e-12) for name, share in shares.items()})
+    return {name: keep_top(score, counts[name]).bool() for name, score in scores.items()}
+
+
+def settle_ranking(model: nn.Module, budget: Budget, scores: Mapping[str, Tensor]) -> None:
+    """Fix the masks that `best_of_all` gives."""
+    best = best_of_all(model, budget, scores)
+    for name, layer in budget.layers(model).items():
+        masks.fix(layer, best[name])
 
 
 def settle_scores(model: nn.Module, budget: Budget) -> None:
@@ -236,6 +319,14 @@ def score_group(model: nn.Module, *, decay: bool) -> dict:
 def parameter_group(parameters: list, *, decay: bool) -> dict:
     """A torch parameter group that takes the stage's weight decay, or none."""
     return {"params": parameters} if decay else {"params": parameters, "weight_decay": 0.0}
+
+
+def generator(*stream: int) -> torch.Generator:
+    """Random numbers of a method's own: the same in every process and after a resume."""
+    mixed = 0
+    for part in stream:
+        mixed = (mixed * 1_000_003 + part + 1) % 2**63
+    return torch.Generator().manual_seed(mixed)
 
 
 def batch_norm_parameters(model: nn.Module) -> list[nn.Parameter]:

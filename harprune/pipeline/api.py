@@ -59,7 +59,7 @@ def prune(
         validation: images to select epochs on.
         density: fraction of the weights to keep, in (0, 1).
         threat: what to be robust against; Linf(8/255) if absent.
-        method: harp, hydra, magnitude or random.
+        method: one that `harprune doctor` lists, or module:Class of your own.
         pretrain_epochs: robust training before pruning; none for a network that is robust.
         out: a folder in which the run is kept, and continued after an interruption.
         options: further recipe sections, as `{"finetune": {"learning_rate": 0.02}}`.

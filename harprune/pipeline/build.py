@@ -5,7 +5,7 @@ import atexit
 import gc
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,16 +15,29 @@ from lightning_fabric import Fabric
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from harprune.methods.admm import ADMM
 from harprune.methods.base import Budget, Limit, Method
+from harprune.methods.bcs import BCS
+from harprune.methods.flying_bird import FlyingBird
+from harprune.methods.grasp import GraSP
 from harprune.methods.harp import HARP
 from harprune.methods.hydra import HYDRA
+from harprune.methods.li20 import Li20
+from harprune.methods.mad import MAD
 from harprune.methods.oneshot import Magnitude, Random
+from harprune.methods.robust_bird import RobustBird
+from harprune.methods.rst import RST
+from harprune.methods.s2ap import S2AP
+from harprune.methods.snip import SNIP
+from harprune.methods.synflow import SynFlow
+from harprune.methods.twinrep import TwinRep
 from harprune.models.registry import create_model
 from harprune.models.weights import load_weights
 from harprune.pipeline import recipe as recipes
 from harprune.pipeline.recipe import Recipe
 from harprune.robustness import attacks, objectives
 from harprune.robustness.autoattack import AutoAttack
+from harprune.robustness.pwoa import PwoA
 from harprune.robustness.threat import Linf, Threat, make_threat, parse_epsilon
 from harprune.sparsity import allocation, costs, execution
 from harprune.sparsity.execution import Execution, Twin
@@ -34,13 +47,30 @@ from harprune.training.augmentation import default_augmentation
 from harprune.training.batches import Batches
 from harprune.training.data import load_dataset
 from harprune.training.splits import Dataset, Split, split_validation, to_float
+from harprune.user_code import current_directory_importable, user_function
 
 METHODS: dict[str, type[Method]] = {
     "harp": HARP,
     "hydra": HYDRA,
     "magnitude": Magnitude,
     "random": Random,
+    "snip": SNIP,
+    "grasp": GraSP,
+    "synflow": SynFlow,
+    "li20": Li20,
+    "rst": RST,
+    "twinrep": TwinRep,
+    "flying-bird": FlyingBird,
+    "robust-bird": RobustBird,
+    "admm": ADMM,
+    "mad": MAD,
+    "bcs": BCS,
 }
+
+PLUG_INS = {"s2ap": S2AP}
+"""What a method's name may be followed by, as in `harp+s2ap`."""
+
+_WITHOUT_SCORES = {kind for kind in METHODS.values() if kind not in (HARP, HYDRA, RST)}
 
 ALLOCATIONS: dict[str, allocation.Allocation] = {
     "uniform": allocation.uniform,
@@ -210,11 +240,49 @@ class OnTwin:
         return self.attack.passes
 
 
+@dataclass(eq=False)
+class Once:
+    """An attack that is run once a batch: a second pass meets the same adversarial images."""
+
+    attack: attacks.Attack
+    _batch: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if self._batch is None or self._batch[0] is not x:
+            self._batch = x, self.attack(model, x, y)
+        return self._batch[1]
+
+    def __repr__(self) -> str:
+        return repr(self.attack)
+
+    @property
+    def passes(self) -> int:
+        return self.attack.passes
+
+
+def training_attack(
+    recipe: Recipe, section: recipes.Objective, twin: Twin | None, **options
+) -> attacks.Attack:
+    """PGD as `section` has it, on `twin` where there is one; fgsm-rs takes one long step."""
+    bound = threat(recipe)
+    steps, step = section.steps, step_size(recipe, section)
+    if section.name == "fgsm-rs":
+        steps, step = 1, 1.25 * bound.epsilon
+    attack = attacks.PGD(bound, steps, step_size=step, **options)
+    return attack if twin is None else OnTwin(attack, twin)
+
+
 def objective(
-    recipe: Recipe, section: recipes.Objective, twin: Twin | None
+    recipe: Recipe,
+    section: recipes.Objective,
+    twin: Twin | None,
+    teacher: nn.Module | None = None,
 ) -> objectives.Objective:
-    """The training loss that `section` names, its attack run on `twin` where there is one."""
-    pgd = partial(_training_attack, recipe, section, twin)
+    """The training loss that `section` names, its attack run on `twin` where there is one.
+
+    `teacher` is the dense network in eval mode, for a loss that distils from it.
+    """
+    pgd = partial(training_attack, recipe, section, twin)
     match section.name:
         case "natural":
             return objectives.Natural()
@@ -236,6 +304,8 @@ def objective(
             return objectives.Free(threat(recipe), replays=section.replays)
         case "fgsm-rs":
             return objectives.PGDAT(pgd())
+        case "pwoa":
+            return PwoA(teacher, **section.pwoa.model_dump())
 
 
 def distilled(
@@ -256,20 +326,15 @@ def distilled(
             f"{section.name!r}; name one of them, or leave out the stage's distillation"
         )
     divergence = objectives.SoftLabels(soft.temperature)
-    attack = _training_attack(recipe, section, twin, loss=divergence)
+    attack = training_attack(recipe, section, twin, loss=divergence)
     return objectives.RSLAD(attack, teacher, divergence, soft.weight)
 
 
-def _training_attack(
-    recipe: Recipe, section: recipes.Objective, twin: Twin | None, **options
-) -> attacks.Attack:
-    """PGD as `section` has it, on `twin` where there is one; fgsm-rs takes one long step."""
-    bound = threat(recipe)
-    steps, step = section.steps, step_size(recipe, section)
-    if section.name == "fgsm-rs":
-        steps, step = 1, 1.25 * bound.epsilon
-    attack = attacks.PGD(bound, steps, step_size=step, **options)
-    return attack if twin is None else OnTwin(attack, twin)
+def attacked_once(objective: objectives.Objective) -> objectives.Objective:
+    """`objective`, a second pass of which over the same batch does not attack anew."""
+    if not hasattr(objective, "attack"):
+        return objective
+    return replace(objective, attack=Once(objective.attack))
 
 
 def _beta(section: recipes.Objective, usual: float) -> float:
@@ -279,7 +344,7 @@ def _beta(section: recipes.Objective, usual: float) -> float:
 def method_notes() -> list[str]:
     """The options of every method with their defaults, a line each."""
     homes: dict[str, list[str]] = {}
-    for name, kind in METHODS.items():
+    for name, kind in (METHODS | PLUG_INS).items():
         for option in (f for f in fields(kind) if f.init):
             default = "" if option.default is None else str(option.default).lower()
             homes.setdefault(f"{option.name} = {default}".strip(), []).append(name)
@@ -292,13 +357,9 @@ def method(recipe: Recipe) -> Method:
     Raises:
         ValueError: an unknown method or option (the nearest is named), or a bad value.
     """
-    section, parity = recipe.method, recipe.parity
-    if section.name not in METHODS:
-        raise ValueError(
-            f"method.name = {section.name!r} is unknown; choose one of {', '.join(METHODS)}"
-        )
-    kind = METHODS[section.name]
-    known = {f.name for f in fields(kind) if f.init}
+    parity = recipe.parity
+    kind, plug_ins = _kinds(recipe)
+    known = _options(kind)
     wanted = {
         "train_batch_norm": parity.batch_norm_affine,
         "decay_scores": parity.score_decay,
@@ -307,13 +368,79 @@ def method(recipe: Recipe) -> Method:
     options = {name: True for name, on in wanted.items() if on and name in known}
     if parity.start_density and "start_density" in known:
         options["start_density"] = 0.1
-    for name in section.options:
-        if name not in known:
-            near = get_close_matches(name, sorted(known), n=1, cutoff=0.0)
+    everyone = known.union(*map(_options, plug_ins))
+    for name in recipe.method.options:
+        if name not in everyone:
+            near = get_close_matches(name, sorted(everyone), n=1, cutoff=0.0)
             hint = f"; the nearest known is 'method.{near[0]}'" if near else ""
-            raise ValueError(f"unknown key 'method.{name}' of {section.name}{hint}")
+            raise ValueError(f"unknown key 'method.{name}' of {recipe.method.name}{hint}")
+    return _made(kind, {**options, **_given(recipe, kind)})
+
+
+def sharpness(recipe: Recipe) -> S2AP | None:
+    """The plug-in S2AP with its options, where the method's name asks for it.
+
+    Raises:
+        ValueError: a bad value, or a training without scores or without a second pass.
+    """
+    kind, plug_ins = _kinds(recipe)
+    if S2AP not in plug_ins:
+        return None
+    if kind in _WITHOUT_SCORES or not getattr(method(recipe), "learn_scores", True):
+        raise ValueError(
+            f"method.name = {recipe.method.name!r}: s2ap perturbs scores, and this method trains "
+            "none; leave it out"
+        )
+    if (recipe.prune.objective or recipe.objective).name == "free":
+        raise ValueError(
+            "objective.name = 'free' moves its images in every pass, and s2ap needs a second pass "
+            "over the same; choose another objective"
+        )
+    return _made(S2AP, _given(recipe, S2AP))
+
+
+def _kinds(recipe: Recipe) -> tuple[type[Method], list[type]]:
+    """The classes behind `NAME+PLUG_IN`."""
+    name, *extra = recipe.method.name.split("+")
+    kind = METHODS.get(name) or _own_kind(name)
+    for each in extra:
+        if each not in PLUG_INS:
+            raise ValueError(
+                f"method.name = {recipe.method.name!r}: {each!r} is no plug-in; choose one of "
+                f"{', '.join(PLUG_INS)}"
+            )
+    return kind, [PLUG_INS[each] for each in extra]
+
+
+def _own_kind(name: str) -> type[Method]:
+    """The user's own method that `module:Class` names."""
+    if ":" not in name:
+        raise ValueError(
+            f"method.name = {name!r} is unknown; choose one of {', '.join(METHODS)}, or give your "
+            "own as module:Class"
+        )
+    with current_directory_importable():
+        kind = user_function(name, "method.name")
+    if not (isinstance(kind, type) and issubclass(kind, Method) and is_dataclass(kind)):
+        raise ValueError(
+            f"method.name = {name!r} must be a dataclass derived from harprune.methods.base.Method"
+        )
+    return kind
+
+
+def _options(kind: type) -> set[str]:
+    return {f.name for f in fields(kind) if f.init}
+
+
+def _given(recipe: Recipe, kind: type) -> dict:
+    """The recipe's options that are `kind`'s."""
+    return {n: value for n, value in recipe.method.options.items() if n in _options(kind)}
+
+
+def _made(kind: type, options: Mapping):
+    """`kind` with typed options; a wrong one is named as the recipe has it."""
     try:
-        return TypeAdapter(kind).validate_python({**options, **section.options})
+        return TypeAdapter(kind).validate_python(dict(options))
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         where = ".".join(["method", *map(str, fault["loc"])])
@@ -391,9 +518,15 @@ def attack(name: str, bound: Threat, *, seed: int = 0, batch_size: int = 250) ->
 
 
 def batches(
-    split: Split, recipe: Recipe, section: recipes.Training, engine: Fabric, seed: int
+    split: Split,
+    recipe: Recipe,
+    section: recipes.Training,
+    engine: Fabric,
+    seed: int,
+    *,
+    shared: bool = True,
 ) -> Batches:
-    """The training batches of a stage."""
+    """The training batches of a stage, shared among the processes or whole for each of them."""
     augment = None
     if recipe.data.augmentation == "default":
         augment = default_augmentation(recipe.data.name, split.shape[-1])
@@ -404,8 +537,8 @@ def batches(
         augment=augment,
         drop_last=True,
         device=engine.device,
-        rank=engine.global_rank,
-        world=engine.world_size,
+        rank=engine.global_rank if shared else 0,
+        world=engine.world_size if shared else 1,
     )
 
 

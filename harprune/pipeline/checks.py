@@ -21,6 +21,7 @@ def check(recipe: Recipe) -> None:
         ValueError: an unknown name, or a value that its owner does not take.
     """
     build.method(recipe)
+    build.sharpness(recipe)
     build.allocate(recipe.budget.allocation)
     if recipe.parity.epsilon and recipe.threat.norm != "linf":
         raise ValueError(
@@ -37,6 +38,12 @@ def check(recipe: Recipe) -> None:
         if soft := stage.distillation:
             build.distilled(recipe, stage.objective or recipe.objective, None, soft, lambda x: x)
     weights = recipe.model.weights
+    first = recipe.pretrain.objective or recipe.objective
+    if first.name == "pwoa" and recipe.pretrain.epochs and weights is None:
+        raise ValueError(
+            "objective.name = 'pwoa' learns from the dense network, which pretraining has yet to "
+            "make; give pretrain.objective another name, or model.weights"
+        )
     if weights is not None and not Path(weights).is_file():
         raise ValueError(f"model.weights = {weights!r}: no such file; name a checkpoint")
 

@@ -9,6 +9,7 @@ import torch
 
 from harprune.kernels import native
 from harprune.models.registry import list_models
+from harprune.pipeline.build import METHODS, PLUG_INS
 from harprune.training.data import data_folder, list_datasets
 
 _REQUIRED = ("numpy", "safetensors", "lightning-fabric", "pyautoattack", "scikit-learn")
@@ -37,6 +38,7 @@ def diagnose() -> dict[str, str]:
         findings[package] = (
             _installed(package) or f"missing; needed for {use}: pip install 'harprune[{package}]'"
         )
+    findings["methods"] = ", ".join((*METHODS, *(f"+{name}" for name in PLUG_INS)))
     findings["models"] = ", ".join(list_models())
     findings["data sets"] = ", ".join(list_datasets())
     return findings

@@ -81,10 +81,25 @@ class Threat(Section):
         return value
 
 
+class PwoA(Section):
+    """Options of pwoa: distillation from the dense network and the HSIC bottleneck."""
+
+    temperature: float = Field(30.0, gt=0)
+    """By which the logits of both networks are divided."""
+    alpha: float = Field(10.0, ge=0)
+    """Weight of the distillation."""
+    lambda_x: float = Field(2e-5, ge=0)
+    """Weight of what hidden layers know of the image."""
+    lambda_y: float = Field(1e-4, ge=0)
+    """Weight of what they know of the label."""
+    sigma: float = Field(5.0, gt=0)
+    """Width of the Gaussian kernels."""
+
+
 class Objective(Section):
     """The training loss."""
 
-    name: Literal["natural", "pgd-at", "trades", "mart", "free", "fgsm-rs"] = "pgd-at"
+    name: Literal["natural", "pgd-at", "trades", "mart", "free", "fgsm-rs", "pwoa"] = "pgd-at"
     """Which loss."""
     steps: int = Field(10, ge=1)
     """Steps of the training attack (pgd-at, trades, mart)."""
@@ -94,6 +109,7 @@ class Objective(Section):
     """Weight of the robust term; 6 in trades and 5 in mart when absent."""
     replays: int = Field(4, ge=1)
     """Steps on each batch in free adversarial training."""
+    pwoa: PwoA = PwoA()
 
     @field_validator("step_size")
     @classmethod
@@ -205,7 +221,7 @@ class Method(Section):
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     name: str = "harp"
-    """harp, hydra, magnitude or random."""
+    """One that `harprune doctor` lists, with +s2ap where it trains scores, or module:Class."""
 
     @property
     def options(self) -> dict[str, Any]:

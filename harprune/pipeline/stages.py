@@ -8,6 +8,8 @@ The validation split selects epochs; the attack stage alone sees test images.
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import torch
 from lightning_fabric import Fabric
@@ -35,7 +37,7 @@ from harprune.training import checkpoint
 from harprune.training.averaging import Average
 from harprune.training.loop import Diverged, fit
 from harprune.training.schedules import make_schedule
-from harprune.training.splits import to_float
+from harprune.training.splits import Split, to_float
 
 _VALIDATION_BATCH = 250
 
@@ -109,10 +111,15 @@ def prune(shop: Workshop) -> None:
     method, budget = build.method(shop.recipe), build.budget(shop.recipe, shop.materials.example)
     torch.manual_seed(shop.seed("prune"))
     method.attach(model, budget)
+    _show_sample(shop, method, model)
     history: list[dict] = []
     if shop.recipe.prune.epochs and (groups := method.trainable(model)):
         soft = shop.recipe.prune.distillation
-        history = learn(shop, "prune", model, groups, method=method, distillation=soft)
+        sharpness = build.sharpness(shop.recipe)
+        nearby = None if sharpness is None else partial(sharpness.nearby, model)
+        history = learn(
+            shop, "prune", model, groups, method=method, distillation=soft, nearby=nearby
+        )
     method.settle(model)
     tensors = checkpoint.pack("mask", masks.kept_masks(model))
     masks.bake(model)
@@ -124,6 +131,23 @@ def prune(shop: Workshop) -> None:
     shop.console.say(f"pruned network: {_percent(clean, robust)} on validation images")
     tensors |= checkpoint.pack("model", model.state_dict())
     _finish(shop, "prune", tensors, history, clean, robust)
+
+
+def _show_sample(shop: Workshop, method: Method, model: nn.Module) -> None:
+    """Show the method the images it asks for, in every process the same."""
+    sample, section = method.sample, shop.recipe.prune
+    if sample is None:
+        return
+    batches = build.batches(
+        shop.materials.train, shop.recipe, section, shop.engine, shop.seed("prune"), shared=False
+    )
+    images = islice(batches.epoch(0), sample.batches)
+    if sample.attacked:
+        objective = section.objective or shop.recipe.objective
+        attack = build.training_attack(shop.recipe, objective, _attacked(shop, model))
+        images = ((attack(model, x, y), y) for x, y in images)
+    with eval_mode(model):
+        method.observe(model, images)
 
 
 def _alarm(shop: Workshop, model: nn.Module, counts: Audit) -> None:
@@ -231,23 +255,31 @@ def learn(
     method: Method | None = None,
     averaging: float | None = None,
     distillation: Distillation | None = None,
+    nearby: Callable | None = None,
 ) -> list[dict]:
-    """Train `groups` for the stage's epochs, leave the selected epoch in `model`; its history."""
+    """Train `groups` for the stage's epochs, leave the selected epoch in `model`; its history.
+
+    `nearby` is as in `fit`.
+    """
     section = getattr(shop.recipe, stage)
     average = None if averaging is None else Average(model, averaging)
     wanted = section.objective or shop.recipe.objective
-    if distillation is None:
-        objective = build.objective(shop.recipe, wanted, _attacked(shop, model))
+    attacked, teacher = _attacked(shop, model), None
+    if distillation is not None:
+        objective = build.distilled(shop.recipe, wanted, attacked, distillation, _teacher(shop))
     else:
-        objective = build.distilled(
-            shop.recipe, wanted, _attacked(shop, model), distillation, _teacher(shop)
-        )
+        teacher = load_network(shop, "pretrain").eval() if wanted.name == "pwoa" else None
+        objective = build.objective(shop.recipe, wanted, attacked, teacher)
+    if nearby is not None:
+        objective = build.attacked_once(objective)
     optimiser = build.optimiser(groups, section)
     batches = build.batches(
         shop.materials.train, shop.recipe, section, shop.engine, shop.seed(stage)
     )
     course = Course(shop.run, stage, model, optimiser, objective, method, len(batches), average)
     fast = build.twin(shop.recipe, course.network)
+    if method is not None:
+        method.begin(section.epochs, len(batches))
     if course.restore():
         shop.run.write_metrics(_histories(shop, course))
         shop.console.say(f"{stage}: going on at step {course.step}")
@@ -260,32 +292,37 @@ def learn(
             if bar.due:
                 bar.update(step + 1, _summary(_now(course, float(loss))))
 
-        def after_epoch(epoch: int) -> None:
+        def after_epoch(epoch: int) -> bool:
             _end_epoch(shop, course, epoch, fast, section.epochs)
+            return done()
+
+        def done() -> bool:
+            return method is not None and method.done(model)
 
         try:
             fit(
                 model,
                 batches,
-                loss=_loss(objective, method, _trained(shop, stage, model)),
+                loss=_loss(objective, method, model if teacher else _trained(shop, stage, model)),
                 optimiser=optimiser,
                 schedule=make_schedule(
                     section.schedule, epochs=section.epochs, offset=shop.recipe.parity.cosine_offset
                 ),
-                epochs=section.epochs,
+                epochs=0 if done() else section.epochs,
                 fabric=shop.engine,
                 seed=shop.seed(stage),
                 start=course.step,
                 replays=objective.replays,
                 average=average,
+                nearby=nearby or (lambda progress: None),
                 after_step=after_step,
                 after_epoch=after_epoch,
             )
         except Diverged as error:
             raise _diverged(shop.run, stage, error) from None
     shop.engine.barrier()  # until rank 0 has written the best epoch
-    chosen = course.take_best()
-    shop.console.say(f"{stage}: epoch {chosen + 1} of {section.epochs} selected")
+    best = course.take_best()
+    shop.console.say(f"{stage}: epoch {best + 1} of {section.epochs} selected")
     return course.history
 
 
@@ -312,6 +349,8 @@ def _end_epoch(shop: Workshop, course: Course, epoch: int, fast: Twin | None, ep
     record["learning_rate"] = course.optimiser.param_groups[0]["lr"]
     eligible = True
     if course.method is not None:
+        if course.method.watches:
+            course.method.judged(*_overfitting(shop, course.model, fast))
         record |= course.method.metrics(course.model)
         eligible = course.method.budget_met(course.model)
         course.method.epoch_ended(course.model, epoch)
@@ -322,25 +361,45 @@ def _end_epoch(shop: Workshop, course: Course, epoch: int, fast: Twin | None, ep
 
 def validate(shop: Workshop, model: nn.Module, fast: Twin | None) -> tuple[float, float]:
     """Clean and PGD accuracy on the validation images, in [0, 1]; the same images each time."""
-    section, split = shop.recipe.validation, shop.materials.validation
+    clean, robust, _ = _judge(shop, model, fast, shop.materials.validation)
+    return clean, robust
+
+
+def _overfitting(shop: Workshop, model: nn.Module, fast: Twin | None) -> tuple[float, float]:
+    """Robust accuracy on training minus validation images, and the robust validation loss."""
+    _, seen, _ = _judge(shop, model, fast, shop.materials.train)
+    _, unseen, loss = _judge(shop, model, fast, shop.materials.validation)
+    return seen - unseen, loss
+
+
+def _judge(
+    shop: Workshop, model: nn.Module, fast: Twin | None, split: Split
+) -> tuple[float, float, float]:
+    """Clean accuracy, PGD accuracy and mean PGD loss on the same images of `split` each time."""
+    section = shop.recipe.validation
     attack = build.attack(f"pgd-{section.steps}", build.threat(shop.recipe))
     index = evaluation.subset(split.labels, section.size, shop.recipe.seed)
     function = model if fast is None else fast.current()
-    hits = torch.zeros(2, dtype=torch.int64)
+    hits, loss = torch.zeros(2, dtype=torch.int64), 0.0
     with parametrize.cached(), eval_mode(function), torch.random.fork_rng():
         torch.manual_seed(shop.recipe.seed)
         for part in index.split(_VALIDATION_BATCH):
             x = to_float(split.images[part]).to(shop.engine.device)
             y = split.labels[part].to(shop.engine.device)
-            hits[0] += _correct(function, x, y)
-            hits[1] += _correct(function, attack(function, x, y), y)
+            hits[0] += _outcome(function, x, y)[0]
+            correct, summed = _outcome(function, attack(function, x, y), y)
+            hits[1] += correct
+            loss += summed
     clean, robust = hits.tolist()
-    return clean / len(index), robust / len(index)
+    return clean / len(index), robust / len(index), loss / len(index)
 
 
 @torch.no_grad()
-def _correct(model: nn.Module, x: Tensor, y: Tensor) -> int:
-    return int((model(x).argmax(dim=1) == y).sum())
+def _outcome(model: nn.Module, x: Tensor, y: Tensor) -> tuple[int, float]:
+    """(images classified correctly, summed cross-entropy)."""
+    logits = model(x)
+    loss = nn.functional.cross_entropy(logits, y, reduction="sum")
+    return int((logits.argmax(dim=1) == y).sum()), float(loss)
 
 
 def load_network(shop: Workshop, stage: str) -> nn.Module:

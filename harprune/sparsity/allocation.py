@@ -55,7 +55,7 @@ def igq(weights: Mapping[str, Tensor], density: float) -> dict[str, float]:
 
 def global_magnitude(weights: Mapping[str, Tensor], density: float) -> dict[str, float]:
     """Keep the largest |weight| of the whole network; a layer may end up empty."""
-    return _global_top({name: w.detach().abs().flatten() for name, w in weights.items()}, density)
+    return global_top({name: w.detach().abs() for name, w in weights.items()}, density)
 
 
 def lamp(weights: Mapping[str, Tensor], density: float) -> dict[str, float]:
@@ -64,7 +64,7 @@ def lamp(weights: Mapping[str, Tensor], density: float) -> dict[str, float]:
     The largest weight of a layer scores 1, so no layer is emptied before every layer is down to
     its last weight.
     """
-    return _global_top({name: lamp_scores(w).flatten() for name, w in weights.items()}, density)
+    return global_top({name: lamp_scores(w) for name, w in weights.items()}, density)
 
 
 def lamp_scores(weight: Tensor) -> Tensor:
@@ -188,10 +188,11 @@ def _hand_out(counts, shares, units, price, budget) -> dict[str, int]:
     return counts
 
 
-def _global_top(scores: Mapping[str, Tensor], density: float) -> dict[str, float]:
+def global_top(scores: Mapping[str, Tensor], density: float) -> dict[str, float]:
+    """The density of each layer when the highest scores of all are kept; it may be 0."""
     _check(density)
     sizes = {name: s.numel() for name, s in scores.items()}
-    everything = torch.cat([s.double() for s in scores.values()])
+    everything = torch.cat([s.double().flatten() for s in scores.values()])
     count = floor(density * everything.numel())
     if count == 0:
         raise ValueError(

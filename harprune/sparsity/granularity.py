@@ -43,8 +43,10 @@ class Granularity(Enum):
 
     def magnitude(self, layer: Layer, weight: Tensor) -> Tensor:
         """The weight itself, or the L1 norm of each unit in `score_shape`."""
-        if self is Granularity.WEIGHT:
-            return weight
+        return weight if self is Granularity.WEIGHT else self.total(layer, weight.abs())
+
+    def total(self, layer: Layer, values: Tensor) -> Tensor:
+        """`values`, shaped as the weight, summed over each unit: in `score_shape`."""
         shape = self.score_shape(layer)
         axes = [i for i, n in enumerate(shape) if n == 1]
-        return weight.abs().sum(dim=axes, keepdim=True) if axes else weight.abs()
+        return values.sum(dim=axes, keepdim=True) if axes else values

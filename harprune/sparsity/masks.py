@@ -44,6 +44,21 @@ class FixedMask(Mask):
         return self.kept
 
 
+class OpenMask(Mask):
+    """Lets every weight through. Its buffers are a method's notes, saved with the model."""
+
+    def __init__(self, **notes: Tensor):
+        super().__init__()
+        for name, value in notes.items():
+            self.register_buffer(name, value)
+
+    def mask(self) -> Tensor:
+        return torch.ones(())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+
 class LearnedMask(Mask):
     """The top `density` of |scores|; gradients flow straight through to both."""
 

@@ -41,6 +41,15 @@ def keep_top(scores: Tensor, count: int) -> Tensor:
     return mask.view_as(scores).to(scores.dtype)
 
 
+def top_among(scores: Tensor, among: Tensor, count: int) -> Tensor:
+    """The boolean mask of the `count` highest `scores`, sign included, where `among`."""
+    index = among.flatten().nonzero().flatten()
+    best = index[scores.flatten()[index].topk(count).indices]
+    chosen = torch.zeros_like(among)
+    chosen.view(-1)[best] = True
+    return chosen
+
+
 class _StraightThrough(torch.autograd.Function):
     """Forward: the mask. Backward: as if the mask were |score|, and its mean level the density.
 

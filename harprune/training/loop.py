@@ -10,7 +10,8 @@ its running statistics are those of rank 0. The noise of an attack is each rank'
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -51,8 +52,9 @@ def fit(
     start: int = 0,
     replays: int = 1,
     average: Average | None = None,
+    nearby: Callable[[float], AbstractContextManager | None] = lambda progress: None,
     after_step: Callable[[int, Tensor], None] = lambda step, loss: None,
-    after_epoch: Callable[[int], None] = lambda epoch: None,
+    after_epoch: Callable[[int], bool | None] = lambda epoch: None,
 ) -> None:
     """Train the parameters in `optimiser`, and only these, for `epochs` over `batches`.
 
@@ -62,8 +64,10 @@ def fit(
         start: step to begin with, counted over all epochs; earlier ones count as done.
         replays: optimiser steps on each batch (free adversarial training).
         average: takes in the model after every optimiser step.
+        nearby: called as (progress) when a step has its gradients. Where it gives a context, they
+            are taken anew inside it, and the optimiser steps outside (sharpness-aware training).
         after_step: called as (step, loss) when step `step` is done.
-        after_epoch: called with the number of the epoch that ended.
+        after_epoch: called with the number of the epoch that ended; true ends the training.
 
     Raises:
         Diverged: a loss that is not finite, named with its step.
@@ -79,14 +83,16 @@ def fit(
                 for group, rate in zip(optimiser.param_groups, rates):
                     group["lr"] = rate * schedule(step / total)
                 for _ in range(replays):
-                    value = _step(fabric, objective, optimiser, x, y)
+                    there = partial(nearby, step / total)
+                    value = _step(fabric, objective, optimiser, x, y, there)
                     if average is not None:
                         average.update_parameters(model)
                 _require_finite(value, step)
                 after_step(step, value)
             for network in (model,) if average is None else (model, average.module):
                 _share_buffers(fabric, network)
-            after_epoch(epoch)
+            if after_epoch(epoch):
+                return
 
 
 class _Objective(nn.Module):
@@ -107,16 +113,26 @@ class _Objective(nn.Module):
         return self.loss(self.model, *batch())
 
 
-def _step(fabric, objective, optimiser, x: Tensor, y: Tensor) -> Tensor:
-    """One optimiser step; every mask is computed once and serves attack and loss."""
+def _step(fabric, objective, optimiser, x: Tensor, y: Tensor, nearby) -> Tensor:
+    """One optimiser step, on the gradients here or, where there is one, at the point nearby."""
     objective.train()
-    with parametrize.cached():
-        value = objective(lambda: (x, y))
-        fabric.backward(value)
+    value = _differentiate(fabric, objective, x, y)
+    if (context := nearby()) is not None:
+        with context:
+            optimiser.zero_grad(set_to_none=True)
+            _differentiate(fabric, objective, x, y)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     # The mean over processes: all of them record, and stop at, the same loss.
     return fabric.all_reduce(value.detach(), reduce_op="mean")
+
+
+def _differentiate(fabric, objective, x: Tensor, y: Tensor) -> Tensor:
+    """The loss, its gradients left behind; every mask is computed once for attack and loss."""
+    with parametrize.cached():
+        value = objective(lambda: (x, y))
+        fabric.backward(value)
+    return value
 
 
 def _fill_cache(model: nn.Module) -> None:

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""S2AP (Piras et al. 2025, arXiv 2510.18381): scores at which the robust loss is flat.
+
+    min over s   max over z with |z_l| <= radius |s_l| in each layer l   of   L_robust(w * M(s + z))
+
+A plug-in for every method that trains scores. One normalised ascent step finds z, as in sharpness-
+aware minimisation; the gradient of the step is the one at s + z, on the same adversarial images,
+and the optimiser applies it at s. It costs one more pass forward and backward.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from harprune.sparsity import masks
+from harprune.sparsity.masks import LearnedMask
+
+
+@dataclass(frozen=True)
+class S2AP:
+    """Where the scores' gradient is taken.
+
+    Attributes:
+        radius: length of the perturbation as a fraction of the scores', layer by layer.
+        warm_up: share of the training that passes first, without perturbation; 5 epochs of 20 in
+            the paper.
+
+    Raises:
+        ValueError: radius not above 0, or warm_up outside [0, 1).
+    """
+
+    radius: float = 0.01
+    warm_up: float = 0.25
+
+    def __post_init__(self):
+        if not self.radius > 0.0:
+            raise ValueError(f"radius {self.radius:g} must be above 0; leave s2ap out instead")
+        if not 0.0 <= self.warm_up < 1.0:
+            raise ValueError(f"warm_up {self.warm_up:g} must lie in [0, 1)")
+
+    def nearby(self, model: nn.Module, progress: float) -> AbstractContextManager | None:
+        """A context with the scores at s + z, from their present gradients; None in the warm-up."""
+        return None if progress < self.warm_up else self._perturbed(model)
+
+    @contextmanager
+    def _perturbed(self, model: nn.Module) -> Iterator[None]:
+        learned = [m for _, m in masks.installed(model).values() if isinstance(m, LearnedMask)]
+        scores = [m.scores for m in learned if m.scores.grad is not None]
+        if not scores:
+            raise ValueError("s2ap perturbs scores, and no mask of this method trains any")
+        before = [s.detach().clone() for s in scores]
+        with torch.no_grad():
+            for s in scores:
+                s += self._ascent(s, s.grad)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for s, original in zip(scores, before):
+                    s.copy_(original)
+
+    def _ascent(self, scores: Tensor, gradient: Tensor) -> Tensor:
+        """z = radius |s| g / |g|; none where the gradient is zero."""
+        length = gradient.norm()
+        return gradient * (self.radius * scores.norm() / length if length > 0 else 0.0)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods in a run: what each asks of the stages, a method of one's own, and deaths on the way."""
+
+import os
+import random
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from harprune.methods.base import Method
+from harprune.methods.flying_bird import FlyingBird
+from harprune.methods.snip import SNIP
+from harprune.pipeline import build, checks
+from harprune.pipeline.recipe import make_recipe, read_recipe
+from harprune.pipeline.run import Run
+from harprune.pipeline.stages import open_workshop, run_until
+from harprune.training import checkpoint
+
+from .test_resume import EVERY_STEP, Fate, Killed, require_same
+
+ROOT = Path(__file__).parents[2]
+SHORT = (
+    "pretrain.epochs=0", "prune.epochs=6", "execution.threads=1",
+)  # fmt: skip
+
+
+def attempt(folder, recipe):
+    with Run(folder, recipe, command="test") as run:
+        run_until(open_workshop(run), "prune")
+
+
+def ran(folder, *settings):
+    """A run of the tiny recipe up to pruning; the epochs of that."""
+    attempt(folder, read_recipe("tiny.toml", (*SHORT, *settings)))
+    return checkpoint.load(folder / "pruned.safetensors")[1]["history"]
+
+
+# Each of them keeps more between two steps than its masks and scores.
+MEMORIES = {
+    "flying-bird": ("method.adaptive=true", "method.growth=gradient", "method.updates=12"),
+    "robust-bird": ("method.window=3",),
+    "bcs": ("method.noise=1e-2",),
+    "twinrep": ("method.prune_at=0.5",),
+    "admm": ("method.updates=3",),
+    "harp+s2ap": ("method.warm_up=0.2",),
+}
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_a_run_that_dies_while_pruning_ends_like_one_that_does_not(name, here, monkeypatch):
+    monkeypatch.setenv("GIT_DIR", os.devnull)
+    settings = (*SHORT, *EVERY_STEP, f"method.name={name}", *MEMORIES[name])
+    recipe = read_recipe("tiny.toml", (*settings, "prune.epochs=3"))
+    attempt(here / "whole", recipe)
+    fate = Fate(random.Random(name))
+    monkeypatch.setattr("os.replace", fate)
+    for _ in range(100):
+        fate.live_again()
+        fate.allowed = fate.dice.randint(1, 5)
+        try:
+            attempt(here / "killed", recipe)
+            break
+        except Killed:
+            continue
+    assert fate.deaths >= 2
+    require_same(here / "killed", here / "whole")
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_a_sample_is_shown_once_in_eval_mode_and_attacked_where_asked(
+    adversarial, here, monkeypatch
+):
+    shown = []
+
+    def observe(self, model, batches):
+        assert not model.training
+        shown.append(list(batches))
+        self._scores = {
+            n: layer.parameter.detach().abs() for n, layer in self._budget.layers(model).items()
+        }
+
+    monkeypatch.setattr(SNIP, "observe", observe)
+    setting = f"method.adversarial={str(adversarial).lower()}"
+    ran(here / "run", "method.name=snip", "method.batches=2", setting)
+    ((first, second),) = shown
+    clean = build.materials(read_recipe("tiny.toml")).train.images
+    for x, y in (first, second):
+        assert len(x) == len(y) == 20
+        nearest = (clean[None] - x[:, None]).abs().flatten(2).amax(2).amin(1)
+        assert nearest.max() == pytest.approx(8 / 255 if adversarial else 0.0, abs=1e-6)
+
+
+def test_robust_bird_ends_its_search_early(here):
+    history = ran(here / "run", "method.name=robust-bird", "method.window=2")
+    assert len(history) == 2
+
+
+def test_flying_bird_plus_is_told_how_the_network_overfits(here, monkeypatch):
+    told = []
+    monkeypatch.setattr(FlyingBird, "judged", lambda self, gap, loss: told.append((gap, loss)))
+    ran(here / "plain", "method.name=flying-bird")
+    assert not told
+    ran(here / "plus", "method.name=flying-bird", "method.adaptive=true")
+    assert len(told) == 6
+    assert all(-1.0 <= gap <= 1.0 and loss > 0.0 for gap, loss in told)
+
+
+def test_pwoa_learns_from_the_dense_network(here):
+    settings = ("pretrain.epochs=2", "pretrain.objective.name=natural", "objective.name=pwoa")
+    history = ran(here / "run", *settings, "method.name=admm", "prune.epochs=4")
+    assert history[-1]["loss"] < history[0]["loss"]
+    recipe = make_recipe({"objective": {"name": "pwoa"}})
+    with pytest.raises(ValueError, match="pretraining has yet to make"):
+        checks.check(recipe)
+
+
+def test_the_example_of_a_method_of_ones_own_runs(monkeypatch, capsys):
+    example = ROOT / "examples" / "add_a_method.py"
+    monkeypatch.setattr(sys, "argv", [str(example), "1"])
+    runpy.run_path(str(example), run_name="__main__")
+    assert "kept 2580 of 25808 prunable weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_methods:Nothing", "defines no function 'Nothing'"),
+        ("own_methods:function", "must be a dataclass derived from"),
+        ("own_methods:Bare", "must be a dataclass derived from"),
+        ("nowhere:Method", "cannot import 'nowhere'"),
+        ("own_method", "choose one of harp, "),
+    ],
+)
+def test_what_is_no_method_is_refused(name, message, here):
+    (here / "own_methods.py").write_text("def function(): ...\nclass Bare: ...\n")
+    with pytest.raises(ValueError, match=message):
+        checks.check(make_recipe({"method": {"name": name}}))
+
+
+def test_the_guide_names_every_verb_of_the_interface():
+    guide = (ROOT / "docs" / "extending.md").read_text()
+    verbs = [name for name in vars(Method) if not name.startswith("_")]
+    assert len(verbs) > 10
+    assert not [name for name in verbs if f"`{name}" not in guide]
