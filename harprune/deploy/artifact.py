@@ -143,6 +143,8 @@ def _node_as_json(node: Node, network: Network, values: Values, payload: _Payloa
                 fields[side] = list(getattr(window, side))
     if isinstance(node, g.MeanPool) and not node.full_area:
         fields["full_area"] = False
+    if isinstance(node, g.MeanPool) and node.adaptive:
+        fields["adaptive"] = True
     if isinstance(node, g.Convolution):
         fields["filters"] = network.patterns[node.name].filters
         if node.groups != 1:
@@ -358,6 +360,7 @@ class _Reader:
             own["window"] = _window(fields)
         if kind is g.MeanPool:
             own["full_area"] = fields.take("full_area", bool, True)
+            own["adaptive"] = fields.take("adaptive", bool, False)
         filters = 0
         if kind is g.Convolution:
             own["groups"] = fields.integer("groups", 1, LARGEST_LAYER, 1)
