@@ -12,6 +12,9 @@ from typing import Any
 _HOMES = {
     "prune": "harprune.pipeline.api",
     "evaluate": "harprune.pipeline.api",
+    "export": "harprune.pipeline.export",
+    "Format": "harprune.pipeline.export",
+    "Values": "harprune.deploy.artifact",
     "Pruned": "harprune.pipeline.api",
     "read_recipe": "harprune.pipeline.recipe",
     "create_model": "harprune.models",

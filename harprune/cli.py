@@ -195,6 +195,67 @@ def evaluate(
             typer.echo(line)
 
 
+@app.command(
+    epilog="Example: harprune export runs/digits --out digits.hpn\n\n"
+    "  harprune export robust.pt --model resnet18 --data cifar10 --format onnx --out robust.onnx"
+)
+def export(
+    source: Annotated[
+        Path, typer.Argument(help="A finished run folder, one of its files, or other weights.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, or to replace.")],
+    format: Annotated[
+        Literal["artifact", "onnx", "torch"],
+        typer.Option(help="harprune's own sparse file, ONNX, or a program of torch.export."),
+    ] = "artifact",
+    values: Annotated[
+        Literal["fp32", "fp16", "int8"],
+        typer.Option(help="How weights are stored; int8 ONNX computes in int8 too."),
+    ] = "fp32",
+    model: Annotated[
+        str | None, typer.Option(help="Network of other weights, as for `harprune evaluate`.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data set of other weights: size and names of classes.")
+    ] = None,
+    data_dir: Folder = None,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Write a pruned network as one file that runs elsewhere, once it is seen to compute the same.
+
+    Batch norm is folded, and what cannot matter is removed. `harprune.deploy.load` runs an
+    artifact on a CPU at the cost of its kept weights, without torch.
+    """
+    from harprune.deploy.artifact import Values
+    from harprune.pipeline.export import Format, Source, export_recipe, find_source
+    from harprune.pipeline.recipe import make_recipe
+
+    if (model is None) != (data is None):
+        raise ValueError("--model and --data describe other weights together; give both or none")
+    if model is None:
+        found = find_source(source, overrides)
+    else:
+        content = {
+            "name": f"{model}-export",
+            "data": {"name": data},
+            "model": {"name": model},
+        }
+        found = Source(make_recipe(content, overrides, source="harprune export"), source, {})
+    recipe = found.recipe
+    if data_dir is not None:
+        section = recipe.data.model_copy(update={"folder": str(data_dir)})
+        recipe = recipe.model_copy(update={"data": section})
+    stored = {"fp32": Values.FLOAT32, "fp16": Values.FLOAT16, "int8": Values.INT8}[values]
+    result = export_recipe(
+        recipe, found.weights, out, format=Format(format), values=stored, metadata=found.metadata
+    )
+    if as_json:
+        _print_json(result.as_dict())
+    else:
+        typer.echo("\n".join(result.lines()))
+
+
 def _backend(execution: str | None) -> list[str]:
     return [] if execution is None else [f'execution.backend="{execution}"']
 
