@@ -65,6 +65,9 @@ Backend = Annotated[
 ]
 Stage = Literal["pretrain", "prune", "finetune", "attack", "report"]
 
+bench = typer.Typer(no_args_is_help=True, help="Time what was deployed, side by side with others.")
+app.add_typer(bench, name="bench")
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _INTERRUPTED = 130
 _Usage: type = typer.BadParameter.__mro__[1]  # what every fault in a command line derives from
@@ -254,6 +257,53 @@ def export(
         _print_json(result.as_dict())
     else:
         typer.echo("\n".join(result.lines()))
+
+
+@bench.command("deploy", epilog="Example: harprune bench deploy mine.hpn --batch 1 --threads 2")
+def bench_deploy(
+    source: Annotated[Path, typer.Argument(help="An exported artifact, or a finished run folder.")],
+    batch: Annotated[
+        list[int], typer.Option(help="Images at a time; repeat for several. 1 and 64 when absent.")
+    ] = [],  # noqa: B006
+    runtime: Annotated[
+        list[str],
+        typer.Option(
+            help="harprune, onnxruntime, openvino, torch or 'torch compiled'; repeat for several. "
+            "All that are installed when absent."
+        ),
+    ] = [],  # noqa: B006
+    rounds: Annotated[int, typer.Option(help="Rounds in which the runtimes take turns.")] = 10,
+    threads: Annotated[int, typer.Option(help="CPU threads of each runtime.")] = 1,
+    memory: Annotated[
+        bool, typer.Option(help="Also read the peak memory of a process for each runtime.")
+    ] = True,
+    plot: Annotated[Path | None, typer.Option(help="Draw the times to this SVG file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time a network on the sparse kernels and on other runtimes; all must agree first."""
+    from harprune.files import write
+    from harprune.pipeline import latency
+    from harprune.pipeline.timing import table
+    from harprune.reporting.plots import to_svg
+
+    network = latency.network_of(source)
+    found = list(
+        latency.rows(
+            network,
+            batches=batch or (1, 64),
+            runtimes=runtime or None,
+            rounds=rounds,
+            threads=threads,
+            memory=memory,
+        )
+    )
+    if plot is not None:
+        write(plot, to_svg(latency.plot, found))
+    if as_json:
+        _print_json(found)
+    else:
+        typer.echo("\n".join(table(found, latency.COLUMNS)))
+        typer.echo(f"ratio: times the speed of {found[0]['reference']}, in the same round")
 
 
 def _backend(execution: str | None) -> list[str]:
