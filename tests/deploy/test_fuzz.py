@@ -28,8 +28,10 @@ ALLOWANCE = 2**20
 """Bytes that loading may take beside those in proportion to the file: Python's own objects."""
 TIMES = 80
 """Times the file's size: a bit of the file may say a position, which is eight bytes."""
-LARGEST_RUN = 200_000
-"""Numbers of all maps of an image, or of all layers, up to which a plain twin looks at them too."""
+LARGEST_READ = 200_000
+"""Weights of all layers, zeros included, up to which a plain reader reads them too."""
+LARGEST_ARENA = 2**22
+"""Bytes of all maps of a block up to which what was read is also run."""
 LARGEST_NUMBER = 1e6
 """Above it float32 and float64 part ways."""
 
@@ -96,21 +98,14 @@ def check(content: bytes, path: Path) -> bool:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < ALLOWANCE + TIMES * len(content)
-    if sum(p.filters * p.window for p in network.patterns.values()) < LARGEST_RUN:
+    if sum(p.filters * p.window for p in network.patterns.values()) < LARGEST_READ:
         _, numbers = literal_artifact.read(content)
         for name, values in numbers.items():
             read = network.vectors[name] if "/" in name else network.weight(name).reshape(-1)
             assert np.array_equal(read, np.array(values, np.float32))
-    if sum(_padded(network)) < LARGEST_RUN:
+    if network.executable().plan.arena_bytes < LARGEST_ARENA:
         _require_right(network)
     return True
-
-
-def _padded(network: Network) -> list[int]:
-    """Numbers of each map, with as wide a border as any padding could ask for."""
-    nodes = network.graph.nodes
-    widest = max((p for n in nodes if hasattr(n, "window") for p in n.window.padding), default=0)
-    return [c * (h + 2 * widest) * (w + 2 * widest) for c, h, w in network.graph.shapes]
 
 
 def _require_right(network: Network) -> None:
