@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu bench-train bench-attack lint
+.PHONY: help env demo test test-slow test-gpu bench-train bench-attack bench-deploy lint
 
 help: ## this list
 	@awk -F ' *## *' '/^[a-z-]+:.*## /{sub(/:.*/, "", $$1); printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench-train: $(STAMP) ## one training step against a literal twin, to results/tr
 
 bench-attack: $(STAMP) ## attacks on pruned networks against torch, to results/attack.json
 	$(BIN)/python bench/attack.py --json results/attack.json
+
+bench-deploy: $(STAMP) ## deployed networks against other runtimes, to results/deploy.json
+	$(BIN)/python bench/deploy.py --json results/deploy.json --plot results/deploy.svg
 
 lint: $(STAMP) ## style, format and types
 	$(BIN)/ruff check .

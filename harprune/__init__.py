@@ -2,7 +2,8 @@
 """Prune adversarially robust networks to 1 % of their weights, and prove that they stay robust.
 
 The names below are the public face; each is imported from its wing on first use, so that
-`import harprune` (and `harprune --help`) need not wait for torch.
+`import harprune` (and `harprune --help`) need not wait for torch, and `harprune.deploy` can do
+without it.
 """
 
 from importlib import import_module
@@ -11,6 +12,9 @@ from typing import Any
 _HOMES = {
     "prune": "harprune.pipeline.api",
     "evaluate": "harprune.pipeline.api",
+    "export": "harprune.pipeline.export",
+    "Format": "harprune.pipeline.export",
+    "Values": "harprune.deploy.artifact",
     "Pruned": "harprune.pipeline.api",
     "read_recipe": "harprune.pipeline.recipe",
     "create_model": "harprune.models",
@@ -24,10 +28,12 @@ _HOMES = {
     "paired": "harprune.robustness.evaluation",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted([*_HOMES, "deploy"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "deploy":
+        return import_module("harprune.deploy")
     if name not in _HOMES:
         raise AttributeError(f"module 'harprune' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

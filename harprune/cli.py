@@ -65,6 +65,9 @@ Backend = Annotated[
 ]
 Stage = Literal["pretrain", "prune", "finetune", "attack", "report"]
 
+bench = typer.Typer(no_args_is_help=True, help="Time what was deployed, side by side with others.")
+app.add_typer(bench, name="bench")
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _INTERRUPTED = 130
 _Usage: type = typer.BadParameter.__mro__[1]  # what every fault in a command line derives from
@@ -193,6 +196,114 @@ def evaluate(
     else:
         for line in result.lines():
             typer.echo(line)
+
+
+@app.command(
+    epilog="Example: harprune export runs/digits --out digits.hpn\n\n"
+    "  harprune export robust.pt --model resnet18 --data cifar10 --format onnx --out robust.onnx"
+)
+def export(
+    source: Annotated[
+        Path, typer.Argument(help="A finished run folder, one of its files, or other weights.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, or to replace.")],
+    format: Annotated[
+        Literal["artifact", "onnx", "torch"],
+        typer.Option(help="harprune's own sparse file, ONNX, or a program of torch.export."),
+    ] = "artifact",
+    values: Annotated[
+        Literal["fp32", "fp16", "int8"],
+        typer.Option(help="How weights are stored; int8 ONNX computes in int8 too."),
+    ] = "fp32",
+    model: Annotated[
+        str | None, typer.Option(help="Network of other weights, as for `harprune evaluate`.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data set of other weights: size and names of classes.")
+    ] = None,
+    data_dir: Folder = None,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Write a pruned network as one file that runs elsewhere, once it is seen to compute the same.
+
+    Batch norm is folded, and what cannot matter is removed. `harprune.deploy.load` runs an
+    artifact on a CPU at the cost of its kept weights, without torch.
+    """
+    from harprune.deploy.artifact import Values
+    from harprune.pipeline.export import Format, Source, export_recipe, find_source
+    from harprune.pipeline.recipe import make_recipe
+
+    if (model is None) != (data is None):
+        raise ValueError("--model and --data describe other weights together; give both or none")
+    if model is None:
+        found = find_source(source, overrides)
+    else:
+        content = {
+            "name": f"{model}-export",
+            "data": {"name": data},
+            "model": {"name": model},
+        }
+        found = Source(make_recipe(content, overrides, source="harprune export"), source, {})
+    recipe = found.recipe
+    if data_dir is not None:
+        section = recipe.data.model_copy(update={"folder": str(data_dir)})
+        recipe = recipe.model_copy(update={"data": section})
+    stored = {"fp32": Values.FLOAT32, "fp16": Values.FLOAT16, "int8": Values.INT8}[values]
+    result = export_recipe(
+        recipe, found.weights, out, format=Format(format), values=stored, metadata=found.metadata
+    )
+    if as_json:
+        _print_json(result.as_dict())
+    else:
+        typer.echo("\n".join(result.lines()))
+
+
+@bench.command("deploy", epilog="Example: harprune bench deploy mine.hpn --batch 1 --threads 2")
+def bench_deploy(
+    source: Annotated[Path, typer.Argument(help="An exported artifact, or a finished run folder.")],
+    batch: Annotated[
+        list[int], typer.Option(help="Images at a time; repeat for several. 1 and 64 when absent.")
+    ] = [],  # noqa: B006
+    runtime: Annotated[
+        list[str],
+        typer.Option(
+            help="harprune, onnxruntime, openvino, torch or 'torch compiled'; repeat for several. "
+            "All that are installed when absent."
+        ),
+    ] = [],  # noqa: B006
+    rounds: Annotated[int, typer.Option(help="Rounds in which the runtimes take turns.")] = 10,
+    threads: Annotated[int, typer.Option(help="CPU threads of each runtime.")] = 1,
+    memory: Annotated[
+        bool, typer.Option(help="Also read the peak memory of a process for each runtime.")
+    ] = True,
+    plot: Annotated[Path | None, typer.Option(help="Draw the times to this SVG file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time a network on the sparse kernels and on other runtimes; all must agree first."""
+    from harprune.files import write
+    from harprune.pipeline import latency
+    from harprune.pipeline.timing import table
+    from harprune.reporting.plots import to_svg
+
+    network = latency.network_of(source)
+    found = list(
+        latency.rows(
+            network,
+            batches=batch or (1, 64),
+            runtimes=runtime or None,
+            rounds=rounds,
+            threads=threads,
+            memory=memory,
+        )
+    )
+    if plot is not None:
+        write(plot, to_svg(latency.plot, found))
+    if as_json:
+        _print_json(found)
+    else:
+        typer.echo("\n".join(table(found, latency.COLUMNS)))
+        typer.echo(f"ratio: times the speed of {found[0]['reference']}, in the same round")
 
 
 def _backend(execution: str | None) -> list[str]:

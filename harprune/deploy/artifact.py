@@ -143,6 +143,8 @@ def _node_as_json(node: Node, network: Network, values: Values, payload: _Payloa
                 fields[side] = list(getattr(window, side))
     if isinstance(node, g.MeanPool) and not node.full_area:
         fields["full_area"] = False
+    if isinstance(node, g.MeanPool) and node.adaptive:
+        fields["adaptive"] = True
     if isinstance(node, g.Convolution):
         fields["filters"] = network.patterns[node.name].filters
         if node.groups != 1:
@@ -159,9 +161,9 @@ def _weights_as_json(name: str, network: Network, values: Values, payload: _Payl
     pattern = network.patterns[name]
     size = pattern.filters * pattern.window
     index = np.arange(size) if pattern.index is None else pattern.index
-    scaling = _Scaling.of(network.values[name], index // pattern.window, pattern.filters, values)
-    stored = scaling.rounded(network.values[name], index // pattern.window)
-    restored = scaling.restored(stored, index // pattern.window)
+    scaling = _Scaling.of(network.values[name], pattern, values)
+    stored = scaling.rounded(network.values[name], pattern)
+    restored = scaling.restored(stored, pattern)
     index, stored = index[restored != 0], stored[restored != 0]
     coded = rice.encode(index)
     fields: dict[str, Any] = {"kept": len(index)}
@@ -188,33 +190,36 @@ class _Scaling:
     steps: np.ndarray | None = None
 
     @classmethod
-    def of(cls, weights: np.ndarray, filters: np.ndarray, count: int, values: Values) -> "_Scaling":
+    def of(cls, weights: np.ndarray, pattern: Pattern, values: Values) -> "_Scaling":
         sizes = np.abs(weights)
         if values is Values.FLOAT16:
             # The largest lies just within the range of a half, the smallest as far as can be.
             return cls(exponent=int(np.frexp(sizes.max(initial=0))[1]) - 15)
         if values is Values.INT8:
-            largest = np.zeros(count, np.float32)
-            np.maximum.at(largest, filters, sizes)
+            largest = np.zeros(pattern.filters, np.float32)
+            np.maximum.at(largest, pattern.filter_and_place[0], sizes)
             return cls(steps=(largest / np.float32(127)).astype("<f4"))
         return cls()
 
-    def rounded(self, weights: np.ndarray, filters: np.ndarray) -> np.ndarray:
+    def rounded(self, weights: np.ndarray, pattern: Pattern) -> np.ndarray:
         """The numbers to store."""
         if self.exponent is not None:
             return np.ldexp(weights, -self.exponent).astype("<f2")
         if self.steps is not None:
-            steps = self.steps[filters].astype(np.float64)
+            steps = self._step_of_each(pattern).astype(np.float64)
             multiples = np.divide(weights, steps, out=np.zeros(len(steps)), where=steps > 0)
             return np.clip(np.rint(multiples), -127, 127).astype(np.int8)
         return weights.astype("<f4", copy=False)
 
-    def restored(self, stored: np.ndarray, filters: np.ndarray) -> np.ndarray:
+    def restored(self, stored: np.ndarray, pattern: Pattern) -> np.ndarray:
         """The weights that stored numbers stand for, float32."""
         weights = stored.astype(np.float32, copy=False)
         if self.exponent is not None:
             return np.ldexp(weights, self.exponent)
-        return weights if self.steps is None else weights * self.steps[filters]
+        return weights if self.steps is None else weights * self._step_of_each(pattern)
+
+    def _step_of_each(self, pattern: Pattern) -> np.ndarray:
+        return np.repeat(self.steps, np.diff(pattern.starts))
 
 
 # Reading ------------------------------------------------------------------------------------
@@ -358,6 +363,7 @@ class _Reader:
             own["window"] = _window(fields)
         if kind is g.MeanPool:
             own["full_area"] = fields.take("full_area", bool, True)
+            own["adaptive"] = fields.take("adaptive", bool, False)
         filters = 0
         if kind is g.Convolution:
             own["groups"] = fields.integer("groups", 1, LARGEST_LAYER, 1)
@@ -379,8 +385,7 @@ class _Reader:
     def _read_weights(self, node: g.Convolution, filters: int, fields: _Fields) -> None:
         channels = self.graph.shapes[node.sources[0]].channels // node.groups
         pattern = Pattern((filters, channels, *node.window.size), None)
-        window = channels * node.window.size[0] * node.window.size[1]
-        size = filters * window
+        size = filters * pattern.window
         if size > LARGEST_LAYER or node.name in self.patterns:
             raise ValueError(f"{fields.what} has {size} weights, or the name of an earlier one")
         kept = fields.integer("kept", 0, size)
@@ -396,10 +401,10 @@ class _Reader:
             stored = stored if len(index) == size else stored[index]
         if len(index) != kept:
             raise ValueError(f"{fields.what} keeps {len(index)} weights, not {kept}")
+        pattern.index = index if kept < size else None
         # What is not finite is refused later, where all numbers are looked at.
         with np.errstate(all="ignore"):
-            values = _native(scaling.restored(stored, index // window))
-        pattern.index = index if kept < size else None
+            values = _native(scaling.restored(stored, pattern))
         self.patterns[node.name], self.values[node.name] = pattern, values
 
     def _read_index(self, fields: _Fields, kept: int, size: int) -> np.ndarray:

@@ -7,7 +7,7 @@ they do not check it again.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,29 @@ class Network:
         full[pattern.index] = self.values[name]
         return full.reshape(pattern.shape)
 
+    def resized(self, height: int, width: int) -> "Network":
+        """The same network for images of `height` x `width`; weights are shared.
+
+        Raises:
+            ValueError: it does not fit them: what follows a flattened map fixes its size.
+        """
+        channels, *usual = self.input_shape
+        shapes, nodes = [Shape(channels, height, width)], []
+        try:
+            for node in self.graph.nodes:
+                sources = [shapes[s] for s in node.sources]
+                if isinstance(node, MeanPool) and node.adaptive:
+                    node = _parting(node, sources[0], self.graph.shapes[node.out])
+                pattern = self.patterns.get(getattr(node, "name", ""))
+                shapes.append(made_shape(node, sources, pattern.filters if pattern else 0))
+                nodes.append(node)
+            return replace(self, graph=Graph(shapes, nodes, [0], self.graph.outputs))
+        except ValueError as error:
+            raise ValueError(
+                f"images of {height} x {width} do not fit this network ({error}); "
+                f"give {usual[0]} x {usual[1]}"
+            ) from None
+
     def executable(self, *, kernels: native.Kernels | None = None, threads: int = 1) -> Executable:
         """The network ready to run: `forward([images])`.
 
@@ -115,6 +138,12 @@ class Network:
         for name, kept in values.items():
             made.load(name, kept.astype(kernels.dtype, copy=False))
         return made
+
+
+def _parting(node: MeanPool, source: Shape, usual: Shape) -> MeanPool:
+    """`node` with windows that part a map of `source` into as many as make `usual`."""
+    sides = tuple(n // m for n, m in zip(source[1:], usual[1:]))
+    return replace(node, window=Window(sides, sides))
 
 
 def vector_names(node: Node) -> tuple[str, ...]:
@@ -156,7 +185,7 @@ def _made_shape(node: Node, sources: Sequence[Shape], filters: int) -> Shape:
                 )
             return Shape(filters, *_slid(node.window, first))
         case MaxPool() | MeanPool():
-            _check_pool(node)
+            _check_pool(node, first)
             return Shape(first.channels, *_slid(node.window, first))
         case Flatten():
             return Shape(first.channels * first.height * first.width)
@@ -186,10 +215,16 @@ def _slid(window: Window, shape: Shape) -> tuple[int, ...]:
     return sides
 
 
-def _check_pool(node: MaxPool | MeanPool) -> None:
+def _check_pool(node: MaxPool | MeanPool, shape: Shape) -> None:
     window = node.window
     if window.dilation != (1, 1) or any(2 * p > k for p, k in zip(window.padding, window.size)):
         raise ValueError(f"{window} of a pool must have dilation 1 and padding up to half its size")
+    if isinstance(node, MeanPool) and node.adaptive:
+        parted = all(n % k == 0 for n, k in zip(shape[1:], window.size))
+        if not parted or window.stride != window.size or window.padding != (0, 0):
+            raise ValueError(
+                f"{window} of an adaptive pool does not part a map of {_listed([shape])}"
+            )
     if isinstance(node, MaxPool) and window.size[0] * window.size[1] > LARGEST_WINNER:
         raise ValueError(f"{window} of a max-pool exceeds {LARGEST_WINNER} positions")
 

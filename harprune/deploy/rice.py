@@ -3,7 +3,7 @@
 
 A gap g is written with a parameter r as g >> r in unary and the low r bits as they are. Blocks of
 gaps have parameters of their own, for some filters are sparser than others. Unary and low bits
-stand in two streams, so that NumPy can read all gaps at once. With r = 0 the first stream is
+stand in two streams, so that NumPy can read many gaps at once. With r = 0 the first stream is
 simply a bitmap.
 """
 
@@ -14,6 +14,10 @@ import numpy as np
 LARGEST_PARAMETER = 31
 _FINEST = 32
 """Gaps in the smallest block that is tried."""
+_PIECE = 1024
+"""Bytes of quotients that are read at a time."""
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
+"""Bits that are set in each byte."""
 _COARSER = 6
 """How many times the block is doubled before one block for all is tried."""
 
@@ -52,31 +56,50 @@ def encode(positions: np.ndarray) -> Coded:
 def decode(coded: Coded, count: int, size: int) -> np.ndarray:
     """The `count` positions below `size`, int64; `size` is at most 2**31.
 
+    The streams are read piece by piece: memory beside the result does not grow with them.
+
     Raises:
         ValueError: the streams do not hold exactly that.
     """
+    _check_lengths(coded, count)
+    positions = np.empty(count, np.int64)
+    known, bit, last_end, last = 0, 0, -1, -1
+    for first in range(0, len(coded.quotients), _PIECE):
+        piece = np.unpackbits(coded.quotients[first : first + _PIECE], bitorder="little")
+        ends = np.flatnonzero(piece) + 8 * first
+        if len(ends) == 0:
+            continue
+        quotients = np.diff(ends, prepend=last_end) - 1
+        whose = np.arange(known, known + len(ends)) // coded.block
+        widths = coded.parameters[whose].astype(np.int64)
+        # Before they are shifted: what is too large could lose its high bits there.
+        if (quotients > size >> widths).any():
+            raise ValueError(f"a gap between positions exceeds {size}")
+        gaps = (quotients << widths) + _from_low_bits(coded.remainders, bit, widths)
+        found = positions[known : known + len(ends)]
+        found[...] = last + np.cumsum(gaps + 1)
+        known, bit = known + len(ends), bit + int(widths.sum())
+        last_end, last = ends[-1], int(found[-1])
+        if last >= size:
+            raise ValueError(f"position {last} exceeds {size - 1}")
+    rest = coded.remainders[bit // 8 :]
+    if len(rest) != (bit % 8 > 0) or (rest >> bit % 8).any():
+        raise ValueError(f"{len(coded.remainders)} bytes do not hold {bit} low bits of positions")
+    return positions
+
+
+def _check_lengths(coded: Coded, count: int) -> None:
+    """Before anything is made of length `count`: the streams speak of so many gaps."""
     blocks = -(-count // coded.block)
     if len(coded.parameters) != blocks or count > 8 * len(coded.quotients):
         raise ValueError(f"{count} positions need other streams than there are")
     if coded.parameters.max(initial=0) > LARGEST_PARAMETER:
         raise ValueError(f"a parameter of positions exceeds {LARGEST_PARAMETER}")
-    ends = np.flatnonzero(np.unpackbits(coded.quotients, bitorder="little"))
-    wanted = int(ends[-1]) // 8 + 1 if len(ends) else 0
-    if len(ends) != count or len(coded.quotients) != wanted:
+    ends = int(_ONES[coded.quotients].sum(dtype=np.int64))
+    if ends != count or not coded.quotients[-1:].all():
         raise ValueError(
-            f"{len(coded.quotients)} bytes of quotients end {len(ends)} gaps, not {count} "
-            f"in {wanted} bytes"
+            f"{len(coded.quotients)} bytes of quotients end {ends} gaps, not {count} in their last"
         )
-    widths = _per_gap(coded.parameters, coded.block, count)
-    quotients = np.diff(ends, prepend=-1) - 1
-    # Before they are shifted: what is too large could lose its high bits there.
-    if (quotients > size >> widths).any():
-        raise ValueError(f"a gap between positions exceeds {size}")
-    gaps = (quotients << widths) + _from_low_bits(coded.remainders, widths)
-    positions = np.cumsum(gaps + 1) - 1
-    if count and positions[-1] >= size:
-        raise ValueError(f"position {positions[-1]} exceeds {size - 1}")
-    return positions
 
 
 def _cheapest(gaps: np.ndarray) -> tuple[int, np.ndarray]:
@@ -122,14 +145,15 @@ def _low_bits(gaps: np.ndarray, widths: np.ndarray) -> np.ndarray:
     return np.packbits(bits, bitorder="little")
 
 
-def _from_low_bits(stream: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """The low `widths` bits of each gap; raises ValueError where the stream is not as long."""
-    total, widest = int(widths.sum()), int(widths.max(initial=0))
-    bits = np.unpackbits(stream, bitorder="little")
-    if len(stream) != -(-total // 8) or bits[total:].any():
-        raise ValueError(f"{len(stream)} bytes do not hold {total} low bits of positions")
-    starts = np.cumsum(widths) - widths
-    bits = np.concatenate([bits[:total], np.zeros(widest, np.uint8)])
+def _from_low_bits(stream: np.ndarray, first: int, widths: np.ndarray) -> np.ndarray:
+    """The low `widths` bits of each gap, from bit `first` on; ValueError where the stream ends."""
+    starts = np.cumsum(widths) - widths + first % 8
+    widest = int(widths.max())
+    end = first + int(widths.sum())
+    if end > 8 * len(stream):
+        raise ValueError(f"{len(stream)} bytes do not hold {end} low bits of positions")
+    bits = np.unpackbits(stream[first // 8 : -(-end // 8)], bitorder="little")
+    bits = np.concatenate([bits, np.zeros(widest, np.uint8)])
     numbers = np.zeros(len(widths), np.int64)
     for place in range(widest):
         numbers |= (bits[starts + place] & (widths > place)).astype(np.int64) << place

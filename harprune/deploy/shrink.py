@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Remove from a pruned network what cannot matter: the function stays what it is.
+"""Remove from a pruned network what cannot matter: the function stays, for images of any size.
 
 A filter without weights makes a constant. Its readers take that constant into their biases where
 zero padding does not spoil it, and nobody then reads the channel; a channel that nobody reads
@@ -18,7 +18,7 @@ import numpy as np
 from harprune.deploy.network import Network, made_shape
 from harprune.kernels import graph as g
 from harprune.kernels import native
-from harprune.kernels.graph import Graph, Node, Shape
+from harprune.kernels.graph import Graph, Node, Shape, Window
 from harprune.kernels.lists import Pattern
 
 TOLERANCE = 1e-5
@@ -125,22 +125,10 @@ class _Work:
     def _absorb(self, node: g.Convolution, known: np.ndarray) -> None:
         weights = self.weights[node.name]
         constant = known[weights.channels]
-        inside = self._never_in_padding(node)[weights.taps]
+        inside = _never_in_padding(node.window)[weights.taps]
         gone = (constant == 0) | (~np.isnan(constant) & inside)
         np.add.at(weights.bias, weights.filters[gone], (weights.values * constant)[gone])
         weights.keep(~gone)
-
-    def _never_in_padding(self, node: g.Convolution) -> np.ndarray:
-        """For each tap of a window whether it lies inside the map wherever the window stands."""
-        window, (_, *extents) = node.window, self.graph.shapes[node.sources[0]]
-        _, *outputs = self.graph.shapes[node.out]
-        inside = []
-        for k, s, p, d, n, m in zip(
-            window.size, window.stride, window.padding, window.dilation, extents, outputs
-        ):
-            first = np.arange(k) * d - p
-            inside.append((first >= 0) & (first + (m - 1) * s < n))
-        return (inside[0][:, None] & inside[1]).ravel()
 
     def _constants(self, node: Node, known: list[np.ndarray]) -> np.ndarray:
         """The constant that each channel of `node` is at every position, or NaN."""
@@ -308,6 +296,16 @@ class _Work:
 
 
 _AFFINE = ("scale", "shift")
+
+
+def _never_in_padding(window: Window) -> np.ndarray:
+    """For each tap of a window whether it lies inside a map of any size, wherever it stands."""
+    inside = []
+    for k, p, d in zip(window.size, window.padding, window.dilation):
+        first = np.arange(k) * d - p
+        # The window that stands lowest begins at n + 2 p - d (k - 1) - 1, counted from -p.
+        inside.append((first >= 0) & (first <= d * (k - 1) - 2 * p))
+    return (inside[0][:, None] & inside[1]).ravel()
 
 
 def _convolutions(graph: Graph) -> list[g.Convolution]:

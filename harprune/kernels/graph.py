@@ -90,10 +90,14 @@ class MaxPool(Node):
 
 @dataclass(frozen=True)
 class MeanPool(Node):
-    """The mean of each window: over all its area with `full_area`, else over what is in the map."""
+    """The mean of each window: over all its area with `full_area`, else over what is in the map.
+
+    With `adaptive` the windows part the map, and into as many parts whatever the images' size.
+    """
 
     window: Window
     full_area: bool = True
+    adaptive: bool = False
 
 
 @dataclass(frozen=True)

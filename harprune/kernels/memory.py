@@ -44,6 +44,11 @@ class Buffer:
         row = (self.shape.width + 2 * self.border[1]) * LANES
         return Strides((self.shape.height + 2 * self.border[0]) * row, row, LANES)
 
+    @property
+    def origin(self) -> int:
+        """Numbers before the first position of channel 0."""
+        return self.border[0] * self.strides.row + self.border[1] * self.strides.column
+
 
 @dataclass(frozen=True)
 class View:
@@ -58,9 +63,8 @@ class View:
     def place(self, number_bytes: int) -> tuple[int, int, int, int]:
         """The fields of `struct map`."""
         plane, row, column = (getattr(self.buffer.strides, n) for n in ("plane", "row", "column"))
-        down, right = self.buffer.border[0] + self.top, self.buffer.border[1] + self.left
-        start = self.channel * plane + down * row + right * column
-        at = self.buffer.at + start * number_bytes
+        start = self.channel * plane + self.top * row + self.left * column
+        at = self.buffer.at + (self.buffer.origin + start) * number_bytes
         return at, plane, row * self.skip[0], column * self.skip[1]
 
 
@@ -82,6 +86,16 @@ class Unflattened(Buffer):
     @property
     def memory(self) -> Buffer:
         return self.whole
+
+    @property
+    def strides(self) -> Strides:
+        # A position of the map is a channel of the vector, which has a border of its own.
+        column, (_, height, width) = self.whole.strides.plane, self.shape
+        return Strides(height * width * column, width * column, column)
+
+    @property
+    def origin(self) -> int:
+        return self.whole.origin
 
     @property
     def at(self) -> int:

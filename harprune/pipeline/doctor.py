@@ -17,7 +17,11 @@ _OPTIONAL = {
     "torchvision": "networks by torchvision:NAME",
     "timm": "networks by timm:NAME",
     "tensorboard": "harprune report --tensorboard",
+    "onnx": "harprune export --format onnx",
+    "onnxruntime": "harprune export --format onnx",
 }
+
+_EXTRA = {"onnxruntime": "onnx"}
 
 
 def diagnose() -> dict[str, str]:
@@ -36,7 +40,8 @@ def diagnose() -> dict[str, str]:
         findings[package] = _installed(package) or f"missing; pip install {package}"
     for package, use in _OPTIONAL.items():
         findings[package] = (
-            _installed(package) or f"missing; needed for {use}: pip install 'harprune[{package}]'"
+            _installed(package)
+            or f"missing; needed for {use}: pip install 'harprune[{_EXTRA.get(package, package)}]'"
         )
     findings["methods"] = ", ".join((*METHODS, *(f"+{name}" for name in PLUG_INS)))
     findings["models"] = ", ".join(list_models())

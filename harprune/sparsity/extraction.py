@@ -86,12 +86,15 @@ def _require_whole(network: fx.GraphModule, example: Tensor) -> None:
     """Raise ValueError where `network` is not one graph for the kernels."""
     node = first_unsupported(network, example, _role)
     if node is not None:
-        what = node.target
+        what = getattr(node.target, "__name__", node.target)
         if node.op == "call_module":
-            what = type(network.get_submodule(node.target)).__name__
+            module = network.get_submodule(node.target)
+            what = type(getattr(module, "layer", module)).__name__
+        place = next(reversed(node.meta.get("nn_module_stack") or ["the model itself"]))
         raise ValueError(
-            f"{node.name} ({what}) cannot run without torch; deploy a network of 2-d convolutions, "
-            "linear layers, batch norm, ReLU, sums, concatenations, pooling and flattening"
+            f"{node.name} ({what}, in {place}) cannot run without torch; deploy a network of 2-d "
+            "convolutions, linear layers, batch norm, ReLU, sums, concatenations, pooling and "
+            "flattening"
         )
     inputs = [n for n in network.graph.nodes if n.op == "placeholder"]
     (output,) = (n for n in network.graph.nodes if n.op == "output")

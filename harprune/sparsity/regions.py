@@ -309,7 +309,7 @@ def _make_mean(node, graph: Graph, values) -> bool:
         return False
     if len(node.all_input_nodes[0].meta["tensor_meta"].shape) != 4:
         return False
-    return _pool(node, graph, values, g.MeanPool, Window(shape[1:], shape[1:]))
+    return _pool(node, graph, values, g.MeanPool, Window(shape[1:], shape[1:]), adaptive=True)
 
 
 def _adaptive(node, graph: Graph, values, size) -> bool:
@@ -321,7 +321,8 @@ def _adaptive(node, graph: Graph, values, size) -> bool:
         return False
     strides = tuple(m // n for n, m in zip(wanted, sides))
     window = Window(tuple(max(1, s) for s in strides), strides)
-    _add(node, graph, values, g.MeanPool, Shape(channels, *wanted), (source,), window=window)
+    shape = Shape(channels, *wanted)
+    _add(node, graph, values, g.MeanPool, shape, (source,), window=window, adaptive=True)
     return True
 
 

@@ -26,6 +26,18 @@ def test_the_kernels_compute_what_torch_computes(seed):
     assert np.allclose(made.forward([images])[0][0], by_torch(network, images), rtol=1e-9)
 
 
+def test_a_flattened_map_may_get_a_border():
+    made = Drawn(0)
+    made.graph = Graph([Shape(2, 3, 4)], [], [0])
+    flat = made.add(g.Flatten, 0)
+    made._sparse = lambda shape: made.random.standard_normal(shape).astype(np.float32)
+    made.convolution(flat, 3, Window((3, 3), padding=(1, 1)))
+    network = made.finished()
+    images = np.random.default_rng(0).standard_normal((5, 2, 3, 4))
+    found = network.executable(kernels=native.named("float64")).forward([images])[0][0]
+    assert np.allclose(found, by_torch(network, images), rtol=1e-9)
+
+
 def simple() -> dict:
     """The parts of a network with one convolution."""
     made = Drawn(0)

@@ -19,7 +19,7 @@ from harprune.training import checkpoint
 
 from .conftest import contents
 
-COMMANDS = ("run", "prune", "evaluate", "report", "data", "recipe", "doctor")
+COMMANDS = ("run", "prune", "evaluate", "export", "report", "data", "recipe", "doctor")
 
 
 def test_help_names_every_command_and_an_example(command):

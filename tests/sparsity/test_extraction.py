@@ -103,7 +103,7 @@ class Odd(nn.Module):
     "step, word",
     [
         (torch.sigmoid, "sigmoid"),
-        (nn.GELU(), r"step \(GELU\)"),
+        (nn.GELU(), r"step \(GELU, in step\)"),
         (nn.ConvTranspose2d(4, 4, 2), "ConvTranspose2d"),
         (lambda x: x / torch.rand(1, 1, 4, 4), "truediv"),
         (lambda x: 1.0 / x, "truediv"),

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the file of a network on a CPU: NumPy and the compiled kernels, no torch.
+
+engine = harprune.deploy.load("resnet18.hpn")
+logits = engine(images)  # float32 [n, c, h, w] in [0, 1] -> [n, classes]
+"""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from harprune.deploy import artifact
+from harprune.deploy.network import Network
+from harprune.kernels import native
+from harprune.kernels.runtime import Executable
+
+_TOGETHER = 256
+"""Images that run in one go, and so bound the memory that an engine holds."""
+_SIZES = 8
+"""Sizes of image whose plans an engine keeps."""
+
+
+def load(path: str | Path, threads: int = 1) -> "Engine":
+    """The network of a file, ready to run.
+
+    Args:
+        threads: how many blocks of 16 images run at once; results do not depend on it.
+
+    Raises:
+        ValueError: no such file, or one that is damaged or wrong; or no compiled kernels.
+    """
+    return Engine(artifact.load(path), threads=threads)
+
+
+class Engine:
+    """A network that runs; a call from images to logits.
+
+    Plans are made once for each size of image, and their memory is used again. Calls from several
+    threads take turns.
+    """
+
+    def __init__(self, network: Network, *, threads: int = 1):
+        if threads < 1:
+            raise ValueError(f"threads = {threads} must be at least 1")
+        if network.output_shape[1:] != (1, 1):
+            raise ValueError(
+                f"the network makes a map of {tuple(network.output_shape)}, not logits; "
+                "end it with a pooling or a linear layer"
+            )
+        self.network, self.threads = network, threads
+        self._executables: dict[tuple[int, int], Executable] = {}
+        self._turn = threading.Lock()
+        self._executable(*network.input_shape[1:])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What the logits stand for, or empty."""
+        return self.network.classes
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """The logits [n, classes] of `images`, float32 [n, c, h, w] in [0, 1], in any memory order.
+
+        A network of vectors takes [n, c] as well.
+
+        Raises:
+            ValueError: images of another type, number of channels or size than it can run.
+        """
+        images = self._checked(images)
+        with self._turn:
+            executable = self._executable(*images.shape[2:])
+            logits = np.empty((len(images), self.network.output_shape.channels), np.float32)
+            together = max(_TOGETHER, self.threads * native.LANES)
+            for first in range(0, len(images), together):
+                part = images[first : first + together]
+                (found,), memory = executable.forward([part])
+                logits[first : first + len(part)] = found.reshape(len(part), -1)
+                executable.release(memory)
+                # The largest memory serves smaller batches too.
+                del executable.plan.spare[:-1]
+        return logits
+
+    def _checked(self, images: np.ndarray) -> np.ndarray:
+        channels, height, width = self.network.input_shape
+        wanted = f"float32 [n, {channels}, {height}, {width}] in [0, 1]"
+        if not isinstance(images, np.ndarray):
+            raise ValueError(f"images of type {type(images).__name__} are no array; give {wanted}")
+        if images.ndim == 2 and height == width == 1:
+            images = images[:, :, None, None]
+        if images.dtype != np.float32 or images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(
+                f"images are {images.dtype} {list(images.shape)}; give {wanted} (uint8 images: "
+                "divide by 255)"
+            )
+        return np.ascontiguousarray(images)
+
+    def _executable(self, height: int, width: int) -> Executable:
+        """The network ready for images of this size: the one place where that is made."""
+        size = (height, width)
+        made = self._executables.pop(size, None)
+        if made is None:
+            network = self.network
+            if size != network.input_shape[1:]:
+                network = network.resized(height, width)
+                if network.output_shape[1:] != (1, 1):
+                    raise ValueError(
+                        f"of images of {height} x {width} the network makes a map of "
+                        f"{tuple(network.output_shape)}, not logits; give "
+                        f"{' x '.join(map(str, self.network.input_shape[1:]))}"
+                    )
+            made = network.executable(threads=self.threads)
+        # Last used, last to go.
+        self._executables[size] = made
+        while len(self._executables) > _SIZES:
+            del self._executables[next(iter(self._executables))]
+        return made

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pruned network as a file that runs elsewhere, compared with the network before it counts.
+
+What is written is the function of the network in eval mode: masks multiplied out, batch norm
+folded, what cannot matter removed. A file that computes anything else never reaches its place.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from harprune.deploy import artifact, interchange
+from harprune.deploy.artifact import Values
+from harprune.deploy.interchange import Runner
+from harprune.deploy.module import Module
+from harprune.deploy.network import Network
+from harprune.deploy.runtime import load
+from harprune.deploy.shrink import Shrinkage, shrink
+from harprune.files import replacing
+from harprune.pipeline import build
+from harprune.pipeline.recipe import Recipe, make_recipe
+from harprune.sparsity import masks
+from harprune.sparsity.audit import Audit, audit
+from harprune.sparsity.extraction import extract
+from harprune.sparsity.layers import prunable_layers
+from harprune.training.splits import to_float
+
+TOLERANCES = {Values.FLOAT32: 1e-4, Values.FLOAT16: 1e-2, Values.INT8: 0.25}
+"""Largest difference of a logit, as a share of the largest: float error, or what rounding does."""
+_RANDOM, _GIVEN = 17, 47
+"""Images that a file is compared on: more than one block of the kernels, and some left over."""
+_CALIBRATION = 256
+"""Training images that int8 ranges of ONNX are read from."""
+
+
+class Format(Enum):
+    """What a network is written as: this package's file, ONNX, or a program of torch.export."""
+
+    ARTIFACT = "artifact"
+    ONNX = "onnx"
+    TORCH = "torch"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how it compares with the network.
+
+    Attributes:
+        bytes, dense_bytes: of the file, and of the dense network's tensors in float32.
+        audit: kept weights of the network that was given.
+        shrinkage: what shrinking took away, or None where it was not possible.
+        note: why not.
+        difference: largest of a logit, as a share of the largest logit.
+        same, images: on how many images the class is the same, and of how many.
+    """
+
+    path: Path
+    bytes: int
+    dense_bytes: int
+    audit: Audit
+    shrinkage: Shrinkage | None
+    note: str
+    difference: float
+    same: int
+    images: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than the dense float32 tensors the file is."""
+        return self.dense_bytes / self.bytes
+
+    def lines(self) -> list[str]:
+        """A few lines for people."""
+        counts = self.audit
+        shrunk = self.note
+        if self.shrinkage is not None:
+            shrunk = (
+                f"without effect, and removed: {self.shrinkage.weights_removed:,} of them and "
+                f"{self.shrinkage.channels_removed:,} channels"
+            )
+        return [
+            f"{self.path}: {self.bytes:,} bytes, {self.ratio:.1f} times smaller than the dense "
+            f"network in float32 ({self.dense_bytes:,} bytes)",
+            f"{counts.kept:,} of {counts.total:,} {counts.denominator} kept "
+            f"({100 * counts.density:.3f} %)",
+            shrunk,
+            f"largest difference from the network: {self.difference:.1e} of the largest logit; "
+            f"the same class on {self.same} of {self.images} images",
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values, for JSON."""
+        shrunk = self.shrinkage
+        return {
+            "path": str(self.path),
+            "bytes": self.bytes,
+            "dense_bytes": self.dense_bytes,
+            "ratio": self.ratio,
+            "kept": self.audit.kept,
+            "total": self.audit.total,
+            "density": self.audit.density,
+            "weights_removed": None if shrunk is None else shrunk.weights_removed,
+            "channels_removed": None if shrunk is None else shrunk.channels_removed,
+            "note": self.note,
+            "difference": self.difference,
+            "same": self.same,
+            "images": self.images,
+        }
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    images: Tensor,
+    *,
+    format: Format = Format.ARTIFACT,
+    values: Values = Values.FLOAT32,
+    classes: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Write `model` to `path`: the old file or the new one, never half, and only if it is right.
+
+    Args:
+        model: images (N, C, H, W) in [0, 1] -> logits; masked or baked. It is not changed.
+        images: some to compare on, float32 in [0, 1]; random ones are compared too. int8 ONNX
+            reads the ranges of activations from them.
+        values: how an artifact stores weights. ONNX takes float32 or int8, then of activations
+            too; torch takes float32.
+        classes: what the logits stand for.
+        metadata: whatever should travel with the network, as JSON has it.
+
+    Raises:
+        ValueError: the format does not take the network or the values, or what the file computes
+            is not what the network does.
+    """
+    path = Path(path)
+    _require_possible(path, format, values)
+    plain = copy.deepcopy(model).cpu().eval()
+    x = _to_compare(images)
+    with torch.no_grad():
+        expected = plain(x).numpy()
+    masks.bake(plain)
+    counts = audit(prunable_layers(plain))
+    network, shrinkage, note = _network(plain, images, format)
+    facts = {
+        "harprune": version("harprune"),
+        "kept": counts.kept,
+        "prunable": counts.total,
+        "density": counts.density,
+        **(metadata or {}),
+    }
+    with replacing(path) as temporary:
+        if format is Format.ARTIFACT:
+            named = Network(*_parts(network), tuple(classes), facts)
+            artifact.save(temporary, named, values=values)
+            runner = load(temporary)
+        else:
+            module = plain if network is None else Module(network).eval()
+            runner = _write_other(temporary, module, images, format, values, facts, classes)
+        difference = _compared(runner, x.numpy(), expected, TOLERANCES[values])
+        same = int((runner(x.numpy()).argmax(1) == expected.argmax(1)).sum())
+        size = temporary.stat().st_size
+    dense = 4 * sum(t.numel() for t in plain.state_dict().values() if t.is_floating_point())
+    return Exported(path, size, dense, counts, shrinkage, note, difference, same, len(x))
+
+
+def _require_possible(path: Path, format: Format, values: Values) -> None:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give --out the name of a file in it")
+    possible = {
+        Format.ARTIFACT: tuple(Values),
+        Format.ONNX: (Values.FLOAT32, Values.INT8),
+        Format.TORCH: (Values.FLOAT32,),
+    }[format]
+    if values not in possible:
+        raise ValueError(
+            f"format {format.value} does not take values {values.value}; it takes "
+            f"{' or '.join(v.value for v in possible)}"
+        )
+    if format is Format.ONNX:
+        interchange.require_onnx()
+
+
+def _network(
+    plain: nn.Module, images: Tensor, format: Format
+) -> tuple[Network | None, Shrinkage | None, str]:
+    """The shrunk network; other runtimes can do without one, a note then says why."""
+    try:
+        smaller, shrinkage = shrink(Network(*extract(plain, images[:1])))
+    except ValueError as error:
+        if format is Format.ARTIFACT:
+            raise ValueError(f"{error}; or take --format onnx, whose runtimes know more") from None
+        return None, None, f"written as it is, not shrunk: {error}"
+    return smaller, shrinkage, ""
+
+
+def _parts(network: Network) -> tuple:
+    return network.graph, network.patterns, network.values, network.vectors
+
+
+def _write_other(
+    path: Path,
+    module: nn.Module,
+    images: Tensor,
+    format: Format,
+    values: Values,
+    facts: Mapping[str, Any],
+    classes: Sequence[str],
+) -> Runner:
+    if format is Format.TORCH:
+        interchange.save_program(path, module, images)
+        return interchange.run_program(path)
+    words = {"harprune": json.dumps(dict(facts)), "classes": json.dumps(list(classes))}
+    interchange.save_onnx(path, module, images, words)
+    if values is Values.INT8:
+        interchange.quantise(path, images[:_CALIBRATION].numpy())
+    return interchange.run_onnx(path)
+
+
+def _to_compare(images: Tensor) -> Tensor:
+    shape = (_RANDOM, *images.shape[1:])
+    random = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    return torch.cat([images[:_GIVEN], random])
+
+
+def _compared(runner: Runner, x: np.ndarray, expected: np.ndarray, tolerance: float) -> float:
+    """The largest difference; one image alone must give what it gives among others.
+
+    Raises:
+        ValueError: it is larger than `tolerance`.
+    """
+    found = np.concatenate([runner(x[:1]), runner(x[1:])])
+    scale = np.abs(expected).max()
+    difference = float(np.abs(found - expected).max() / scale) if scale > 0 else 0.0
+    if found.shape != expected.shape or not difference <= tolerance:
+        raise ValueError(
+            f"the written network differs from the given one by {difference:.1e} of the largest "
+            f"logit, more than {tolerance:g}; nothing was kept: choose other values or format"
+        )
+    return difference
+
+
+def export_recipe(
+    recipe: Recipe,
+    weights: str | Path,
+    path: str | Path,
+    *,
+    format: Format = Format.ARTIFACT,
+    values: Values = Values.FLOAT32,
+    metadata: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Export the network of `recipe` with the weights of a file; see `export`.
+
+    Raises:
+        ValueError: the file does not fit the network, and whatever `export` refuses.
+    """
+    dataset = build.load_data(recipe.data)
+    given = recipe.model.model_copy(update={"weights": str(weights)})
+    model = build.network(given, dataset, recipe.seed)
+    some = torch.arange(min(_CALIBRATION, len(dataset.train)))
+    return export(
+        model,
+        path,
+        to_float(dataset.train.images[some]),
+        format=format,
+        values=values,
+        classes=dataset.classes,
+        metadata=metadata,
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a user named: a recipe, the file of its weights, and what is known of their making."""
+
+    recipe: Recipe
+    weights: Path
+    metadata: Mapping[str, Any]
+
+
+def find_source(given: str | Path, overrides: Sequence[str] = ()) -> Source:
+    """The network of a finished run folder, or of one of its files; see `make_recipe`.
+
+    Raises:
+        ValueError: neither of them, or a run without its finetuned network.
+    """
+    given = Path(given)
+    weights = given / "finetuned.safetensors" if given.is_dir() else given
+    record = weights.parent / "recipe.json"
+    if not weights.is_file() and given.is_dir() and record.is_file():
+        raise ValueError(
+            f"{given} holds no finetuned network yet; finish it with `harprune run`, or name one "
+            "of its files"
+        )
+    if not weights.is_file() or not record.is_file():
+        raise ValueError(
+            f"{given} is neither a run folder nor a file of one; for other weights give --model "
+            "and --data too"
+        )
+    text = record.read_bytes()
+    try:
+        recipe = make_recipe(json.loads(text), overrides, source=str(record))
+    except json.JSONDecodeError:
+        raise ValueError(f"{record} is damaged; give --model and --data too") from None
+    return Source(recipe, weights, _origin(recipe, text, weights))
+
+
+def _origin(recipe: Recipe, text: bytes, weights: Path) -> dict[str, Any]:
+    """Which recipe, commit, seed and file a network comes from, as far as the run knows."""
+    try:
+        environment = json.loads((weights.parent / "environment.json").read_bytes())
+        commit = [environment, *environment.get("continued", [])][-1].get("commit")
+    except (OSError, ValueError, AttributeError):
+        commit = None
+    return {
+        "recipe": recipe.name,
+        "recipe_sha256": hashlib.sha256(text).hexdigest(),
+        "commit": commit,
+        "seed": recipe.seed,
+        "weights": weights.name,
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+    }

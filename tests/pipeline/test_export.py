@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run becomes a file, and no file that computes something else comes to stand in its place."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import harprune
+from harprune import Format, Values
+from harprune.deploy import interchange
+from harprune.models import create_model
+from harprune.pipeline import export as module
+from harprune.sparsity import masks
+from harprune.sparsity.density import GivenDensity
+from harprune.sparsity.layers import prunable_layers
+from harprune.training import checkpoint
+
+
+@pytest.fixture
+def masked() -> nn.Module:
+    model = create_model("small_cnn", 4, in_channels=1, width=8).eval()
+    for layer in prunable_layers(model).values():
+        masks.install(layer, masks.LearnedMask(layer.parameter, GivenDensity(0.2)))
+    return model
+
+
+IMAGES = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+
+
+def finetuned(run: Path) -> tuple[nn.Module, torch.Tensor]:
+    """The network of a finished run, and images for it."""
+    model = create_model("small_cnn", 4, in_channels=1, width=4)
+    tensors, _ = checkpoint.load(run / "finetuned.safetensors")
+    model.load_state_dict(checkpoint.unpack("model", tensors))
+    return model.eval(), torch.rand(9, 1, 8, 8)
+
+
+def test_a_run_becomes_an_artifact(command, finished):
+    said = command("export", finished, "--out", "tiny.hpn")
+    assert said.code == 0 and said.err == ""
+    lines = said.out.splitlines()
+    size = Path("tiny.hpn").stat().st_size
+    assert lines[0].startswith(f"tiny.hpn: {size:,} bytes, ") and "times smaller" in lines[0]
+    audit = json.loads((finished / "audit.json").read_text())
+    assert lines[1].startswith(f"{audit['kept']:,} of {audit['total']:,} prunable weights kept")
+    assert re.search(r"the same class on \d+ of \d+ images", lines[3])
+    engine = harprune.deploy.load("tiny.hpn")
+    model, x = finetuned(finished)
+    with torch.no_grad():
+        assert np.allclose(engine(x.numpy()), model(x).numpy(), atol=1e-4)
+    assert engine.classes == ("a", "b", "c", "d")
+    facts = engine.network.metadata
+    assert facts["recipe"] == "tiny" and facts["kept"] == audit["kept"] and facts["seed"] == 0
+    environment = json.loads((finished / "environment.json").read_text())
+    assert facts["commit"] == environment["commit"]
+    assert len(facts["recipe_sha256"]) == len(facts["weights_sha256"]) == 64
+
+
+def test_export_can_be_repeated_and_replaces(command, finished):
+    Path("a.hpn").write_text("something else")
+    first = command("export", finished, "--out", "a.hpn", "--json")
+    content = Path("a.hpn").read_bytes()
+    again = command("export", finished / "finetuned.safetensors", "--out", "a.hpn", "--json")
+    assert first.code == 0 and again == first
+    assert Path("a.hpn").read_bytes() == content
+    record = json.loads(first.out)
+    assert record["bytes"] == len(content) and record["ratio"] > 1 and record["kept"] > 0
+
+
+def test_halves_are_smaller(command, finished):
+    sizes = {}
+    for values in ("fp32", "fp16", "int8"):
+        said = command("export", finished, "--out", "a.hpn", "--values", values, "--json")
+        sizes[values] = json.loads(said.out)["bytes"]
+    assert sizes["fp32"] > sizes["fp16"] > sizes["int8"]
+
+
+def test_other_weights_need_a_model_and_data(command, finished):
+    model, _ = finetuned(finished)
+    torch.save(model.state_dict(), "plain.pt")
+    arguments = ["export", "plain.pt", "--out", "a.hpn", "--model", "small_cnn"]
+    assert "give both or none" in command(*arguments).refusal
+    assert "neither a run folder" in command(*arguments[:-2]).refusal
+    arguments += ["--data", "stripes_of_tests:load", "--set", "model.width=4"]
+    assert command(*arguments).code == 0
+    assert harprune.deploy.load("a.hpn").classes == ("a", "b", "c", "d")
+
+
+def test_a_run_that_is_not_finished_says_so(command, here):
+    assert command("run", "tiny.toml", "--out", "half", "--until", "prune").code == 0
+    refusal = command("export", "half", "--out", "a.hpn").refusal
+    assert "half holds no finetuned network yet" in refusal
+    assert command("export", "half/pruned.safetensors", "--out", "a.hpn").code == 0
+    assert "is a folder" in command("export", "half/pruned.safetensors", "--out", "half").refusal
+    assert "neither a run folder" in command("export", "absent", "--out", "a.hpn").refusal
+
+
+@pytest.mark.parametrize("values", list(Values))
+def test_a_masked_model_stays_masked(masked, tmp_path, values):
+    before = {name: tensor.clone() for name, tensor in masked.state_dict().items()}
+    result = harprune.export(
+        masked, tmp_path / "a.hpn", IMAGES, values=values, metadata={"why": "a test"}
+    )
+    after = masked.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    plain = create_model("small_cnn", 4, in_channels=1, width=8).state_dict().values()
+    assert result.dense_bytes == 4 * sum(t.numel() for t in plain if t.is_floating_point())
+    assert result.difference <= module.TOLERANCES[values]
+    assert harprune.deploy.load(tmp_path / "a.hpn").network.metadata["why"] == "a test"
+
+
+def test_a_file_that_computes_something_else_is_not_kept(masked, tmp_path, monkeypatch):
+    path = tmp_path / "a.hpn"
+    path.write_text("what was there before")
+    monkeypatch.setattr(module, "shrink", lambda network: _spoilt(network))
+    with pytest.raises(ValueError, match=r"differs from the given one by .* nothing was kept"):
+        harprune.export(masked, path, IMAGES)
+    assert path.read_text() == "what was there before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _spoilt(network):
+    name = next(iter(network.values))
+    network.values[name][0] += 1.0
+    return network, None
+
+
+class Smooth(nn.Sequential):
+    def __init__(self):
+        layers = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GELU())
+        super().__init__(layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+
+
+def test_an_operator_that_the_kernels_lack_is_named_and_onnx_offered(tmp_path):
+    with pytest.raises(ValueError, match=r"\(GELU, in 0\.1\).*--format onnx") as error:
+        harprune.export(Smooth(), tmp_path / "a.hpn", IMAGES)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_onnx_takes_what_the_kernels_lack(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model, path = Smooth().eval(), tmp_path / "a.onnx"
+    result = harprune.export(model, path, IMAGES, format=Format.ONNX)
+    assert result.shrinkage is None and "GELU" in result.note
+    found = interchange.run_onnx(path)(IMAGES.numpy())
+    assert np.allclose(found, model(IMAGES).detach(), atol=1e-5)
+
+
+def test_a_run_becomes_onnx_and_a_program(command, finished):
+    pytest.importorskip("onnxruntime")
+    model, x = finetuned(finished)
+    with torch.no_grad():
+        expected = model(x).numpy()
+    for arguments, run, near in (
+        (["--format", "onnx", "--out", "a.onnx"], interchange.run_onnx, 1e-4),
+        (["--format", "onnx", "--values", "int8", "--out", "a.onnx"], interchange.run_onnx, 0.25),
+        (["--format", "torch", "--out", "a.pt2"], interchange.run_program, 1e-4),
+    ):
+        said = command("export", finished, *arguments)
+        assert said.code == 0 and said.err == "", said
+        difference = np.abs(run(Path(arguments[-1]))(x.numpy()) - expected).max()
+        assert difference < near * np.abs(expected).max()
+    assert (
+        "does not take values float16"
+        in command(
+            "export", finished, "--format", "onnx", "--values", "fp16", "--out", "b.onnx"
+        ).refusal
+    )
+    assert not Path("b.onnx").exists()
