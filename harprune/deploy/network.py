@@ -6,8 +6,9 @@ they do not check it again.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from harprune.kernels.graph import (
 )
 from harprune.kernels.lists import NEARLY_DENSE, Pattern
 from harprune.kernels.plan import Plan
+from harprune.kernels.rows import RowExecutable
 from harprune.kernels.runtime import Executable
 
 LARGEST_MAP = 2**26
@@ -113,31 +115,50 @@ class Network:
             ) from None
 
     def executable(self, *, kernels: native.Kernels | None = None, threads: int = 1) -> Executable:
-        """The network ready to run: `forward([images])`.
+        """The network ready to run on blocks of 16 images: `forward([images])`.
 
         Args:
             kernels: the instruction set and precision; None takes the fastest there is.
-            threads: how many blocks of 16 images are run at once.
+            threads: how many blocks are run at once.
 
         Raises:
             ValueError: the kernels were not built.
         """
-        kernels = kernels or native.best()
-        if kernels is None:
-            raise ValueError(
-                "running a network needs the compiled kernels, which this installation lacks; "
-                "install a C compiler and reinstall harprune"
-            )
+        kernels = kernels or _fastest()
+        return self._loaded(partial(Executable, Plan(self.graph, kernels)), kernels, threads)
+
+    def row_executable(
+        self, *, kernels: native.Kernels | None = None, threads: int = 1
+    ) -> RowExecutable:
+        """The network ready to run with an image's rows in vectors: `forward([images])`.
+
+        Raises:
+            ValueError: the kernels were not built, or do not take this network's maps in rows.
+        """
+        kernels = kernels or _fastest()
+        return self._loaded(partial(RowExecutable, self.graph, kernels), kernels, threads)
+
+    def _loaded(self, make: Callable, kernels: native.Kernels, threads: int):
         patterns, values = dict(self.patterns), dict(self.values)
         for name, pattern in self.patterns.items():
             if pattern.index is not None and len(pattern.index) > NEARLY_DENSE * _size(pattern):
                 patterns[name] = Pattern(pattern.shape, None)
                 values[name] = self.weight(name).reshape(-1)
         vectors = {n: v.astype(kernels.dtype, copy=False) for n, v in self.vectors.items()}
-        made = Executable(Plan(self.graph, kernels), patterns, vectors, threads=threads)
+        made = make(patterns, vectors, threads=threads)
         for name, kept in values.items():
             made.load(name, kept.astype(kernels.dtype, copy=False))
         return made
+
+
+def _fastest() -> native.Kernels:
+    kernels = native.best()
+    if kernels is None:
+        raise ValueError(
+            "running a network needs the compiled kernels, which this installation lacks; "
+            "install a C compiler and reinstall harprune"
+        )
+    return kernels
 
 
 def _parting(node: MeanPool, source: Shape, usual: Shape) -> MeanPool:

@@ -6,6 +6,7 @@ logits = engine(images)  # float32 [n, c, h, w] in [0, 1] -> [n, classes]
 """
 
 import threading
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,13 @@ import numpy as np
 from harprune.deploy import artifact
 from harprune.deploy.network import Network
 from harprune.kernels import native
+from harprune.kernels.rows import RowExecutable
 from harprune.kernels.runtime import Executable
 
 _TOGETHER = 256
 """Images that run in one go, and so bound the memory that an engine holds."""
+_FEW = 16
+"""Images below which a block would be run for the sake of a part of it."""
 _SIZES = 8
 """Sizes of image whose plans an engine keeps."""
 
@@ -49,9 +53,9 @@ class Engine:
                 "end it with a pooling or a linear layer"
             )
         self.network, self.threads = network, threads
-        self._executables: dict[tuple[int, int], Executable] = {}
+        self._plans: dict[tuple[int, int], _Plans] = {}
         self._turn = threading.Lock()
-        self._executable(*network.input_shape[1:])
+        self._planned(*network.input_shape[1:]).ready()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -68,16 +72,12 @@ class Engine:
         """
         images = self._checked(images)
         with self._turn:
-            executable = self._executable(*images.shape[2:])
+            plans = self._planned(*images.shape[2:])
             logits = np.empty((len(images), self.network.output_shape.channels), np.float32)
             together = max(_TOGETHER, self.threads * native.LANES)
             for first in range(0, len(images), together):
                 part = images[first : first + together]
-                (found,), memory = executable.forward([part])
-                logits[first : first + len(part)] = found.reshape(len(part), -1)
-                executable.release(memory)
-                # The largest memory serves smaller batches too.
-                del executable.plan.spare[:-1]
+                logits[first : first + len(part)] = plans.run(part).reshape(len(part), -1)
         return logits
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
@@ -94,10 +94,10 @@ class Engine:
             )
         return np.ascontiguousarray(images)
 
-    def _executable(self, height: int, width: int) -> Executable:
-        """The network ready for images of this size: the one place where that is made."""
+    def _planned(self, height: int, width: int) -> "_Plans":
+        """The network ready for images of this size."""
         size = (height, width)
-        made = self._executables.pop(size, None)
+        made = self._plans.pop(size, None)
         if made is None:
             network = self.network
             if size != network.input_shape[1:]:
@@ -108,9 +108,43 @@ class Engine:
                         f"{tuple(network.output_shape)}, not logits; give "
                         f"{' x '.join(map(str, self.network.input_shape[1:]))}"
                     )
-            made = network.executable(threads=self.threads)
+            made = _Plans(network, self.threads)
         # Last used, last to go.
-        self._executables[size] = made
-        while len(self._executables) > _SIZES:
-            del self._executables[next(iter(self._executables))]
+        self._plans[size] = made
+        while len(self._plans) > _SIZES:
+            del self._plans[next(iter(self._plans))]
         return made
+
+
+class _Plans:
+    """A network for images of one size, in both layouts; each is made when it is first wanted."""
+
+    def __init__(self, network: Network, threads: int):
+        self.network, self.threads = network, threads
+
+    @cached_property
+    def rows(self) -> RowExecutable | None:
+        """For few images; None for a network whose maps do not go in rows."""
+        try:
+            return self.network.row_executable(threads=self.threads)
+        except ValueError:
+            return None
+
+    @cached_property
+    def blocks(self) -> Executable:
+        return self.network.executable(threads=self.threads)
+
+    def ready(self) -> None:
+        """Make what a single image needs, and raise what stands against it."""
+        if self.rows is None:
+            self.blocks  # noqa: B018
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """What the network makes of `images`."""
+        if len(images) < _FEW and self.rows is not None:
+            return self.rows.forward([images])[0]
+        (found,), memory = self.blocks.forward([images])
+        self.blocks.release(memory)
+        # The largest memory serves smaller batches too.
+        del self.blocks.plan.spare[:-1]
+        return found

@@ -32,6 +32,8 @@ from harprune.kernels.runtime import aligned, each
 
 GROUP = 8
 """Images that go through the steps together, at most: sums of a tile (ROW_SUMS)."""
+LARGEST = 2**28
+"""Numbers of one image's map; offsets then fit 32 bits."""
 LONGEST = 4096
 """Numbers of a row that is pooled (ROW_LONGEST)."""
 
@@ -343,6 +345,8 @@ class RowExecutable:
             for held in step.maps():
                 segments.setdefault(held, set()).add(begin)
         for held, begins in segments.items():
+            if held.image > LARGEST:
+                raise ValueError(f"a map takes {held.image} numbers in rows, over {LARGEST}")
             held.copies = self._steps[min(begins)].together if len(begins) == 1 else GROUP
         onto = {
             step.out.whole: step.other.whole

@@ -156,21 +156,29 @@ def test_plans_of_few_sizes_are_kept(engine):
     sides = [32 + 8 * n for n in range(_SIZES + 3)]
     for side in sides:
         engine(images(1, 3, side, side))
-    assert list(engine._executables) == [(side, side) for side in sides[-_SIZES:]]
-    kept = engine._executables[sides[-1], sides[-1]]
+    assert list(engine._plans) == [(side, side) for side in sides[-_SIZES:]]
+    kept = engine._plans[sides[-1], sides[-1]]
     engine(images(1, 3, sides[-1], sides[-1]))
-    assert engine._executables[sides[-1], sides[-1]] is kept
+    assert engine._plans[sides[-1], sides[-1]] is kept
+
+
+def test_few_images_and_many_are_run_alike(engine):
+    x = images(40)
+    many = engine(x)
+    for count in (1, 2, 15, 16, 33):
+        assert np.abs(engine(x[:count]) - many[:count]).max() < 1e-5
 
 
 def test_memory_is_used_again(engine):
-    (executable,) = engine._executables.values()
+    (plans,) = engine._plans.values()
+    executable = plans.blocks
     engine(images(40))
     (memory,) = executable.plan.spare
-    for count in (1, 40, 700):
+    for count in (16, 40, 700):
         engine(images(count))
     assert len(executable.plan.spare) == 1
     largest = executable.plan.spare[0]
-    engine(images(3)), engine(images(2000))
+    engine(images(17)), engine(images(2000))
     assert executable.plan.spare == [largest] and memory is not largest
     assert largest.blocks <= 256 // native.LANES
 
