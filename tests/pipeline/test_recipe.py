@@ -3,6 +3,7 @@
 
 import json
 import tomllib
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,27 @@ from hypothesis import strategies as st
 
 from harprune.pipeline import build, checks
 from harprune.pipeline.recipe import Recipe, as_toml, changes, describe, make_recipe, read_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_the_repository_is_accepted(path, tmp_path):
+    (tmp_path / "dense.safetensors").touch()  # most prune what another recipe has trained
+    checks.check(read_recipe(path, [f"model.weights={tmp_path / 'dense.safetensors'}"]))
+
+
+def test_methods_are_compared_at_the_same_cost():
+    """All recipes of a family but the dense one spend the same epochs after it."""
+    families = {}
+    for path in RECIPES:
+        recipe = read_recipe(path)
+        if recipe.model.weights is not None:
+            families.setdefault(recipe.model.weights, []).append(recipe)
+    assert len(families) == 2
+    for family in families.values():
+        assert len({r.prune.epochs + r.finetune.epochs for r in family}) == 1 < len(family)
+        assert len({(r.prune.batch_size, r.data, r.objective, r.attack.size) for r in family}) == 1
 
 
 def refusal(content: dict, *overrides: str) -> str:
