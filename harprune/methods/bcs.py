@@ -57,14 +57,15 @@ class BCS(Method):
         if not self.noise >= 0.0:
             raise ValueError(f"noise {self.noise:g} must not be negative")
 
-    @torch.no_grad()
-    def attach(self, model: nn.Module, budget: Budget) -> None:
-        """Raises ValueError where filters or channels are to be pruned."""
+    def check(self, model: nn.Module, budget: Budget) -> None:
         if budget.granularity is not Granularity.WEIGHT:
             raise ValueError(
                 f"bcs wakes and puts to sleep single weights, not a {budget.granularity.value}; "
                 "set granularity to weight or choose another method"
             )
+
+    @torch.no_grad()
+    def attach(self, model: nn.Module, budget: Budget) -> None:
         self._budget, self._seed = budget, int(torch.randint(2**31, ()))
         counts = given_counts(model, budget)
         for number, (name, layer) in enumerate(budget.layers(model).items()):

@@ -54,9 +54,7 @@ class MAD(Method):
         if not self.mask_rate > 0.0:
             raise ValueError(f"mask_rate {self.mask_rate:g} must be above 0")
 
-    def attach(self, model: nn.Module, budget: Budget) -> None:
-        """Raises ValueError for a layer whose inputs K-FAC cannot gather."""
-        self._budget = budget
+    def check(self, model: nn.Module, budget: Budget) -> None:
         for name, layer in budget.layers(model).items():
             kinds = [isinstance(m, nn.Linear | nn.Conv2d) for m, _ in layer.places]
             if not all(kinds) or layer.groups > 1:
@@ -64,6 +62,9 @@ class MAD(Method):
                     f"mad has no K-FAC factors for {name}; exclude it: linear layers and 2-d "
                     "convolutions in one group have them"
                 )
+
+    def attach(self, model: nn.Module, budget: Budget) -> None:
+        self._budget = budget
 
     def observe(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         layers = self._budget.layers(model)

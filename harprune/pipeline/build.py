@@ -337,6 +337,12 @@ def attacked_once(objective: objectives.Objective) -> objectives.Objective:
     return replace(objective, attack=Once(objective.attack))
 
 
+def passes_again(objective: objectives.Objective) -> int:
+    """Forward + backward passes per image of a second pass that does not attack anew."""
+    attack = getattr(objective, "attack", None)
+    return objective.passes - (0 if attack is None else attack.passes)
+
+
 def _beta(section: recipes.Objective, usual: float) -> float:
     return usual if section.beta is None else section.beta
 

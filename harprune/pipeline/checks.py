@@ -70,6 +70,7 @@ def rehearse(recipe: Recipe, supply: Materials) -> None:
     _require_logits(model, supply)
     limit.allocate(model, limit.density)
     limit.counts(model, dict.fromkeys(limit.layers(model), limit.density))
+    build.method(recipe).check(model, limit)
 
 
 def _require_pixels(split: Split | None, what: str) -> None:

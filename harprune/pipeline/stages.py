@@ -6,7 +6,7 @@ The validation split selects epochs; the attack stage alone sees test images.
 """
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -292,6 +292,12 @@ def learn(
             if bar.due:
                 bar.update(step + 1, _summary(_now(course, float(loss))))
 
+        def point(progress: float) -> AbstractContextManager | None:
+            context = None if nearby is None else nearby(progress)
+            if context is not None:
+                course.passes += section.batch_size * build.passes_again(objective)
+            return context
+
         def after_epoch(epoch: int) -> bool:
             _end_epoch(shop, course, epoch, fast, section.epochs)
             return done()
@@ -314,7 +320,7 @@ def learn(
                 start=course.step,
                 replays=objective.replays,
                 average=average,
-                nearby=nearby or (lambda progress: None),
+                nearby=point,
                 after_step=after_step,
                 after_epoch=after_epoch,
             )

@@ -66,6 +66,7 @@ X, Y = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torc
 
 def attach(method, model, budget):
     """As the pruning stage does it."""
+    method.check(model, budget)
     method.attach(model, budget)
     if method.sample:
         method.observe(model.eval(), [(X, Y)])
@@ -134,7 +135,7 @@ def test_filters_and_channels_are_kept_within_the_budget(method, model, grain):
     budget = Budget(0.4, granularity=grain)
     if type(method) in WEIGHTS_ONLY:
         with pytest.raises(ValueError, match="set granularity to weight"):
-            attach(method, model, budget)
+            method.check(model, budget)
         return
     attach(method, model, budget)
     train(model, method)

@@ -112,7 +112,7 @@ def test_all_training_images_are_asked_for_under_attack():
 )
 def test_a_layer_without_factors_is_named(layer):
     with pytest.raises(ValueError, match=r"mad has no K-FAC factors for 0\.weight; exclude it"):
-        MAD().attach(nn.Sequential(layer, nn.Linear(3, 3)), Budget(0.5))
+        MAD().check(nn.Sequential(layer, nn.Linear(3, 3)), Budget(0.5))
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,15 @@ def test_flying_bird_plus_is_told_how_the_network_overfits(here, monkeypatch):
     assert all(-1.0 <= gap <= 1.0 and loss > 0.0 for gap, loss in told)
 
 
+def test_the_second_pass_of_s2ap_is_counted(here):
+    """One attack step and one pass, and from half of the training on one pass more."""
+    passes = [
+        ran(here / name, f"method.name={name}", *options)[-1]["passes"]
+        for name, options in {"hydra": (), "hydra+s2ap": ("method.warm_up=0.5",)}.items()
+    ]
+    assert passes[1] / passes[0] == pytest.approx(1.25)
+
+
 def test_pwoa_learns_from_the_dense_network(here):
     settings = ("pretrain.epochs=2", "pretrain.objective.name=natural", "objective.name=pwoa")
     history = ran(here / "run", *settings, "method.name=admm", "prune.epochs=4")
@@ -144,3 +153,9 @@ def test_the_guide_names_every_verb_of_the_interface():
     verbs = [name for name in vars(Method) if not name.startswith("_")]
     assert len(verbs) > 10
     assert not [name for name in verbs if f"`{name}" not in guide]
+
+
+def test_what_a_method_cannot_prune_is_refused_before_any_training(here):
+    with pytest.raises(ValueError, match="set granularity to weight"):
+        ran(here / "run", "method.name=bcs", "budget.granularity=filter", "pretrain.epochs=2")
+    assert not (here / "run" / "dense.safetensors").exists()
