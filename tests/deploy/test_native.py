@@ -16,6 +16,7 @@ from harprune.deploy.artifact import Values, save
 from harprune.deploy.network import Network
 from harprune.deploy.runtime import Engine
 from harprune.models import create_model
+from tests.kernels.test_memory_safety import sanitizer
 
 from .files import put_together, signed, taken_apart
 from .networks import Branching, deployed, drawn, normalised, pruned
@@ -225,6 +226,7 @@ def test_the_example_classifies(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sanitizer() is None, reason="needs gcc with its address sanitizer")
 def test_altered_files_reach_no_memory_but_their_own(files, tmp_path):
     """The example on a few thousand files, built to stop at any wrong access or overflow."""
     flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
