@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -160,8 +160,8 @@ def export(
         **(metadata or {}),
     }
     with replacing(path) as temporary:
-        if format is Format.ARTIFACT:
-            named = Network(*_parts(network), tuple(classes), facts)
+        if format is Format.ARTIFACT and network is not None:
+            named = replace(network, classes=tuple(classes), metadata=facts)
             artifact.save(temporary, named, values=values)
             runner = load(temporary)
         else:
@@ -202,10 +202,6 @@ def _network(
             raise ValueError(f"{error}; or take --format onnx, whose runtimes know more") from None
         return None, None, f"written as it is, not shrunk: {error}"
     return smaller, shrinkage, ""
-
-
-def _parts(network: Network) -> tuple:
-    return network.graph, network.patterns, network.values, network.vectors
 
 
 def _write_other(
