@@ -206,7 +206,7 @@ class _Scaling:
         if self.exponent is not None:
             return np.ldexp(weights, -self.exponent).astype("<f2")
         if self.steps is not None:
-            steps = self._step_of_each(pattern).astype(np.float64)
+            steps = _for_each_weight(self.steps, pattern).astype(np.float64)
             multiples = np.divide(weights, steps, out=np.zeros(len(steps)), where=steps > 0)
             return np.clip(np.rint(multiples), -127, 127).astype(np.int8)
         return weights.astype("<f4", copy=False)
@@ -216,10 +216,11 @@ class _Scaling:
         weights = stored.astype(np.float32, copy=False)
         if self.exponent is not None:
             return np.ldexp(weights, self.exponent)
-        return weights if self.steps is None else weights * self._step_of_each(pattern)
+        return weights if self.steps is None else weights * _for_each_weight(self.steps, pattern)
 
-    def _step_of_each(self, pattern: Pattern) -> np.ndarray:
-        return np.repeat(self.steps, np.diff(pattern.starts))
+
+def _for_each_weight(of_filters: np.ndarray, pattern: Pattern) -> np.ndarray:
+    return np.repeat(of_filters, np.diff(pattern.starts))
 
 
 # Reading ------------------------------------------------------------------------------------

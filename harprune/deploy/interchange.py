@@ -93,7 +93,7 @@ def run_onnx(path: Path, threads: int = 1) -> Runner:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images})[0]
+    return lambda images: np.asarray(session.run(None, {"images": images})[0])
 
 
 def save_program(path: Path, model: nn.Module, images: Tensor) -> None:

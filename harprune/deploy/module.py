@@ -46,7 +46,7 @@ def _module(node: Node, network: Network, source: Shape) -> nn.Module:
                 node.groups,
                 bias=node.bias,
             )
-            made.weight, made.bias = nn.Parameter(weight), None
+            made.weight = nn.Parameter(weight)
             if node.bias:
                 made.bias = nn.Parameter(vectors[0])
             return made

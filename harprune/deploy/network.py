@@ -163,7 +163,7 @@ def _fastest() -> native.Kernels:
 
 def _parting(node: MeanPool, source: Shape, usual: Shape) -> MeanPool:
     """`node` with windows that part a map of `source` into as many as make `usual`."""
-    sides = tuple(n // m for n, m in zip(source[1:], usual[1:]))
+    sides = source.height // usual.height, source.width // usual.width
     return replace(node, window=Window(sides, sides))
 
 

@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +33,7 @@ from harprune.sparsity import masks
 from harprune.sparsity.audit import Audit, audit
 from harprune.sparsity.extraction import extract
 from harprune.sparsity.layers import prunable_layers
-from harprune.training.splits import to_float
+from harprune.training.splits import split_validation, to_float
 
 TOLERANCES = {Values.FLOAT32: 1e-4, Values.FLOAT16: 1e-2, Values.INT8: 0.25}
 """Largest difference of a logit, as a share of the largest: float error, or what rounding does."""
@@ -85,8 +85,8 @@ class Exported:
         shrunk = self.note
         if self.shrinkage is not None:
             shrunk = (
-                f"without effect, and removed: {self.shrinkage.weights_removed:,} of them and "
-                f"{self.shrinkage.channels_removed:,} channels"
+                f"{self.shrinkage.weights_removed:,} of them and "
+                f"{self.shrinkage.channels_removed:,} channels had no effect and are removed"
             )
         return [
             f"{self.path}: {self.bytes:,} bytes, {self.ratio:.1f} times smaller than the dense "
@@ -160,8 +160,8 @@ def export(
         **(metadata or {}),
     }
     with replacing(path) as temporary:
-        if format is Format.ARTIFACT:
-            named = Network(*_parts(network), tuple(classes), facts)
+        if format is Format.ARTIFACT and network is not None:
+            named = replace(network, classes=tuple(classes), metadata=facts)
             artifact.save(temporary, named, values=values)
             runner = load(temporary)
         else:
@@ -202,10 +202,6 @@ def _network(
             raise ValueError(f"{error}; or take --format onnx, whose runtimes know more") from None
         return None, None, f"written as it is, not shrunk: {error}"
     return smaller, shrinkage, ""
-
-
-def _parts(network: Network) -> tuple:
-    return network.graph, network.patterns, network.values, network.vectors
 
 
 def _write_other(
@@ -261,17 +257,21 @@ def export_recipe(
 ) -> Exported:
     """Export the network of `recipe` with the weights of a file; see `export`.
 
+    It is compared on images of the recipe's training split, and on random ones.
+
     Raises:
         ValueError: the file does not fit the network, and whatever `export` refuses.
     """
     dataset = build.load_data(recipe.data)
     given = recipe.model.model_copy(update={"weights": str(weights)})
     model = build.network(given, dataset, recipe.seed)
-    some = torch.arange(min(_CALIBRATION, len(dataset.train)))
+    train, _ = split_validation(dataset.train, recipe.data.validation, recipe.seed)
+    # From all over the split: the images of a folder stand in the order of their classes.
+    some = torch.linspace(0, len(train) - 1, min(_CALIBRATION, len(train))).long()
     return export(
         model,
         path,
-        to_float(dataset.train.images[some]),
+        to_float(train.images[some]),
         format=format,
         values=values,
         classes=dataset.classes,

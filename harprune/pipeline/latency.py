@@ -223,7 +223,7 @@ def _onnxruntime(files: _Files, threads: int) -> Candidate:
 
 
 def _openvino(files: _Files, threads: int) -> Candidate:
-    import openvino
+    import openvino  # pyright: ignore[reportMissingImports]
 
     # Without the first it computes in bf16 on processors that can.
     options = {

@@ -16,6 +16,7 @@ from harprune.deploy.artifact import Values, save
 from harprune.deploy.network import Network
 from harprune.deploy.runtime import Engine
 from harprune.models import create_model
+from tests.kernels.test_memory_safety import sanitizer
 
 from .files import put_together, signed, taken_apart
 from .networks import Branching, deployed, drawn, normalised, pruned
@@ -169,9 +170,9 @@ def files(tmp_path_factory) -> list[bytes]:
 
 def test_altered_files_are_read_or_refused_by_both(library, files, tmp_path):
     chance = random.Random(1)
-    contents = [altered(files[n % len(files)], chance) for n in range(600)]
+    contents = [altered(files[n % len(files)], chance) for n in range(400)]
     read = sum(agrees(library, content, tmp_path / "a.hpn") for content in contents)
-    assert 20 < read < 400
+    assert 15 < read < 250
 
 
 @pytest.mark.parametrize(
@@ -227,6 +228,7 @@ def test_the_example_classifies(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sanitizer() is None, reason="needs gcc with its address sanitizer")
 def test_altered_files_reach_no_memory_but_their_own(files, tmp_path):
     """The example on a few thousand files, built to stop at any wrong access or overflow."""
     flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")

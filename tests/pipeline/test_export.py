@@ -157,7 +157,6 @@ def test_a_run_becomes_onnx_and_a_program(command, finished):
     with torch.no_grad():
         expected = model(x).numpy()
     for arguments, run, near in (
-        (["--format", "onnx", "--out", "a.onnx"], interchange.run_onnx, 1e-4),
         (["--format", "onnx", "--values", "int8", "--out", "a.onnx"], interchange.run_onnx, 0.25),
         (["--format", "torch", "--out", "a.pt2"], interchange.run_program, 1e-4),
     ):
