@@ -357,10 +357,8 @@ class RowExecutable:
         return place_maps(maps, self._size, reuse=True, onto=onto)
 
     def _together(self, written: Map) -> int:
-        """Images whose planes fill a tile."""
-        if written.vectors > 1:
-            return 1
-        return max(1, min(GROUP, self.kernels.tile // (1 << (written.lines - 1).bit_length())))
+        """Images whose planes make four sums, enough to hide the latency of one."""
+        return max(1, 4 // (1 << (written.lines - 1).bit_length())) if written.vectors == 1 else 1
 
     # Linking --------------------------------------------------------------------------------
 

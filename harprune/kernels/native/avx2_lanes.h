@@ -16,3 +16,8 @@ INLINE vec joined(vec a, vec b, int64_t k) {
     const __m256i beyond = _mm256_cmpgt_epi32(from, _mm256_set1_epi32(7));
     return (vec)_mm256_blendv_ps(of_a, of_b, _mm256_castsi256_ps(beyond));
 }
+INLINE vec every_second(vec a, vec b, int first) {
+    const __m256 pairs = first ? _mm256_shuffle_ps((__m256)a, (__m256)b, 0xdd)
+                               : _mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
+    return (vec)_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8);
+}

@@ -9,3 +9,9 @@ INLINE vec joined(vec a, vec b, int64_t k) {
     const __m512i from = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)k));
     return (vec)_mm512_permutex2var_ps((__m512)a, from, (__m512)b);
 }
+INLINE vec every_second(vec a, vec b, int first) {
+    const __m512i evens =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i from = _mm512_add_epi32(evens, _mm512_set1_epi32(first));
+    return (vec)_mm512_permutex2var_ps((__m512)a, from, (__m512)b);
+}

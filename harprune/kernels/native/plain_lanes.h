@@ -20,3 +20,11 @@ INLINE vec joined(vec a, vec b, int64_t k) {
     memcpy(&a, both + k, sizeof a);
     return a;
 }
+INLINE vec every_second(vec a, vec b, int first) {
+    vec found;
+    for (int i = 0; i < V; i++) {
+        const int from = 2 * i + first;
+        found[i] = from < V ? a[from] : b[from - V];
+    }
+    return found;
+}
