@@ -190,7 +190,9 @@ def test_prune_takes_given_weights_and_leaves_a_recipe(command, finished):
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_goes_on(command, here, finished):
-    program = [sys.executable, "-c", "from harprune.cli import main; main()"]
+    # Started in the background of a shell, a process would ignore the signal.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = [sys.executable, "-c", f"{heeding}; from harprune.cli import main; main()"]
     arguments = ["run", "tiny.toml", "--out", "long", "--set", "pretrain.epochs=5000"]
     with subprocess.Popen([*program, *arguments], stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
