@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The table of results/headline.md: a dense ResNet-18 and a dense VGG-16-BN, and from each HARP, HYDRA
+# The tables of results/headline-ARCH.md: a dense ResNet-18 and a dense VGG-16-BN, and from each HARP, HYDRA
 # with uniform densities, one-shot ERK and one-shot LAMP at 1 % and 0.1 % of the weights, each attacked
 # on 1,000 test images of CIFAR-10. Interrupted, the same command goes on.
 #
@@ -59,14 +59,13 @@ for arch in ${ARCHS:-resnet18 vgg16-bn}; do
     done
     "$harprune" evaluate --model "${arch//-/_}" --weights "$runs/$arch-dense/dense.safetensors" --data cifar10 \
         --size 250 --out "$runs/$arch-dense-attacked"
+    finished=()
+    for outcome in "$runs/$arch"-*/attack/finetuned/evaluation.json; do finished+=("${outcome%/attack/*}"); done
+    "$harprune" report "${finished[@]}" --out "results/headline-$arch.md" --baseline harp \
+        --title "CIFAR-10, $arch, 1 % and 0.1 % of the weights" \
+        --note "Made by bench/headline.sh. The dense network: fast adversarial training at epsilon 8/255, 15 epochs. \
+Every pruned one: PGD-7 adversarial training at the same cost of ten epochs more, three of pruning and seven of \
+finetuning, or ten of finetuning where a method prunes in one shot. Epochs selected on 1,000 of 2,500 held-out \
+training images; 1,000 test images attacked. A configuration that is missing was refused, because its mask cuts \
+the logits off from the image."
 done
-
-finished=()
-for outcome in "$runs"/*/attack/finetuned/evaluation.json; do finished+=("${outcome%/attack/*}"); done
-"$harprune" report "${finished[@]}" --out results/headline.md --baseline harp \
-    --title "CIFAR-10, ResNet-18 and VGG-16-BN, 1 % and 0.1 % of the weights" \
-    --note "Made by bench/headline.sh. Dense networks: fast adversarial training at epsilon 8/255, 15 epochs. \
-Every pruned network: PGD-7 adversarial training at the same cost of ten epochs more, three of pruning and \
-seven of finetuning, or ten of finetuning where a method prunes in one shot. Epochs selected on 1,000 of 2,500 \
-held-out training images; 1,000 test images attacked. A configuration that is missing was refused, because its \
-mask cuts the logits off from the image."
