@@ -12,11 +12,11 @@
 #
 # Estimated from times of single steps on two cores of an AMD EPYC with AVX512-BF16, ResNet-18, in hours:
 #   dense       15 epochs of 15 minutes                                      3.8
-#   at 1 %      an epoch of pruning takes 8 to 20 minutes, of finetuning
-#               5 (uniform) to 10 (LAMP): HARP 1.4, HYDRA 1.0, ERK 1.0, LAMP 1.7   5.1
+#   at 1 %      an epoch of pruning takes 8 to 11 minutes, of finetuning
+#               5 (uniform) to 10 (LAMP): HARP 1.2, HYDRA 1.0, ERK 1.0, LAMP 1.7   4.9
 #               AutoAttack, 6 s for each of about 400 images that resist, or some more   2.0
 #               so far 11
-#   at 0.1 %    all four, AutoAttack included                                2.6
+#   at 0.1 %    all four, AutoAttack included                                2.4
 #   dense       AutoAttack on 250 images, 100 s for each of some 110 that resist   1.5
 # VGG-16-BN takes about 0.6 of that.
 set -eu
@@ -39,15 +39,15 @@ stages() { # folder stages... -- arguments of run: each stage timed; fails where
     done
 }
 pruned() { # arch density configuration
-    local name="$1-$3-$2" recipe="$3" allocation="$3"
+    local name="$1-$3-$2" recipe="$3" allocation="$3" options=()
     case "$3" in
-        harp) allocation=erk ;;
+        harp) allocation=erk options=(--set "method.start_density=$2") ;;
         hydra) allocation=uniform ;;
         *) recipe=oneshot ;;
     esac
     stages "$runs/$name" prune finetune attack report -- "recipes/headline/$recipe.toml" \
         --set "name=$name" --set "model.name=${1//-/_}" --set "model.weights=$runs/$1-dense/dense.safetensors" \
-        --set "budget.density=$2" --set "budget.allocation=$allocation"
+        --set "budget.density=$2" --set "budget.allocation=$allocation" "${options[@]}"
 }
 export -f stages pruned
 

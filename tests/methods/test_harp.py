@@ -232,8 +232,9 @@ def test_ablations_train_one_kind_only(options, trained):
 
 
 def test_densities_start_at_ten_times_the_target_or_where_told():
-    for options, start in [({}, 0.2), ({"start_density": 0.1}, 0.1)]:
-        model, method = small(), HARP(**options)
+    # Nearly dense is 0.99, where the sigmoid still has a slope.
+    for wanted, start in [(None, 0.2), (0.1, 0.1), (0.02, 0.02), (1.0, 0.99 * 0.998 + 0.002)]:
+        model, method = small(), HARP(start_density=wanted)
         method.attach(model, Budget(0.02, allocation=allocation.uniform))
         assert method.metrics(model)["density"] == pytest.approx(start, rel=1e-4)
 
