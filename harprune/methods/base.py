@@ -165,12 +165,12 @@ class Sample:
 class Method(ABC):
     """A pruning method: what it installs, trains and adds to the loss. It never owns a loop.
 
-    The life of a method: `check` before anything is trained; `attach` once, and `observe` if it
-    asks for a `sample`; then `begin` and, while the model trains, `penalty` in every loss,
-    `step_ended` after every optimiser step and `epoch_ended` after every epoch; `settle` last. A
-    stage that goes on after an interruption lives it again, up to `begin`, and is then given the
-    model's tensors and `load_state_dict`. So what a method learns lies in tensors of the masks it
-    installs, or in `state_dict`."""
+    The life of a method: `check` before any training; `attach` once, and `observe` if it asks for a
+    `sample`; then `begin` and, while the model trains, `penalty` in every loss, `step_ended` after
+    every optimiser step and `epoch_ended` after every epoch; `settle` last. A stage that goes on
+    after an interruption lives it again, up to `begin`, and is then given the model's tensors and
+    `load_state_dict`. So what a method learns lies in tensors of its masks, or in `state_dict`.
+    """
 
     @property
     def sample(self) -> Sample | None:
