@@ -114,6 +114,16 @@ class Network:
                 f"give {usual[0]} x {usual[1]}"
             ) from None
 
+    def multiply_adds(self) -> tuple[int, int]:
+        """Of one image: by the weights that are not zero, and by all of them."""
+        kept = total = 0
+        for node in self.graph.nodes:
+            if isinstance(node, Convolution):
+                _, height, width = self.graph.shapes[node.out]
+                kept += height * width * len(self.values[node.name])
+                total += height * width * _size(self.patterns[node.name])
+        return kept, total
+
     def executable(self, *, kernels: native.Kernels | None = None, threads: int = 1) -> Executable:
         """The network ready to run on blocks of 16 images: `forward([images])`.
 

@@ -21,6 +21,8 @@ _TOGETHER = 256
 """Images that run in one go, and so bound the memory that an engine holds."""
 _FEW = 16
 """Images below which a block would be run for the sake of a part of it."""
+_BUSY = 0.15
+"""Share of the multiply-adds that is kept from which blocks are as fast as rows, for many images."""
 _SIZES = 8
 """Sizes of image whose plans an engine keeps."""
 
@@ -124,7 +126,7 @@ class _Plans:
 
     @cached_property
     def rows(self) -> RowExecutable | None:
-        """For few images; None for a network whose maps do not go in rows."""
+        """For few images or few weights; None for a network whose maps do not go in rows."""
         try:
             return self.network.row_executable(threads=self.threads)
         except ValueError:
@@ -134,6 +136,12 @@ class _Plans:
     def blocks(self) -> Executable:
         return self.network.executable(threads=self.threads)
 
+    @cached_property
+    def busy(self) -> bool:
+        """Whether so many multiply-adds are left that many images run in blocks."""
+        kept, total = self.network.multiply_adds()
+        return kept > _BUSY * total
+
     def ready(self) -> None:
         """Make what a single image needs, and raise what stands against it."""
         if self.rows is None:
@@ -141,7 +149,7 @@ class _Plans:
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """What the network makes of `images`."""
-        if len(images) < _FEW and self.rows is not None:
+        if self.rows is not None and (len(images) < _FEW or not self.busy):
             return self.rows.forward([images])[0]
         (found,), memory = self.blocks.forward([images])
         self.blocks.release(memory)
