@@ -22,7 +22,7 @@ _TOGETHER = 256
 _FEW = 16
 """Images below which a block would be run for the sake of a part of it."""
 _BUSY = 0.15
-"""Share of the multiply-adds that is kept from which blocks are as fast as rows, for many images."""
+"""Share of multiply-adds from which blocks are as fast as rows, for many images."""
 _SIZES = 8
 """Sizes of image whose plans an engine keeps."""
 
