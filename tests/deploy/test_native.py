@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C library reads what Python reads, refuses what Python refuses, and gives the same bits."""
+"""The C library reads what Python reads and refuses, and gives the bits of Python's blocks."""
 
 import ctypes
 import random
@@ -90,12 +90,18 @@ class InC:
         return [None if name is None else name.decode() for name in found]
 
 
+def in_blocks(network: Network, images: np.ndarray) -> np.ndarray:
+    """The logits by blocks, as the library runs; an engine may take rows, which add otherwise."""
+    ((maps,), _) = network.executable().forward([images])
+    return maps.reshape(len(images), -1)
+
+
 def same_bits(library: ctypes.CDLL, network: Network, path: Path, values=Values.FLOAT32) -> None:
     save(path, network, values=values)
     images = np.random.default_rng(0).random((19, *network.input_shape), np.float32)
     with InC(library, path) as engine:
         assert engine.image == list(network.input_shape)
-        expected = Engine(artifact.load(path))(images)
+        expected = in_blocks(artifact.load(path), images)
         for count in (1, 19, 16):
             assert engine(images[:count]).tobytes() == expected[:count].tobytes()
 
@@ -218,7 +224,7 @@ def test_the_example_classifies(tmp_path):
     images.tofile(tmp_path / "images.raw")
     command = [program, tmp_path / "a.hpn", tmp_path / "images.raw"]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    expected = Engine(network)(images)
+    expected = in_blocks(network, images)
     for line, logits in zip(said.splitlines(), expected, strict=True):
         *name, _, _, _ = line.split()
         assert " ".join(name) == network.classes[logits.argmax()]
