@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from harprune.kernels import native
+from harprune.kernels.forward import Forward
 from harprune.kernels.graph import (
     Affine,
     Concatenation,
@@ -30,7 +31,6 @@ from harprune.kernels.graph import (
 )
 from harprune.kernels.lists import NEARLY_DENSE, Pattern
 from harprune.kernels.plan import Plan
-from harprune.kernels.rows import RowExecutable
 from harprune.kernels.runtime import Executable
 
 LARGEST_MAP = 2**26
@@ -114,16 +114,6 @@ class Network:
                 f"give {usual[0]} x {usual[1]}"
             ) from None
 
-    def multiply_adds(self) -> tuple[int, int]:
-        """Of one image: by the weights that are not zero, and by all of them."""
-        kept = total = 0
-        for node in self.graph.nodes:
-            if isinstance(node, Convolution):
-                _, height, width = self.graph.shapes[node.out]
-                kept += height * width * len(self.values[node.name])
-                total += height * width * _size(self.patterns[node.name])
-        return kept, total
-
     def executable(self, *, kernels: native.Kernels | None = None, threads: int = 1) -> Executable:
         """The network ready to run on blocks of 16 images: `forward([images])`.
 
@@ -137,16 +127,10 @@ class Network:
         kernels = kernels or _fastest()
         return self._loaded(partial(Executable, Plan(self.graph, kernels)), kernels, threads)
 
-    def row_executable(
-        self, *, kernels: native.Kernels | None = None, threads: int = 1
-    ) -> RowExecutable:
-        """The network ready to run with an image's rows in vectors: `forward([images])`.
-
-        Raises:
-            ValueError: the kernels were not built, or do not take this network's maps in rows.
-        """
+    def forward(self, *, kernels: native.Kernels | None = None, threads: int = 1) -> Forward:
+        """The network ready to run in rows or blocks, as `executable`."""
         kernels = kernels or _fastest()
-        return self._loaded(partial(RowExecutable, self.graph, kernels), kernels, threads)
+        return self._loaded(partial(Forward, self.graph, kernels), kernels, threads)
 
     def _loaded(self, make: Callable, kernels: native.Kernels, threads: int):
         patterns, values = dict(self.patterns), dict(self.values)

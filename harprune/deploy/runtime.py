@@ -6,7 +6,6 @@ logits = engine(images)  # float32 [n, c, h, w] in [0, 1] -> [n, classes]
 """
 
 import threading
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +13,10 @@ import numpy as np
 from harprune.deploy import artifact
 from harprune.deploy.network import Network
 from harprune.kernels import native
-from harprune.kernels.rows import RowExecutable
-from harprune.kernels.runtime import Executable
+from harprune.kernels.forward import Forward
 
 _TOGETHER = 256
 """Images that run in one go, and so bound the memory that an engine holds."""
-_FEW = 16
-"""Images below which a block would be run for the sake of a part of it."""
-_BUSY = 0.15
-"""Share of multiply-adds from which blocks are as fast as rows, for many images."""
 _SIZES = 8
 """Sizes of image whose plans an engine keeps."""
 
@@ -55,9 +49,10 @@ class Engine:
                 "end it with a pooling or a linear layer"
             )
         self.network, self.threads = network, threads
-        self._plans: dict[tuple[int, int], _Plans] = {}
+        self._plans: dict[tuple[int, int], Forward] = {}
         self._turn = threading.Lock()
-        self._planned(*network.input_shape[1:]).ready()
+        plan = self._planned(*network.input_shape[1:])
+        plan.rows or plan.blocks  # noqa: B018 - made now, to raise now what stands against it
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -74,12 +69,13 @@ class Engine:
         """
         images = self._checked(images)
         with self._turn:
-            plans = self._planned(*images.shape[2:])
+            plan = self._planned(*images.shape[2:])
             logits = np.empty((len(images), self.network.output_shape.channels), np.float32)
             together = max(_TOGETHER, self.threads * native.LANES)
             for first in range(0, len(images), together):
                 part = images[first : first + together]
-                logits[first : first + len(part)] = plans.run(part).reshape(len(part), -1)
+                (maps,) = plan.forward([part])
+                logits[first : first + len(part)] = maps.reshape(len(part), -1)
         return logits
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
@@ -96,7 +92,7 @@ class Engine:
             )
         return np.ascontiguousarray(images)
 
-    def _planned(self, height: int, width: int) -> "_Plans":
+    def _planned(self, height: int, width: int) -> Forward:
         """The network ready for images of this size."""
         size = (height, width)
         made = self._plans.pop(size, None)
@@ -110,49 +106,9 @@ class Engine:
                         f"{tuple(network.output_shape)}, not logits; give "
                         f"{' x '.join(map(str, self.network.input_shape[1:]))}"
                     )
-            made = _Plans(network, self.threads)
+            made = network.forward(threads=self.threads)
         # Last used, last to go.
         self._plans[size] = made
         while len(self._plans) > _SIZES:
             del self._plans[next(iter(self._plans))]
         return made
-
-
-class _Plans:
-    """A network for images of one size, in both layouts; each is made when it is first wanted."""
-
-    def __init__(self, network: Network, threads: int):
-        self.network, self.threads = network, threads
-
-    @cached_property
-    def rows(self) -> RowExecutable | None:
-        """For few images or few weights; None for a network whose maps do not go in rows."""
-        try:
-            return self.network.row_executable(threads=self.threads)
-        except ValueError:
-            return None
-
-    @cached_property
-    def blocks(self) -> Executable:
-        return self.network.executable(threads=self.threads)
-
-    @cached_property
-    def busy(self) -> bool:
-        """Whether so many multiply-adds are left that many images run in blocks."""
-        kept, total = self.network.multiply_adds()
-        return kept > _BUSY * total
-
-    def ready(self) -> None:
-        """Make what a single image needs, and raise what stands against it."""
-        if self.rows is None:
-            self.blocks  # noqa: B018
-
-    def run(self, images: np.ndarray) -> np.ndarray:
-        """What the network makes of `images`."""
-        if self.rows is not None and (len(images) < _FEW or not self.busy):
-            return self.rows.forward([images])[0]
-        (found,), memory = self.blocks.forward([images])
-        self.blocks.release(memory)
-        # The largest memory serves smaller batches too.
-        del self.blocks.plan.spare[:-1]
-        return found

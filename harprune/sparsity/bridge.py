@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Regions of a model as torch modules: tensors in, tensors out, the kernels between.
 
-`FunctionRegion` is a fixed function with a gradient to its inputs. `TrainingRegion` runs in
+`FunctionRegion` is a fixed function, with a gradient to its inputs where one is wanted.
+`TrainingRegion` runs in
 training mode, batch norm included, and also gives the gradients to all weights.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from harprune.kernels import graph as g
 from harprune.kernels import native
+from harprune.kernels.forward import Forward
 from harprune.kernels.graph import Graph, Shape
 from harprune.kernels.lists import NEARLY_DENSE, Pattern
 from harprune.kernels.plan import Plan
@@ -100,29 +103,44 @@ class FunctionRegion(_Region):
     def forward(self, *inputs: Tensor):
         if self.in_torch(inputs):
             return self._region[0](*inputs)
-        outputs = _Function.apply(self, *inputs)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+            outputs = _Function.apply(self, *inputs)
+        else:
+            executable = self.executable(inputs, gradients=False)
+            outputs = self.shaped(executable.forward([array(x) for x in inputs]))
         return outputs if len(outputs) > 1 else outputs[0]
 
-    def executable(self, inputs: tuple[Tensor, ...]) -> Executable:
-        """The plan for inputs of this shape, with the weights of now."""
-        key = (inputs[0].dtype, torch.get_num_threads(), *(tuple(x.shape[1:]) for x in inputs))
-        version, plan, layers, executable = self._plans.get(key) or (-1, *self._plan(inputs), None)
+    def executable(self, inputs: tuple[Tensor, ...], *, gradients: bool) -> Executable | Forward:
+        """What runs inputs of this shape, with the weights of now."""
+        threads, shapes = torch.get_num_threads(), (tuple(x.shape[1:]) for x in inputs)
+        key = (gradients, inputs[0].dtype, threads, *shapes)
+        if key not in self._plans:
+            self._plans[key] = (-1, *self._planned(inputs, gradients), None)
+        version, make, graph, layers, executable = self._plans[key]
         if version != self.version():
-            executable = _load(plan, layers, executable)
-            self._plans[key] = (self.version(), plan, layers, executable)
+            executable = _load(make, graph, layers, executable)
+            self._plans[key] = (self.version(), make, graph, layers, executable)
         return executable
 
-    def _plan(self, inputs: tuple[Tensor, ...]) -> tuple[Plan, dict[str, nn.Module]]:
+    def _planned(self, inputs: tuple[Tensor, ...], gradients: bool):
         graph, layers = self.translated(inputs)
-        kernels = kernels_for(inputs[0].dtype)
-        return Plan(graph, kernels, gradients=graph.inputs), layers
+        kernels, threads = kernels_for(inputs[0].dtype), torch.get_num_threads()
+        if gradients:
+            plan = Plan(graph, kernels, gradients=graph.inputs)
+            return partial(Executable, plan, threads=threads), graph, layers
+        return partial(Forward, graph, kernels, threads=threads), graph, layers
 
 
-def _load(plan: Plan, layers: Mapping[str, nn.Module], executable: Executable | None) -> Executable:
-    """`plan` with the weights of now; in `executable`, where all masks are still the same."""
+def _load(
+    make: Callable[..., Executable | Forward],
+    graph: Graph,
+    layers: Mapping[str, nn.Module],
+    executable: Executable | Forward | None,
+) -> Executable | Forward:
+    """`graph` with the weights of now; in `executable`, where all masks are still the same."""
     known = executable.patterns if executable is not None else {}
     patterns, values, vectors = {}, {}, {}
-    for node in plan.graph.nodes:
+    for node in graph.nodes:
         if isinstance(node, g.Convolution):
             layer = layers[node.name]
             held = Held(layer.weight, layer.kept)
@@ -134,7 +152,7 @@ def _load(plan: Plan, layers: Mapping[str, nn.Module], executable: Executable | 
             vectors[f"{node.name}/scale"] = array(layers[node.name].scale)
             vectors[f"{node.name}/shift"] = array(layers[node.name].shift)
     if executable is None or any(known[n] is not p for n, p in patterns.items()):
-        executable = Executable(plan, patterns, vectors, threads=torch.get_num_threads())
+        executable = make(patterns, vectors)
     else:
         for name, vector in vectors.items():
             executable.vectors[name][...] = vector
@@ -146,11 +164,9 @@ def _load(plan: Plan, layers: Mapping[str, nn.Module], executable: Executable | 
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, region: FunctionRegion, *inputs: Tensor):
-        ctx.executable, ctx.region = region.executable(inputs), region
+        ctx.executable, ctx.region = region.executable(inputs, gradients=True), region
         ctx.version = region.version()
         outputs, ctx.memory = ctx.executable.forward([array(x) for x in inputs])
-        if not any(ctx.needs_input_grad):
-            ctx.executable.release(ctx.memory)
         ctx.shapes = [x.shape for x in inputs]
         return region.shaped(outputs)
 

@@ -227,8 +227,8 @@ class _FrozenLayer(Frozen):
             bias = shift if bias is None else bias * scale + shift
         dtype = dtype or weight.dtype
         layout = layout if weight.dim() == 4 else torch.contiguous_format
-        self.weight = weight.to(dtype).contiguous(memory_format=layout)
-        self.bias = None if bias is None else bias.to(dtype)
+        self.weight = weight.to(dtype, copy=True, memory_format=layout)
+        self.bias = None if bias is None else bias.to(dtype, copy=True)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.layer, nn.Linear):

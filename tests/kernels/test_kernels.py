@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from harprune.kernels import graph as g
 from harprune.kernels import native
+from harprune.kernels.forward import Forward
 from harprune.kernels.graph import Graph, Shape, Window
 from harprune.kernels.lists import Pattern
 from harprune.kernels.plan import Plan
@@ -286,6 +287,52 @@ def test_rows_give_the_same_bits_on_any_number_of_threads():
             for threads in (1, 2, 3)
         )
         assert all(np.array_equal(a, b) for o in others for a, b in zip(alone, o))
+
+
+def forward_of(graph, weights, vectors):
+    patterns = {name: Pattern(w.shape, np.flatnonzero(w)) for name, w in weights.items()}
+    made = Forward(graph, native.best(), patterns, vectors)
+    for name, w in weights.items():
+        made.load(name, w[w != 0])
+    return made
+
+
+@pytest.mark.parametrize("share, busy", [(0.01, False), (0.9, True)])
+def test_forward_passes_take_the_layout_that_is_faster(share, busy):
+    rng = np.random.default_rng(6)
+    graph, weights, vectors = branching(rng, np.float32)
+    for w in weights.values():
+        w[rng.random(w.shape) >= share] = 0.0
+    made = forward_of(graph, weights, vectors)
+    assert made.busy is busy
+    for images in (3, 37):
+        inputs = [rng.standard_normal((images, 6, 9, 7), dtype=np.float32) for _ in range(2)]
+        exact = [x.astype(np.float64) for x in inputs]
+        for y, wanted in zip(made.forward(inputs), evaluate(graph, exact, weights, vectors)):
+            assert near(y, wanted, 10 * tolerance(made.kernels))
+    assert "rows" in vars(made) and ("blocks" in vars(made)) is busy
+    for name, w in weights.items():  # both layouts take the new values
+        made.load(name, 0.0 * w[w != 0])
+    inputs = [np.zeros((37, 6, 9, 7), np.float32)] * 2
+    for few, many in zip(made.forward([x[:3] for x in inputs]), made.forward(inputs)):
+        assert np.allclose(few, many[:3], atol=1e-6)
+
+
+def test_multiply_adds_count_at_every_position():
+    """Of 4 * 64 + 64 in a dense network, 48 are 0.15."""
+    graph = Graph([Shape(4, 4, 4), Shape(4, 2, 2), Shape(4)], [], [0], [2])
+    window = Window((2, 2), (2, 2))
+    graph.nodes = [g.Convolution((0,), 1, "wide", window), g.Convolution((1,), 2, "deep", window)]
+    shape = (4, 4, 2, 2)
+
+    def busy(wide: int, deep: int) -> bool:
+        patterns = {
+            "wide": Pattern(shape, np.arange(wide)),
+            "deep": Pattern(shape, np.arange(deep)),
+        }
+        return Forward(graph, native.best(), patterns, {}).busy
+
+    assert not busy(8, 16) and busy(9, 16) and not busy(0, 48) and busy(0, 49)
 
 
 def test_memory_used_again_leaves_no_trace():
