@@ -15,7 +15,7 @@ from harprune.kernels.graph import Convolution, Shape
 
 QUAD = 4
 """Filters that walk one list together where a layer is nearly dense."""
-NEARLY_DENSE = 0.5
+NEARLY_DENSE = 0.6
 """Density from which a layer runs as a dense one; measured by bench/attack.py."""
 
 

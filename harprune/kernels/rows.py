@@ -24,6 +24,7 @@ from harprune.kernels.graph import (
     MeanPool,
     Node,
     Shape,
+    Window,
 )
 from harprune.kernels.lists import QUAD, List, Pattern
 from harprune.kernels.memory import place_maps
@@ -260,6 +261,9 @@ class RowExecutable:
                 step = RowStep("scale", shape, Part(source), Part(out))
                 if isinstance(main, Affine):
                     step.vectors = (f"{main.name}/scale", f"{main.name}/shift")
+            case MeanPool() if main.window == Window((1, 1)) and fused.other is None:
+                self._laid[fused.out, (1, 1), 0] = self._read(main.sources[0])
+                return
             case MaxPool() | MeanPool():
                 source = self._read(main.sources[0])
                 if source.shape.width > LONGEST:

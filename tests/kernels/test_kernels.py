@@ -168,6 +168,48 @@ def test_the_numpy_twin_agrees(layer):
     assert near(y, wanted, 1e-12)
 
 
+@st.composite
+def poolings(draw):
+    """A node that pools, often by pairs as fast paths do, and the sides of its map."""
+    side, pairs = st.sampled_from([1, 2, 4, 8, 16, 32, 40]), draw(st.booleans())
+    if pairs:
+        sides, window = (draw(side), draw(side)), Window((2, 2), (2, 2))
+        sides = tuple(2 * n for n in sides)
+    else:
+        size = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+        window = Window(size, (draw(st.integers(1, 3)), 2), (size[0] // 2, size[1] // 2))
+        sides = tuple(n + draw(st.integers(0, 20)) for n in size)
+    kind = draw(st.sampled_from([g.MaxPool, g.MeanPool]))
+    fields = {} if kind is g.MaxPool else {"full_area": draw(st.booleans())}
+    return kind((0,), 1, window=window, **fields), sides
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@given(drawn=poolings(), images=st.sampled_from([1, 3, 17]))
+@draws
+def test_poolings_and_their_gradients_equal_torchs(name, drawn, images):
+    (node, sides), kernels = drawn, native.named(name)
+    window, rng = node.window, np.random.default_rng(0)
+    x = rng.standard_normal((images, 3, *sides)).astype(kernels.dtype)
+    exact = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    if isinstance(node, g.MaxPool):
+        y = F.max_pool2d(exact, window.size, window.stride, window.padding)
+    else:
+        y = F.avg_pool2d(
+            exact, window.size, window.stride, window.padding, count_include_pad=node.full_area
+        )
+    gradient = rng.standard_normal(y.shape).astype(kernels.dtype)
+    y.backward(torch.tensor(gradient, dtype=torch.float64))
+    graph = Graph([Shape(*x.shape[1:]), Shape(*y.shape[1:])], [node], [0], [1])
+    executable = Executable(Plan(graph, kernels, gradients=[0]), {}, {})
+    (found,), memory = executable.forward([x])
+    (to_x,) = executable.backward(memory, [gradient])
+    (in_rows,) = RowExecutable(graph, kernels, {}, {}).forward([x])
+    for got in (found, in_rows):
+        assert near(got, y.detach(), tolerance(kernels))
+    assert near(to_x, exact.grad, tolerance(kernels))
+
+
 def branching(rng, dtype):
     """Every kind of node, values with one to three readers, two inputs and two outputs."""
     graph = Graph()
