@@ -54,7 +54,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict]:
                     runtimes=options.runtime,
                     rounds=options.rounds,
                     threads=options.threads,
-                    memory=not options.no_memory,
+                    processes=not options.no_processes,
                 ):
                     yield same | row
 
@@ -98,7 +98,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--runtime", nargs="+", choices=list(RUNTIMES), help="all that are installed when absent")
     add("--threads", type=int, default=1, help="CPU threads of each runtime")
     add("--rounds", type=int, default=10, help="interleaved rounds")
-    add("--no-memory", action="store_true", help="start no processes to read their peak memory")
+    add("--no-processes", action="store_true", help="start none for time to answer and memory")
     add("--json", type=Path, help="also write the rows here")
     add("--plot", type=Path, help="also draw speed against density to this SVG file")
     return parser.parse_args(arguments)

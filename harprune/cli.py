@@ -268,14 +268,15 @@ def bench_deploy(
     runtime: Annotated[
         list[str],
         typer.Option(
-            help="harprune, onnxruntime, openvino, torch or 'torch compiled'; repeat for several. "
-            "All that are installed when absent."
+            help="harprune, 'harprune avx2', onnxruntime, openvino, torch or 'torch compiled'; "
+            "repeat for several. All but the second, where installed, when absent."
         ),
     ] = [],  # noqa: B006
     rounds: Annotated[int, typer.Option(help="Rounds in which the runtimes take turns.")] = 10,
     threads: Annotated[int, typer.Option(help="CPU threads of each runtime.")] = 1,
-    memory: Annotated[
-        bool, typer.Option(help="Also read the peak memory of a process for each runtime.")
+    processes: Annotated[
+        bool,
+        typer.Option(help="Also start a process for each runtime: time to answer, peak memory."),
     ] = True,
     plot: Annotated[Path | None, typer.Option(help="Draw the times to this SVG file.")] = None,
     as_json: Json = False,
@@ -294,7 +295,7 @@ def bench_deploy(
             runtimes=runtime or None,
             rounds=rounds,
             threads=threads,
-            memory=memory,
+            processes=processes,
         )
     )
     if plot is not None:
@@ -346,6 +347,39 @@ def report(
         _print_json(content)
     else:
         typer.echo("\n".join(str(folder / "report" / "report.html") for folder in runs))
+
+
+@app.command(epilog="Example: harprune compare recipes/compare/digits.toml --out runs/compare")
+def compare(
+    grid: Annotated[
+        Path,
+        typer.Argument(help="What to compare (TOML): a base recipe, methods, densities, seeds."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The folder of all runs: made, or continued.")
+    ],
+    jobs: Annotated[int, typer.Option(help="Runs at work at a time, each a process.")] = 1,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Run every method at every density with every seed, and write one table of all.
+
+    Each cell is an ordinary run in its own folder, and the cells of a seed share a dense network.
+    The same command goes on after an interruption; a run that fails stops no other, and is named
+    in the table. On machines that share the folder, give each the same command.
+    """
+    from harprune.pipeline import compare
+    from harprune.pipeline.run import command_line
+
+    found = compare.compare(grid, out, command=command_line(), jobs=jobs, overrides=overrides)
+    if as_json:
+        _print_json(found)
+    else:
+        for name, why in found["failed"].items():
+            typer.echo(f"{name}: {why}", err=True)
+        typer.echo(out / "comparison.md")
+    if found["failed"]:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: harprune data cifar10 --data-dir ~/data")

@@ -46,6 +46,7 @@ FLOORS = {
     "pipeline": WINGS | {"harprune"},
     "cli": WINGS | {"harprune", "pipeline"},
     "harprune": WINGS | {"pipeline"},
+    "__main__": {"cli"},
 }
 HEAVY = (
     "torch",

@@ -36,11 +36,17 @@ def load(path: str | Path, threads: int = 1) -> "Engine":
 class Engine:
     """A network that runs; a call from images to logits.
 
+    Args:
+        threads: how many blocks, or groups of images, run at once.
+        kernels: the instruction set; None takes the fastest there is.
+
     Plans are made once for each size of image, and their memory is used again. Calls from several
     threads take turns.
     """
 
-    def __init__(self, network: Network, *, threads: int = 1):
+    def __init__(
+        self, network: Network, *, threads: int = 1, kernels: native.Kernels | None = None
+    ):
         if threads < 1:
             raise ValueError(f"threads = {threads} must be at least 1")
         if network.output_shape[1:] != (1, 1):
@@ -48,7 +54,7 @@ class Engine:
                 f"the network makes a map of {tuple(network.output_shape)}, not logits; "
                 "end it with a pooling or a linear layer"
             )
-        self.network, self.threads = network, threads
+        self.network, self.threads, self._kernels = network, threads, kernels
         self._plans: dict[tuple[int, int], Forward] = {}
         self._turn = threading.Lock()
         plan = self._planned(*network.input_shape[1:])
@@ -106,7 +112,7 @@ class Engine:
                         f"{tuple(network.output_shape)}, not logits; give "
                         f"{' x '.join(map(str, self.network.input_shape[1:]))}"
                     )
-            made = network.forward(threads=self.threads)
+            made = network.forward(threads=self.threads, kernels=self._kernels)
         # Last used, last to go.
         self._plans[size] = made
         while len(self._plans) > _SIZES:

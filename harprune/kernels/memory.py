@@ -10,7 +10,7 @@ from harprune.kernels.graph import Shape
 from harprune.kernels.lists import Strides
 from harprune.kernels.native import LANES
 
-_ALIGNMENT = 64
+ALIGNMENT = 64
 
 
 @dataclass(eq=False)
@@ -165,4 +165,4 @@ def place_bits(signs: Iterable[Signs], winners: Iterable[Signs], sign_bytes: int
 
 
 def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -14,8 +14,11 @@ from harprune.training.schedules import make_schedule
 from harprune.training.splits import Split
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, *, weights_follow: bool = False) -> None:
     """Refuse, before data are loaded or a folder is made, what a later stage would refuse.
+
+    Args:
+        weights_follow: the file of `model.weights` will be there when the recipe is run.
 
     Raises:
         ValueError: an unknown name, or a value that its owner does not take.
@@ -44,7 +47,7 @@ def check(recipe: Recipe) -> None:
             "objective.name = 'pwoa' learns from the dense network, which pretraining has yet to "
             "make; give pretrain.objective another name, or model.weights"
         )
-    if weights is not None and not Path(weights).is_file():
+    if weights is not None and not weights_follow and not Path(weights).is_file():
         raise ValueError(f"model.weights = {weights!r}: no such file; name a checkpoint")
 
 

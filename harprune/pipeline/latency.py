@@ -24,6 +24,7 @@ from harprune.deploy.interchange import Runner
 from harprune.deploy.module import Module
 from harprune.deploy.network import Network
 from harprune.deploy.runtime import Engine
+from harprune.kernels import native
 from harprune.pipeline.export import export_recipe, find_source
 from harprune.pipeline.timing import circumstances, interleaved, seconds, summary
 from harprune.reporting.plots import BLACK, BLUE, PALE
@@ -31,14 +32,14 @@ from harprune.reporting.plots import BLACK, BLUE, PALE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OWN = "harprune"
+OWN, OWN_AVX2 = "harprune", "harprune avx2"
 TOLERANCE = 1e-3
 """Largest difference of a logit, as a share of the largest, between runtimes in float32."""
 _ROUND = 0.05
 """Seconds that one round of a runtime takes at least: what is faster is called several times."""
 
 COLUMNS = ("runtime", "batch", "milliseconds", "min", "max", "images_per_second", "ratio")
-COLUMNS += ("file_bytes", "peak_bytes")
+COLUMNS += ("file_bytes", "start_seconds", "peak_bytes")
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,14 @@ def rows(
     runtimes: Sequence[str] | None = None,
     rounds: int = 10,
     threads: int = 1,
-    memory: bool = True,
+    processes: bool = True,
 ) -> Iterator[dict]:
     """A row for each number of images and runtime, with `COLUMNS` and the circumstances.
 
     Args:
         runtimes: some of `RUNTIMES`; all that are installed when absent.
-        memory: also start a process for each runtime and batch, and note its peak memory.
+        processes: also start one for each runtime and batch, and note the seconds from importing
+            the runtime to its first answer, and the peak memory.
 
     Raises:
         ValueError: an unknown runtime or one that is not installed, or runtimes that differ.
@@ -92,7 +94,7 @@ def rows(
             files = _Files(network, Path(folder))
             made = dict(_candidates(files, runtimes, threads))
             for batch in batches:
-                yield from _batch(made, network, batch, rounds, threads, memory)
+                yield from _batch(made, network, batch, rounds, threads, processes)
     finally:
         torch.set_num_threads(before)
 
@@ -103,7 +105,7 @@ def _batch(
     batch: int,
     rounds: int,
     threads: int,
-    memory: bool,
+    processes: bool,
 ) -> Iterator[dict]:
     random = np.random.default_rng(0)
     images = random.random((batch, *network.input_shape), np.float32)
@@ -118,11 +120,13 @@ def _batch(
         name: [own / repeats[name] for own in round_]
         for name, round_ in interleaved(calls, rounds).items()
     }
-    others = [name for name in made if name != OWN] or [OWN]
+    others = [name for name in made if name not in (OWN, OWN_AVX2)] or [OWN]
     reference = min(others, key=lambda name: statistics.median(taken[name]))
     for name, own in taken.items():
         found = summary(own, taken[reference])
-        peak = _peak_bytes(name, made[name].file, images.shape, threads) if memory else None
+        start = peak = None
+        if processes:
+            start, peak = _started(name, made[name].file, images.shape, threads)
         yield {
             "runtime": name,
             "batch": batch,
@@ -135,6 +139,7 @@ def _batch(
             "rounds": rounds,
             "calls_per_round": repeats[name],
             "file_bytes": made[name].file.stat().st_size,
+            "start_seconds": start,
             "peak_bytes": peak,
             "kept_weights": sum(len(v) for v in network.values.values()),
             **circumstances(),
@@ -218,6 +223,13 @@ def _own(files: _Files, threads: int) -> Candidate:
     return Candidate(Engine(files.network, threads=threads), files.artifact())
 
 
+def _own_avx2(files: _Files, threads: int) -> Candidate:
+    kernels = native.named("avx2")
+    if kernels is None:
+        raise ValueError("this processor or installation has no AVX2 kernels")
+    return Candidate(Engine(files.network, threads=threads, kernels=kernels), files.artifact())
+
+
 def _onnxruntime(files: _Files, threads: int) -> Candidate:
     return Candidate(interchange.run_onnx(files.onnx(), threads), files.onnx())
 
@@ -253,6 +265,7 @@ def _in_torch(module) -> Runner:
 
 RUNTIMES: dict[str, Callable[[_Files, int], Candidate]] = {
     OWN: _own,
+    OWN_AVX2: _own_avx2,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "torch": _torch,
@@ -263,7 +276,7 @@ RUNTIMES: dict[str, Callable[[_Files, int], Candidate]] = {
 def _candidates(
     files: _Files, runtimes: Sequence[str] | None, threads: int
 ) -> Iterator[tuple[str, Candidate]]:
-    for name in runtimes or RUNTIMES:
+    for name in runtimes or [name for name in RUNTIMES if name != OWN_AVX2]:
         try:
             made = RUNTIMES[name](files, threads)
             made.run(files.example.numpy())
@@ -278,15 +291,17 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-# Memory -------------------------------------------------------------------------------------
+# Processes ----------------------------------------------------------------------------------
 
-_PEAK = """
-import sys
+_PROGRAM = """
+import sys, time
 import numpy as np
 path, threads, shape = sys.argv[1], int(sys.argv[2]), tuple(map(int, sys.argv[3:]))
 images = np.zeros(shape, np.float32)
+started = time.perf_counter()
 {load}
 run(images)
+print(time.perf_counter() - started)
 status = open("/proc/self/status").read()
 print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
 """
@@ -314,11 +329,16 @@ _LOADS = {
 """How a process that does nothing else loads a file."""
 
 
-def _peak_bytes(name: str, file: Path, shape: Sequence[int], threads: int) -> int | None:
-    """Peak memory of a fresh process that loads `file` and runs once; None where unknown."""
+def _started(
+    name: str, file: Path, shape: Sequence[int], threads: int
+) -> tuple[float | None, int | None]:
+    """Seconds from importing a runtime to its first answer, in a process that does nothing else.
+
+    And the process's peak memory; None where unknown.
+    """
     if name not in _LOADS or not Path("/proc/self/status").exists():
-        return None
-    program = _PEAK.format(load=_LOADS[name])
+        return None, None
+    program = _PROGRAM.format(load=_LOADS[name])
     arguments = [str(file), str(threads), *map(str, shape)]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, *arguments],
@@ -326,4 +346,7 @@ def _peak_bytes(name: str, file: Path, shape: Sequence[int], threads: int) -> in
         text=True,
         cwd=Path(__file__).parents[2],  # where this package is found, installed or not
     )
-    return int(done.stdout) if done.returncode == 0 else None
+    if done.returncode != 0:
+        return None, None
+    seconds_, peak = done.stdout.split()
+    return float(seconds_), int(peak)

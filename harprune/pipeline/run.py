@@ -218,6 +218,19 @@ def _commit() -> str | None:
     return (commit + ("+" if changed.returncode else "")) if tracked else None
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a process works in a run folder."""
+    path = folder / ".lock"
+    if not path.exists():
+        return False
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _lock(path: Path):
     file = open(path, "a+")  # noqa: SIM115 - the open file *is* the lock, released at exit
     try:

@@ -5,15 +5,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from types import MappingProxyType
 from typing import Any
 
 from harprune.files import to_json, write
 from harprune.reporting import plots
 from harprune.reporting.document import Document, Plot, Section
 from harprune.reporting.pairing import paired_difference
-from harprune.reporting.records import Attacked, Run, read_run
+from harprune.reporting.records import WORST_CASE, Attacked, Run, read_run
 from harprune.reporting.summary import AUTOATTACK, measure_order
 from harprune.reporting.tables import (
+    ABSENT,
     Table,
     flatten,
     format_density,
@@ -33,6 +35,7 @@ class Group:
     configuration: str
     density: float
     runs: Mapping[int, Run]
+    seconds: Sequence[float | None]
 
 
 def write_comparison(
@@ -43,35 +46,68 @@ def write_comparison(
     note: str,
     command: str,
     baseline: str | None = None,
+    labels: Sequence[str] | None = None,
+    seconds: Sequence[float | None] | None = None,
+    failed: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Write `out_md`, and beside it the same as .json and a plot as .svg; returns the comparison.
+    """Write `out_md`, and beside it the same as .json and plots as .svg; returns the comparison.
 
     Args:
         folders: finished run folders.
         note: what a reader should know first; may be empty.
         command: what makes this file again.
-        baseline: see `compare_runs`.
+        baseline, labels, seconds: see `compare_runs`.
+        failed: runs that should be here and are not, with the reason.
     """
     out = Path(out_md)
     if out.suffix != ".md":
         raise ValueError(f"a comparison is written to a Markdown file, not to {out}; end it in .md")
     comparison = {"title": title, "note": note, "command": command}
-    comparison |= compare_runs(folders, baseline=baseline)
-    picture = plots.to_svg(plots.points_by_row, _points(comparison))
-    plot = Plot(out.with_suffix(".svg").name, f"{title}: clean and robust accuracy", picture)
-    write(out.with_suffix(".svg"), picture)
+    comparison |= compare_runs(folders, baseline=baseline, labels=labels, seconds=seconds)
+    comparison["failed"] = dict(failed)
+    pictures = dict(_pictures(out, comparison))
+    for plot in pictures.values():
+        write(out.with_name(plot.path), plot.svg)
     write(out.with_suffix(".json"), to_json(comparison))
-    write(out, _document(comparison, plot).markdown())
+    write(out, _document(comparison, pictures).markdown())
     return comparison
 
 
-def compare_runs(folders: Sequence[str | Path], *, baseline: str | None = None) -> dict[str, Any]:
+def _pictures(out: Path, comparison: Mapping[str, Any]) -> Iterator[tuple[str, Plot]]:
+    """What there is to see, by the section that shows it."""
+    title = comparison["title"]
+    picture = plots.to_svg(plots.points_by_row, _points(comparison))
+    yield (
+        "result",
+        Plot(out.with_suffix(".svg").name, f"{title}: clean and robust accuracy", picture),
+    )
+    rows = [row for row in comparison["rows"] if row["configuration"] != DENSE]
+    if len({row["density"] for row in rows}) > 1:
+        picture = plots.to_svg(plots.accuracy_over_density, comparison["rows"])
+        name = f"{out.stem}-density.svg"
+        yield "density", Plot(name, f"{title}: accuracy over density", picture)
+    least = min(row["density"] for row in rows)
+    strategies = {r["configuration"]: r["layers"] for r in rows if r["density"] == least}
+    picture = plots.to_svg(plots.strategies, strategies)
+    caption = f"{title}: densities per layer at {format_density(least)}"
+    yield "strategies", Plot(f"{out.stem}-strategies.svg", caption, picture)
+
+
+def compare_runs(
+    folders: Sequence[str | Path],
+    *,
+    baseline: str | None = None,
+    labels: Sequence[str] | None = None,
+    seconds: Sequence[float | None] | None = None,
+) -> dict[str, Any]:
     """Runs grouped over seeds: mean and sample standard deviation of accuracies, exact counts.
 
     Args:
         folders: finished run folders of one data set, model and threat, measured on as many images.
         baseline: a configuration ("hydra + erk"), a method ("hydra") or "dense", against which
             the others of the same density are tested, seed by seed, on the same images.
+        labels: what each run's configuration is called; said by its recipe when absent.
+        seconds: what each run took, where that is known.
 
     Raises:
         ValueError: a run is unfinished, protocols differ, a seed occurs twice in one configuration,
@@ -81,7 +117,9 @@ def compare_runs(folders: Sequence[str | Path], *, baseline: str | None = None) 
     if not runs:
         raise ValueError("nothing to compare; name one run folder or more")
     protocol = _protocol(runs)
-    groups = _groups(runs)
+    labels = labels or [_configuration(run) for run in runs]
+    took = dict(zip((run.folder for run in runs), seconds or [None] * len(runs), strict=True))
+    groups = _groups(runs, labels, took)
     rows = [_dense_row(runs), *map(_row, groups)]
     return {
         "protocol": protocol,
@@ -89,7 +127,7 @@ def compare_runs(folders: Sequence[str | Path], *, baseline: str | None = None) 
         "baseline": baseline,
         "paired": [] if baseline is None else list(_paired(groups, baseline)),
         "warnings": list(_warnings(groups)),
-        "runs": [_made(run) for run in runs],
+        "runs": [_made(run, label) for run, label in zip(runs, labels, strict=True)],
     }
 
 
@@ -122,11 +160,13 @@ def _protocol_of(run: Run) -> dict[str, Any]:
     }
 
 
-def _groups(runs: Sequence[Run]) -> list[Group]:
+def _groups(
+    runs: Sequence[Run], labels: Sequence[str], took: Mapping[Path, float | None]
+) -> list[Group]:
     """Runs by configuration and density, in order of appearance."""
     found: dict[tuple[str, float], dict[int, Run]] = {}
-    for run in runs:
-        configuration, density = _configuration(run), _density(run)
+    for run, configuration in zip(runs, labels, strict=True):
+        density = _density(run)
         members = found.setdefault((configuration, density), {})
         seed = run.recipe.get("seed", 0)
         if seed in members:
@@ -137,7 +177,13 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
             )
         members[seed] = run
     return [
-        Group(_method(next(iter(members.values()))), configuration, density, members)
+        Group(
+            _method(next(iter(members.values()))),
+            configuration,
+            density,
+            members,
+            [took[run.folder] for run in members.values()],
+        )
         for (configuration, density), members in found.items()
     ]
 
@@ -180,7 +226,17 @@ def _row(group: Group) -> dict[str, Any]:
         "kept": [audit.kept for audit in audits],
         "total": audits[0].total,
         "denominator": audits[0].denominator,
+        "multiply_adds": [a.multiply_adds["kept"] for a in audits if a.multiply_adds],
+        "dense_multiply_adds": (audits[0].multiply_adds or {}).get("dense"),
+        "passes": [_passes(run) for run in runs],
+        "seconds": list(group.seconds),
+        "layers": {name: layer.density for name, layer in audits[0].layers.items()},
     }
+
+
+def _passes(run: Run) -> int:
+    """Forward and backward passes of single images, in all stages after the dense network."""
+    return sum(max((e.passes for e in run.of_stage(s)), default=0) for s in ("prune", "finetune"))
 
 
 def _dense_row(runs: Sequence[Run]) -> dict[str, Any] | None:
@@ -275,11 +331,11 @@ def _warnings(groups: Sequence[Group]) -> Iterator[str]:
                     yield f"{where}: {flag}"
 
 
-def _made(run: Run) -> dict[str, Any]:
+def _made(run: Run, configuration: str) -> dict[str, Any]:
     made = {
         "run": run.folder.name,
         "seed": run.recipe.get("seed"),
-        "configuration": _configuration(run),
+        "configuration": configuration,
     }
     return made | {
         "density": run.section("budget").get("density"),
@@ -300,7 +356,7 @@ def _label(row: Mapping[str, Any]) -> str:
     return f"{row['configuration']}\n{format_density(row['density'])}"
 
 
-def _document(comparison: Mapping[str, Any], plot: Plot) -> Document:
+def _document(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Document:
     protocol = "; ".join(
         f"{key}: {flatten(value)}" for key, value in comparison["protocol"].items()
     )
@@ -312,12 +368,19 @@ def _document(comparison: Mapping[str, Any], plot: Plot) -> Document:
         title=comparison["title"],
         lead=tuple(filter(None, (comparison["note"], explained))),
         warnings=tuple(comparison["warnings"]),
-        sections=tuple(_sections(comparison, plot)),
+        sections=tuple(_sections(comparison, pictures)),
     )
 
 
-def _sections(comparison: Mapping[str, Any], plot: Plot) -> Iterator[Section]:
-    yield Section("Result", _rows_table(comparison), plot)
+def _sections(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Iterator[Section]:
+    yield Section("Result", _rows_table(comparison), pictures["result"])
+    if comparison["failed"]:
+        rows = tuple(comparison["failed"].items())
+        yield Section("Missing", Table(("run", "why"), rows, numeric=False))
+    if "density" in pictures:
+        yield Section("Accuracy over density", plot=pictures["density"])
+    yield Section("What it costs", _cost_table(comparison), text=_COST)
+    yield Section("Where weights are kept", plot=pictures["strategies"])
     if comparison["baseline"] is not None:
         text = (
             f"Difference to {comparison['baseline']} at the same density and seed, on the same "
@@ -332,19 +395,53 @@ def _sections(comparison: Mapping[str, Any], plot: Plot) -> Iterator[Section]:
 
 
 def _rows_table(comparison: Mapping[str, Any]) -> Table:
+    named = ("clean", AUTOATTACK, *(n for row in comparison["rows"] for n in row["measures"]))
+    known = measure_order(dict.fromkeys(named))
+    measures = [name for name in known if name != WORST_CASE]
     rows = tuple(
         (
             row["configuration"],
             format_density(row["density"]) if row["configuration"] != DENSE else "100 % kept",
             ", ".join(map(str, row["seeds"])),
-            _mean(row["measures"].get("clean")),
-            _mean(row["measures"].get(AUTOATTACK)),
+            *(_mean(row["measures"].get(name)) for name in measures),
             " or ".join(format_kept(kept, row["total"]) for kept in dict.fromkeys(row["kept"])),
         )
         for row in comparison["rows"]
     )
-    header = ("configuration", "density", "seeds", "clean", "AutoAttack", "weights kept / total")
+    titles = ("AutoAttack" if name == AUTOATTACK else name for name in measures)
+    header = ("configuration", "density", "seeds", *titles, "weights kept / total")
     return Table(header, rows)
+
+
+_COST = (
+    "Multiply-adds of one image, as a share of the dense network's; forward and backward passes of "
+    "single images while pruning and finetuning; and, where it is known, the wall-clock time of "
+    "the whole run with its attacks, in minutes, which depends on what else the machine did."
+)
+
+
+def _cost_table(comparison: Mapping[str, Any]) -> Table:
+    rows = tuple(
+        (
+            row["configuration"],
+            format_density(row["density"]),
+            _shares(row["multiply_adds"], row["dense_multiply_adds"]),
+            f"{fmean(row['passes']):,.0f}",
+            _minutes(row["seconds"]),
+        )
+        for row in comparison["rows"]
+        if row["configuration"] != DENSE
+    )
+    return Table(("configuration", "density", "multiply-adds", "passes", "minutes"), rows)
+
+
+def _shares(kept: Sequence[int], dense: int | None) -> str:
+    return ABSENT if not kept or not dense else f"{100 * fmean(kept) / dense:.2f} %"
+
+
+def _minutes(seconds: Sequence[float | None]) -> str:
+    known = [value for value in seconds if value is not None]
+    return f"{fmean(known) / 60:.1f}" if known else ABSENT
 
 
 def _mean(statistics: Mapping[str, Any] | None) -> str:

@@ -6,6 +6,7 @@ Hues are those of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
 import io
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -190,6 +191,65 @@ def points_by_row(rows: Sequence[tuple[str, Mapping[str, Sequence[float]]]]) -> 
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("test accuracy in %; mean over seeds with its sample standard deviation")
     _legend(axes, columns=2)
+    return figure
+
+
+_LINES = [
+    {"color": colour, "linestyle": line, "marker": marker}
+    for line, marker in (("-", "o"), ("--", "s"), (":", "^"))
+    for colour in (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)
+]
+"""Eighteen looks; a plot of more methods begins again."""
+
+
+def accuracy_over_density(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Clean and robust accuracy against density, a line for each configuration.
+
+    Args:
+        rows: of a comparison; the mean over seeds is drawn with its sample standard deviation, the
+            row of density 1 as a level.
+    """
+    names = ("clean", "autoattack")
+    figure, panels = _panels(len(names), 9.6, 3.8, across=True)
+    for axes, name in zip(panels, names, strict=True):
+        for row in rows:
+            if row["density"] == 1.0 and name in row["measures"]:
+                level = 100 * row["measures"][name]["mean"]
+                axes.axhline(level, color=BLACK, linewidth=1, linestyle="--", label="dense")
+        configurations = dict.fromkeys(r["configuration"] for r in rows if r["density"] < 1.0)
+        for configuration, look in zip(configurations, itertools.cycle(_LINES)):
+            known = [r for r in rows if r["configuration"] == configuration]
+            known = sorted((r for r in known if name in r["measures"]), key=lambda r: r["density"])
+            axes.errorbar(
+                [row["density"] for row in known],
+                [100 * row["measures"][name]["mean"] for row in known],
+                [100 * (row["measures"][name]["spread"] or 0.0) for row in known],
+                capsize=2,
+                label=configuration,
+                **look,
+            )
+        axes.set_title("clean" if name == "clean" else "AutoAttack")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        axes.set_xlabel("weights kept")
+    panels[0].set_ylabel("test accuracy in %")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    return figure
+
+
+def strategies(densities: Mapping[str, Mapping[str, float]]) -> "Figure":
+    """Fraction kept in each layer, a line for each configuration."""
+    layers = list(next(iter(densities.values())))
+    places = range(len(layers))
+    figure, axes = _figure(min(13.0, max(6.4, 1.6 + 0.3 * len(layers))), 4.2)
+    for (configuration, shares), look in zip(densities.items(), itertools.cycle(_LINES)):
+        kept = _positive([shares.get(layer, math.nan) for layer in layers])
+        axes.plot(places, kept, label=configuration, linewidth=1.2, **look)
+    _density_axis(axes)
+    axes.set_xticks(places, layers, rotation=90, fontsize=7.5 if len(layers) < 40 else 6)
+    axes.set_ylabel("weights kept")
+    _legend(axes, columns=4)
     return figure
 
 

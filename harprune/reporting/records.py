@@ -60,7 +60,10 @@ class Layer:
 
 @checked(frozen=True, config=_STRICT)
 class Audit:
-    """What the pruned network keeps, and what named allocations would have given each layer."""
+    """What the pruned network keeps, and what named allocations would have given each layer.
+
+    `multiply_adds` of one image are those of the "kept" weights and of the "dense" network.
+    """
 
     denominator: str
     total: Count
@@ -69,6 +72,7 @@ class Audit:
     density: Fraction
     layers: dict[str, Layer]
     allocations: dict[str, dict[str, float]] = Field(default_factory=dict)
+    multiply_adds: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         for count in ("total", "kept"):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file runs without torch, for any batch and any size of image that its network takes."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -18,7 +19,13 @@ from harprune.deploy.runtime import _SIZES, Engine
 from harprune.kernels import graph as g
 from harprune.kernels import native
 from harprune.kernels.graph import Graph, Shape, Window
-from harprune.models import create_model
+from harprune.models import create_model, load_weights
+from harprune.sparsity import masks
+from harprune.sparsity.allocation import lamp
+from harprune.sparsity.layers import prunable_layers, weights
+from harprune.sparsity.masks import FixedMask
+from harprune.sparsity.selection import keep_top
+from harprune.training.data import Batches, load_dataset
 from tests.oracles import numpy_graph
 
 from .networks import Branching, deployed, drawn, normalised, pruned
@@ -262,3 +269,23 @@ def test_an_adaptive_pool_must_part_its_map():
             Network(
                 Graph([Shape(3, 8, 8), Shape(3, *window.over(8, 8))], [node], [0], [1]), {}, {}, {}
             )
+
+
+def test_real_images_get_the_logits_of_the_masked_model(data_root, checkpoint_root):
+    """1,000 test images, a network that others trained, one weight in ten kept by LAMP."""
+    statistics = json.loads((checkpoint_root / "MANIFEST.json").read_text())["resnet2b.pth"]
+    model = create_model("resnet2b", 10, mean=statistics["mean"], std=statistics["std"]).eval()
+    assert load_weights(model, checkpoint_root / "resnet2b.pth").complete
+    layers = prunable_layers(model)
+    for name, density in lamp(weights(layers), 0.1).items():
+        weight = layers[name].parameter.detach()
+        kept = keep_top(weight, round(density * weight.numel()))
+        masks.install(layers[name], FixedMask(kept.bool()))
+    split = load_dataset("cifar10", data_root).test
+    x = next(iter(Batches(split, 1000, seed=0, shuffle=False).epoch(0)))[0].numpy()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(x)).numpy()
+    for threads in (1, 2):
+        found = Engine(deployed(model), threads=threads)(x)
+        assert np.abs(found - logits).max() < 1e-4
+        assert np.array_equal(found.argmax(1), logits.argmax(1))

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A grid of runs: shared dense networks, cells that fail alone, and nothing done twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from harprune.pipeline import compare
+from harprune.pipeline.compare import cells_of
+from harprune.pipeline.run import in_use
+
+GRID = """
+title = "Stripes"
+base = "tiny.toml"
+densities = [0.3, 0.2]
+seeds = [0, 1]
+baseline = "one-shot"
+[common]
+finetune.epochs = 1
+[methods.harp]
+method = { name = "harp", gamma = 0.1 }
+[methods.one-shot]
+method.name = "magnitude"
+budget.allocation = "lamp"
+"""
+
+
+SNIP = 'method.name = "snip"\npretrain.epochs = 0\n[methods.harp]'
+
+
+@pytest.fixture
+def grid(here) -> Path:
+    path = here / "grid.toml"
+    path.write_text(GRID)
+    return path
+
+
+def smaller(path: Path, more: str = "") -> Path:
+    text = path.read_text().replace("[0.3, 0.2]", "[0.2]").replace("seeds = [0, 1]", "")
+    path.write_text(text + more)
+    return path
+
+
+def artifacts(folder: Path) -> dict[str, int]:
+    found = sorted(folder.glob("*/*.safetensors"))
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in found}
+
+
+def test_cells_are_the_product_and_share_dense_networks(grid, here):
+    cells = cells_of(grid, here / "out", ["prune.epochs=1"])
+    assert [cell.name for cell in cells[:4]] == [
+        "dense-seed0", "dense-seed1", "harp-0.3-seed0", "one-shot-0.3-seed0"
+    ]  # fmt: skip
+    assert len(cells) == 2 + 2 * 2 * 2
+    for cell in cells[2:]:
+        recipe, seed = cell.recipe, cell.recipe.seed
+        assert cell.name == f"{cell.label}-{recipe.budget.density:g}-seed{seed}"
+        assert recipe.model.weights == str(here / f"out/dense-seed{seed}/dense.safetensors")
+        assert recipe.model.width == 4 and recipe.finetune.epochs == recipe.prune.epochs == 1
+        assert recipe.method.name == ("harp" if cell.label == "harp" else "magnitude")
+    attacked = [cell.name for cell in cells[2:] if cell.recipe.attack.dense]
+    assert attacked == ["harp-0.3-seed0", "harp-0.3-seed1"]
+    assert cells[2].recipe.budget.allocation != "lamp" == cells[3].recipe.budget.allocation
+
+
+def test_what_starts_from_random_weights_gets_no_dense_network(grid, here):
+    text = smaller(grid).read_text().replace("[methods.harp]", "[methods.snip]\n" + SNIP, 1)
+    grid.write_text(text)
+    _, first, second, third = cells_of(grid, here / "out")
+    assert first.recipe.model.weights is None and first.needs is None
+    assert second.needs == third.needs == "dense-seed0"
+    assert [cell.recipe.attack.dense for cell in (first, second, third)] == [False, True, False]
+
+
+def test_weights_that_the_recipe_names_are_everybodys(grid, finished):
+    weights = finished / "dense.safetensors"
+    cells = cells_of(grid, finished.parent / "out", [f"model.weights={weights}"])
+    assert len(cells) == 8 and {cell.recipe.model.weights for cell in cells} == {str(weights)}
+    assert all(cell.needs is None for cell in cells)
+
+
+def test_a_grid_runs_to_its_table_and_then_does_nothing(grid, command, here):
+    smaller(grid, '[methods.wild]\nmethod.name = "magnitude"\nfinetune.learning_rate = 1e30\n')
+    said = command("compare", grid, "--out", "out", "--jobs", 2)
+    assert said.code == 1 and said.out == "out/comparison.md\n"
+    assert said.err.splitlines()[-1].startswith("wild-0.2-seed0: finetune stopped: ")
+    table = Path("out/comparison.md").read_text()
+    for part in ("# Stripes", "| harp |", "| one-shot |", "## Missing", "wild-0.2-seed0"):
+        assert part in table
+    found = json.loads(Path("out/comparison.json").read_text())
+    rows = {row["configuration"]: row for row in found["rows"]}
+    assert set(rows) == {"dense", "harp", "one-shot"}
+    assert rows["harp"]["seconds"][0] > 0 and rows["harp"]["passes"] > rows["one-shot"]["passes"]
+    assert {pair["configuration"] for pair in found["paired"]} == {"harp"}
+    before = artifacts(Path("out"))
+    assert len(before) == 1 + 2 * 3 + 2
+    assert command("compare", grid, "--out", "out").code == 1  # tries the wild one again
+    assert artifacts(Path("out")) == before
+
+
+@pytest.mark.slow
+def test_a_killed_grid_goes_on(grid, here):
+    call = [sys.executable, "-m", "harprune", "compare", str(grid), "--out", "out", "--jobs", "2"]
+    finished: dict[str, int] = {}
+    for _ in range(4):
+        begun = subprocess.Popen(call, stderr=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(8)
+        os.killpg(begun.pid, signal.SIGKILL)
+        begun.wait()
+        found = artifacts(here / "out")
+        assert all(found[name] == at for name, at in finished.items())
+        finished = found
+    subprocess.run(call, check=True)
+    found = artifacts(here / "out")
+    assert all(found[name] == at for name, at in finished.items()) and len(found) == 2 + 8 * 3
+    assert "## Missing" not in (here / "out/comparison.md").read_text()
+
+
+def test_a_cell_in_other_hands_is_waited_for(grid, command, here, monkeypatch):
+    """As after a kill that left a child at work, or on a second machine."""
+    monkeypatch.setattr(compare, "_PAUSE", 0.1)
+    smaller(grid)
+    (cell, *_) = cells_of(grid, here / "out")
+    hold = (
+        "import fcntl, sys, time; file = open(sys.argv[1], 'a')\n"
+        "fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(3)"
+    )
+    cell.folder.mkdir(parents=True)
+    program = [sys.executable, "-c", hold, str(cell.folder / ".lock")]
+    with subprocess.Popen(program, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        assert in_use(cell.folder)
+        assert command("compare", grid, "--out", "out").code == 0
+        assert holder.wait() == 0
+    assert not in_use(cell.folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('base = "tiny.toml"', "", "base: Field required"),
+        ('base = "tiny.toml"', 'base = "none.toml"', "base = 'none.toml' of grid.toml cannot be"),
+        ("seeds = [0, 1]", "seeds = [1, 1]", "seeds: must not name a value twice"),
+        ("seeds = [0, 1]", "seed = 1", "unknown key 'seed'; the keys are title, note, base"),
+        ('name = "harp"', 'name = "harq"', "method.name = 'harq' is unknown"),
+        ("gamma = 0.1", "gama = 0.1", "gama"),
+        ("finetune.epochs", "finetune.epoch", "unknown key 'finetune.epoch'"),
+        ("[0.3, 0.2]", "[0.3, 1.5]", "budget.density = 1.5"),
+    ],
+)
+def test_a_faulty_grid_is_refused_before_anything_runs(grid, command, here, old, new, said):
+    assert old in GRID
+    grid.write_text(GRID.replace(old, new))
+    assert said in command("compare", "grid.toml", "--out", "out").refusal
+    assert not (here / "out").exists()
