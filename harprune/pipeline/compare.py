@@ -77,12 +77,12 @@ class Cell:
     @property
     def file(self) -> Path:
         """Its recipe, beside its folder."""
-        return self.folder.with_suffix(".toml")
+        return self.folder.with_name(f"{self.name}.toml")
 
     @property
     def said(self) -> Path:
         """What its process printed, beside its folder."""
-        return self.folder.with_suffix(".log")
+        return self.folder.with_name(f"{self.name}.log")
 
     @property
     def finished(self) -> bool:

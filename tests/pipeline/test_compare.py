@@ -58,6 +58,7 @@ def test_cells_are_the_product_and_share_dense_networks(grid, here):
         "dense-seed0", "dense-seed1", "harp-0.3-seed0", "one-shot-0.3-seed0"
     ]  # fmt: skip
     assert len(cells) == 2 + 2 * 2 * 2
+    assert len({path for cell in cells for path in (cell.file, cell.said)}) == 2 * len(cells)
     for cell in cells[2:]:
         recipe, seed = cell.recipe, cell.recipe.seed
         assert cell.name == f"{cell.label}-{recipe.budget.density:g}-seed{seed}"
