@@ -95,7 +95,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--density", type=float, nargs="+", default=[0.1, 0.05, 0.01, 0.001], help="kept share")
     add("--allocation", nargs="+", default=["uniform", "erk", "lamp"], help="of the density")
     add("--batch", type=int, nargs="+", default=[1, 64], help="images in a batch")
-    add("--runtime", nargs="+", choices=list(RUNTIMES), help="all that are installed when absent")
+    add(
+        "--runtime",
+        nargs="+",
+        choices=list(RUNTIMES),
+        help="some of these; all that are installed, but for AVX2 alone, when absent",
+    )
     add("--threads", type=int, default=1, help="CPU threads of each runtime")
     add("--rounds", type=int, default=10, help="interleaved rounds")
     add("--no-processes", action="store_true", help="start none for time to answer and memory")

@@ -127,8 +127,11 @@ class Network:
         kernels = kernels or _fastest()
         return self._loaded(partial(Executable, Plan(self.graph, kernels)), kernels, threads)
 
-    def forward(self, *, kernels: native.Kernels | None = None, threads: int = 1) -> Forward:
-        """The network ready to run in rows or blocks, as `executable`."""
+    def runner(self, *, kernels: native.Kernels | None = None, threads: int = 1) -> Forward:
+        """The network ready to run in rows or in blocks: `forward([images])`.
+
+        Args and errors are those of `executable`.
+        """
         kernels = kernels or _fastest()
         return self._loaded(partial(Forward, self.graph, kernels), kernels, threads)
 

@@ -18,7 +18,7 @@ from harprune.kernels.forward import Forward
 _TOGETHER = 256
 """Images that run in one go, and so bound the memory that an engine holds."""
 _SIZES = 8
-"""Sizes of image whose plans an engine keeps."""
+"""Sizes of image whose runners an engine keeps."""
 
 
 def load(path: str | Path, threads: int = 1) -> "Engine":
@@ -40,7 +40,7 @@ class Engine:
         threads: how many blocks, or groups of images, run at once.
         kernels: the instruction set; None takes the fastest there is.
 
-    Plans are made once for each size of image, and their memory is used again. Calls from several
+    Runners are made once for each size of image, and their memory is used again. Calls from several
     threads take turns.
     """
 
@@ -49,16 +49,20 @@ class Engine:
     ):
         if threads < 1:
             raise ValueError(f"threads = {threads} must be at least 1")
+        if kernels is not None and kernels.dtype != np.float32:
+            raise ValueError(
+                f"kernels {kernels.name} compute in {kernels.dtype}; give float32 ones"
+            )
         if network.output_shape[1:] != (1, 1):
             raise ValueError(
                 f"the network makes a map of {tuple(network.output_shape)}, not logits; "
                 "end it with a pooling or a linear layer"
             )
         self.network, self.threads, self._kernels = network, threads, kernels
-        self._plans: dict[tuple[int, int], Forward] = {}
+        self._runners: dict[tuple[int, int], Forward] = {}
         self._turn = threading.Lock()
-        plan = self._planned(*network.input_shape[1:])
-        plan.rows or plan.blocks  # noqa: B018 - made now, to raise now what stands against it
+        runner = self._runner(*network.input_shape[1:])
+        runner.rows or runner.blocks  # noqa: B018 - made now, to raise now what stands against it
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -75,12 +79,12 @@ class Engine:
         """
         images = self._checked(images)
         with self._turn:
-            plan = self._planned(*images.shape[2:])
+            runner = self._runner(*images.shape[2:])
             logits = np.empty((len(images), self.network.output_shape.channels), np.float32)
             together = max(_TOGETHER, self.threads * native.LANES)
             for first in range(0, len(images), together):
                 part = images[first : first + together]
-                (maps,) = plan.forward([part])
+                (maps,) = runner.forward([part])
                 logits[first : first + len(part)] = maps.reshape(len(part), -1)
         return logits
 
@@ -98,10 +102,10 @@ class Engine:
             )
         return np.ascontiguousarray(images)
 
-    def _planned(self, height: int, width: int) -> Forward:
+    def _runner(self, height: int, width: int) -> Forward:
         """The network ready for images of this size."""
         size = (height, width)
-        made = self._plans.pop(size, None)
+        made = self._runners.pop(size, None)
         if made is None:
             network = self.network
             if size != network.input_shape[1:]:
@@ -112,9 +116,9 @@ class Engine:
                         f"{tuple(network.output_shape)}, not logits; give "
                         f"{' x '.join(map(str, self.network.input_shape[1:]))}"
                     )
-            made = network.forward(threads=self.threads, kernels=self._kernels)
+            made = network.runner(threads=self.threads, kernels=self._kernels)
         # Last used, last to go.
-        self._plans[size] = made
-        while len(self._plans) > _SIZES:
-            del self._plans[next(iter(self._plans))]
+        self._runners[size] = made
+        while len(self._runners) > _SIZES:
+            del self._runners[next(iter(self._runners))]
         return made

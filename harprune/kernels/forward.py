@@ -66,9 +66,10 @@ class Forward:
     def rows(self) -> RowExecutable | None:
         """For few images or few weights; None for a graph whose maps do not go in rows."""
         try:
-            return self._loaded(RowExecutable(self.graph, self.kernels, **self._options))
+            made = RowExecutable(self.graph, self.kernels, **self._options)
         except ValueError:
             return None
+        return self._loaded(made)
 
     @cached_property
     def blocks(self) -> Executable:

@@ -301,7 +301,8 @@ class RowExecutable:
         taps_y, taps_x = _taps(window, 0), _displacements(window, read.shape.width, shape.width)
         below = shape.height - 1 + taps_y.max() - (read.shape.height - 1)
         read.border = max(read.border, int(-taps_y.min()), int(below))
-        read.margin = max(read.margin, lanes * (2 + max(map(abs, taps_x), default=0) // lanes))
+        beyond = max(map(abs, taps_x), default=0) // lanes + max(0, out.vectors - read.vectors)
+        read.margin = max(read.margin, lanes * (2 + beyond))
         step = RowStep("convolve", shape, Part(read), Part(out), node=node, taps=taps_x)
         step.vectors = ("", f"{node.name}/bias")
         return step

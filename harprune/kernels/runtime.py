@@ -313,7 +313,7 @@ def aligned(shape: tuple[int, int]) -> np.ndarray:
 
     Where there are enough they ask for large pages: a filter's kept weights read from as many
     places as there are weights, more than a core keeps translations of small pages for. Fewer come
-    from NumPy, so that an address sanitizer sees where they end.
+    from NumPy, so that an address sanitizer sees where they end, to within a line.
     """
     size = shape[0] * shape[1]
     if size < _LARGE_PAGE:

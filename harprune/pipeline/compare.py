@@ -2,9 +2,9 @@
 """A grid of methods, densities and seeds on one recipe: each cell an ordinary run, then one table.
 
 A cell is a process that repeats `harprune run` on a recipe written down for it, so it resumes, a
-finished one costs nothing, and one that fails takes no other with it. The standard library's pool
-keeps so many at work; on several machines that share a folder, the same command on each is enough,
-since a run folder can be in one process's hands only.
+finished one costs nothing, and one that fails takes no other with it. On several machines the same
+command on each is enough, where they share the folder under the same path and its file locks: a run
+folder can be in one process's hands only.
 """
 
 import copy
@@ -14,22 +14,28 @@ import sys
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
-from harprune.files import to_json, write
+from harprune.files import write
 from harprune.pipeline import checks
 from harprune.pipeline.console import Console
-from harprune.pipeline.recipe import Recipe, Section, as_toml, make_recipe
-from harprune.pipeline.run import in_use
-from harprune.reporting.comparison import write_comparison
+from harprune.pipeline.recipe import (
+    Recipe,
+    Section,
+    as_toml,
+    changes,
+    make_recipe,
+    overridden,
+)
+from harprune.pipeline.run import IN_USE, in_use
+from harprune.reporting.comparison import DENSE, write_comparison
 
-_PAUSE = 2.0
-"""Seconds between two looks at a folder that another process works in."""
+_PAUSE = 0.5
+"""Seconds between two looks at what is going on."""
 
 
 class Grid(Section):
@@ -45,15 +51,16 @@ class Grid(Section):
     """Fractions of the weights to keep."""
     seeds: list[int] = Field([0], min_length=1)
     """Each has a dense network of its own, unless the recipe names weights."""
-    baseline: str | None = None
-    """The method against which the others are tested, image by image."""
     common: dict[str, Any] = Field(default_factory=dict)
     """Keys of a recipe for all cells, over those of the base."""
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
     """By the name in the table: keys of a recipe for its cells, over all others.
 
-    With `pretrain.epochs = 0` a method starts from random weights, not from the dense network.
+    With `pretrain.epochs = 0` a method starts from random weights, not from the dense network. That
+    one is everybody's, so nothing else of `pretrain` can be a method's own.
     """
+    baseline: str | None = None
+    """The method against which the others are tested, image by image."""
 
     @field_validator("densities", "seeds")
     @classmethod
@@ -61,6 +68,28 @@ class Grid(Section):
         if len(set(values)) < len(values):
             raise ValueError("must not name a value twice")
         return values
+
+    @field_validator("methods")
+    @classmethod
+    def _own(cls, methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for label, keys in methods.items():
+            if label == DENSE:
+                raise ValueError(
+                    f"{DENSE!r} is the network all start from; name the method otherwise"
+                )
+            if "weights" in keys.get("model", {}):
+                raise ValueError(f"{label}: model.weights are the grid's; give them in common")
+            if keys.get("pretrain", {"epochs": 0}) != {"epochs": 0}:
+                raise ValueError(f"{label}: of pretrain only epochs = 0 can be a method's own")
+        return methods
+
+    @field_validator("baseline")
+    @classmethod
+    def _known(cls, baseline: str | None, info: ValidationInfo) -> str | None:
+        methods = info.data.get("methods", {})
+        if baseline is not None and methods and baseline not in methods:
+            raise ValueError(f"{baseline!r} is no method here; choose one of {', '.join(methods)}")
+        return baseline
 
 
 @dataclass(frozen=True)
@@ -87,8 +116,10 @@ class Cell:
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do for it."""
-        last = "dense.safetensors" if self.until == "pretrain" else "report/report.json"
-        return (self.folder / last).exists()
+        # A report may also be of an unfinished run.
+        last = ("attack/finetuned/evaluation.json", "report/report.json")
+        files = ("dense.safetensors",) if self.until == "pretrain" else last
+        return all((self.folder / file).exists() for file in files)
 
 
 def read_grid(path: str | Path) -> Grid:
@@ -123,42 +154,61 @@ def cells_of(path: str | Path, out: str | Path, overrides: Sequence[str] = ()) -
         ValueError: the grid, its base or one of the recipes is at fault.
     """
     grid, out = read_grid(path), Path(out)
+    _require_free_axes(overrides)
     base = Path(path).parent / grid.base
     try:
         content = tomllib.loads(base.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"base = {grid.base!r} of {path} cannot be read: {error}") from None
-    shared = _over(content, grid.common)
-    given = make_recipe(shared, overrides, source=str(path))
-    made = []
+    content = _over(content, grid.common)
+    shared = overridden(content, overrides)
+    given = make_recipe(shared, source=str(path))
+    made: dict[str, Cell] = {}
 
-    def add(name: str, label: str, changes: Mapping[str, Any], until: str, needs=None) -> None:
-        recipe = make_recipe(_over(shared, changes), overrides, source=f"{path}, {label}")
+    def add(name: str, label: str, content: dict[str, Any], until: str, needs=None) -> None:
+        recipe = make_recipe(content, source=f"{path}, {label}")
         checks.check(recipe, weights_follow=needs is not None)
-        made.append(Cell(name, label, recipe, out / name, until, needs))
+        if name in made:
+            raise ValueError(
+                f"{path}: two cells would be called {name!r}; let the names of methods differ in "
+                "letters or digits, and densities in six digits"
+            )
+        made[name] = Cell(name, label, recipe, out / name, until, needs)
 
     if given.model.weights is None:
         for seed in grid.seeds:
             name = f"dense-seed{seed}"
-            add(name, "dense", {"name": name, "seed": seed}, "pretrain")
+            add(name, DENSE, _over(shared, {"name": name, "seed": seed}), "pretrain")
     for seed in grid.seeds:
         dense = None if given.model.weights else out / f"dense-seed{seed}"
-        # The dense network of a seed is attacked once, in its first cell.
+        # The dense network of a seed is attacked once, in the first cell that starts from it.
         first = given.attack.dense
         for density in grid.densities:
-            for label, changes in grid.methods.items():
-                name = f"{label.replace('/', '-').replace(' ', '-')}-{density:g}-seed{seed}"
-                own = {"name": name, "seed": seed, "budget": {"density": density}}
-                anew = changes.get("pretrain", {}).get("epochs") == 0
-                own["attack"] = {"dense": first and not anew}
+            for label, keys in grid.methods.items():
+                own = overridden(_over(content, keys), overrides)
+                anew = make_recipe(own, source=f"{path}, {label}").pretrain.epochs == 0
+                name = f"{_file_name(label)}-{density:g}-seed{seed}"
+                point = {"name": name, "seed": seed, "budget": {"density": density}}
+                point["attack"] = {"dense": first and not anew}
                 if anew:
-                    own["model"] = {"weights": None}
+                    point["model"] = {"weights": None}
                 elif dense is not None:
-                    own["model"] = {"weights": str(dense / "dense.safetensors")}
+                    point["model"] = {"weights": str(dense / "dense.safetensors")}
                 needs = None if dense is None or anew else dense.name
-                add(name, label, _over(changes, own), "report", needs)
+                add(name, label, _over(own, point), "report", needs)
                 first = first and anew
-    return made
+    return list(made.values())
+
+
+def _require_free_axes(overrides: Sequence[str]) -> None:
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if key in ("name", "seed", "budget.density"):
+            raise ValueError(f"--set {text!r}: the grid says this for each cell; change it there")
+
+
+def _file_name(label: str) -> str:
+    return "".join(c if c.isalnum() or c in "+._" else "-" for c in label)
 
 
 def compare(
@@ -173,116 +223,158 @@ def compare(
 
     Args:
         command: what makes this comparison again.
-        jobs: processes at work at a time.
+        jobs: processes at work at a time; each takes `execution.threads` of the recipe.
 
     Returns the comparison, with `failed`: why a cell is missing, by its name.
 
     Raises:
-        ValueError: see `cells_of`; or no cell was finished.
+        ValueError: see `cells_of`; a cell's folder holds a run of another recipe; or no cell was
+            finished.
     """
     if jobs < 1:
         raise ValueError(f"jobs = {jobs} must be at least 1")
     grid, cells = read_grid(path), cells_of(path, out, overrides)
+    for cell in cells:
+        _require_same_recipe(cell)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    console = Console(out / "log.txt")
-    failed = _run_all(cells, jobs, console, out / "seconds.json")
+    failed = _run_all(cells, jobs, Console(out / "log.txt"), out / "times.jsonl")
     points = [cell for cell in cells if cell.until == "report"]
     done = [cell for cell in points if cell.finished and cell.name not in failed]
     if not done:
-        first = next(iter(failed.items()))
-        raise ValueError(f"no cell was finished; the first, {first[0]}: {first[1]}")
-    seconds = _read_seconds(out / "seconds.json")
+        name, why = next(iter(failed.items()))
+        raise ValueError(f"no cell was finished; the first, {name}: {why}")
+    baseline = grid.baseline if grid.baseline in {cell.label for cell in done} else None
+    seconds = _seconds(out / "times.jsonl")
     return write_comparison(
         [cell.folder for cell in done],
         out / "comparison.md",
         title=grid.title,
         note=grid.note,
         command=command,
-        baseline=grid.baseline,
+        baseline=baseline,
         labels=[cell.label for cell in done],
         seconds=[seconds.get(cell.name) for cell in done],
         failed=failed,
     )
 
 
-def _run_all(cells: Sequence[Cell], jobs: int, console: Console, clock: Path) -> dict[str, str]:
+def _require_same_recipe(cell: Cell) -> None:
+    """A finished cell is not opened again, so the grid may have changed since."""
+    record = cell.folder / "recipe.json"
+    if cell.finished and record.exists():
+        held = Recipe.model_validate_json(record.read_text()).model_dump(mode="json")
+        wanted = cell.recipe.model_dump(mode="json")
+        # Which cell attacks the dense network depends on the order of the methods.
+        held["attack"]["dense"] = wanted["attack"]["dense"]
+        later = ("budget", "method", "prune", "finetune", "attack")
+        for section in later if cell.until == "pretrain" else ():
+            held[section] = wanted[section]
+        differing = list(changes(held, wanted))
+        if differing:
+            raise ValueError(
+                f"{cell.folder} holds a run of another recipe ({'; '.join(differing[:3])}"
+                f"{'; ...' if len(differing) > 3 else ''}); remove it or choose another --out"
+            )
+
+
+@dataclass
+class _Work:
+    """A cell's process."""
+
+    cell: Cell
+    process: subprocess.Popen
+    started: float
+
+
+def _run_all(cells: Sequence[Cell], jobs: int, console: Console, times: Path) -> dict[str, str]:
     """Run what is not finished; why a cell failed, by its name."""
-    waiting = [cell for cell in cells if not cell.finished]
-    failed: dict[str, str] = {}
-    done = {cell.name for cell in cells if cell.finished}
-    working: dict[Future, Cell] = {}
-    with console.bar("cells", len(cells)) as bar, ThreadPoolExecutor(jobs) as pool:
-        bar.update(len(done))
-        while waiting or working:
-            for cell in _ready(waiting, done, failed)[: jobs - len(working)]:
-                waiting.remove(cell)
-                if cell.needs in failed:
+    waiting, failed, working = list(cells), {}, []
+    said = False
+    try:
+        with console.bar("cells", len(cells)) as bar:
+            while waiting or working:
+                # Others may have finished some: runs before, or another machine.
+                waiting = [cell for cell in waiting if not cell.finished]
+                open_ = {cell.name for cell in [*waiting, *(work.cell for work in working)]}
+                ready = [cell for cell in waiting if cell.needs not in open_]
+                for cell in [cell for cell in ready if cell.needs in failed]:
+                    waiting.remove(cell)
+                    ready.remove(cell)
                     failed[cell.name] = f"{cell.needs} failed"
-                    continue
-                console.say(f"{cell.name}: starts")
-                working[pool.submit(_run_one, cell)] = cell
-            bar.update(len(done) + len(failed), ", ".join(c.name for c in working.values()))
-            if not working:
-                # The rest is in other processes' hands, or has just been given up.
-                if waiting and not _ready(waiting, done, failed):
+                free = [cell for cell in ready if not in_use(cell.folder)]
+                for cell in free[: jobs - len(working)]:
+                    waiting.remove(cell)
+                    console.say(f"{cell.name}: starts")
+                    try:
+                        working.append(_begin(cell, times))
+                    except OSError as error:  # a full disk, no memory for a process
+                        failed[cell.name] = str(error)
+                if waiting and not working and not free and not said:
+                    console.say(f"{waiting[0].folder} is in other hands; waiting for it")
+                    said = True
+                names = ", ".join(work.cell.name for work in working)
+                bar.update(len(cells) - len(waiting) - len(working), names)
+                if working or waiting:
                     time.sleep(_PAUSE)
-                    done |= {cell.name for cell in waiting if cell.finished}
-                    waiting = [cell for cell in waiting if cell.name not in done]
-                continue
-            ended, _ = wait(working, timeout=30.0, return_when=FIRST_COMPLETED)
-            for future in ended:
-                cell = working.pop(future)
-                fault, taken = future.result()
-                _add_seconds(clock, cell.name, taken)
-                if fault is None:
-                    done.add(cell.name)
-                    console.say(f"{cell.name}: finished after {taken:.0f} s")
-                elif in_use(cell.folder):
-                    waiting.append(cell)
-                else:
-                    failed[cell.name] = fault
-                    console.say(f"{cell.name}: failed: {fault}")
+                for work in [work for work in working if work.process.poll() is not None]:
+                    working.remove(work)
+                    fault = _end(work, times)
+                    if fault is None:
+                        console.say(f"{work.cell.name}: finished")
+                    elif in_use(work.cell.folder) or IN_USE in fault:
+                        waiting.append(work.cell)
+                    else:
+                        failed[work.cell.name] = fault
+                        console.say(f"{work.cell.name}: failed: {fault}")
+    finally:
+        for work in working:
+            work.process.terminate()
     return failed
 
 
-def _ready(waiting: Sequence[Cell], done: set[str], failed: Mapping[str, str]) -> list[Cell]:
-    """Cells that can start: what they need is settled, and no other process has them."""
-    settled = {None, *done, *failed}
-    return [cell for cell in waiting if cell.needs in settled and not in_use(cell.folder)]
-
-
-def _run_one(cell: Cell) -> tuple[str | None, float]:
-    """Run a cell to its end: what went wrong, if anything did, and the seconds it took."""
-    started = time.monotonic()
+def _begin(cell: Cell, times: Path) -> _Work:
     content = cell.recipe.model_dump(mode="json", exclude_unset=True)
     write(cell.file, "\n".join(as_toml(content)) + "\n")
+    _note(times, {"cell": cell.name})
     program = [sys.executable, "-m", "harprune", "run", str(cell.file), "--out", str(cell.folder)]
     with open(cell.said, "wb") as said:
-        ended = subprocess.run(
+        process = subprocess.Popen(
             [*program, "--until", cell.until], stdin=subprocess.DEVNULL, stdout=said, stderr=said
         )
-    return _fault(cell, ended.returncode), time.monotonic() - started
+    return _Work(cell, process, time.monotonic())
 
 
-def _fault(cell: Cell, code: int) -> str | None:
-    if code == 0:
+def _end(work: _Work, times: Path) -> str | None:
+    """What went wrong, if anything did."""
+    _note(times, {"cell": work.cell.name, "seconds": time.monotonic() - work.started})
+    code = work.process.returncode
+    if code == 0 or work.cell.finished:
         return None
     if code < 0:
         return f"its process was killed by signal {-code}, as for lack of memory"
-    lines = [line for line in cell.said.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("harprune: ") if lines else f"its process ended with {code}"
+    lines = work.cell.said.read_text(errors="replace").splitlines()
+    said = [line for line in lines if line.strip()]
+    return said[-1].removeprefix("harprune: ") if said else f"its process ended with {code}"
 
 
-def _read_seconds(clock: Path) -> dict[str, float]:
-    return json.loads(clock.read_text()) if clock.exists() else {}
+def _note(times: Path, entry: Mapping[str, Any]) -> None:
+    with open(times, "a") as file:  # one short line, which no other writer can part
+        file.write(json.dumps(entry) + "\n")
 
 
-def _add_seconds(clock: Path, name: str, taken: float) -> None:
-    """Count what a cell took, over all times that it was begun."""
-    seconds = _read_seconds(clock)
-    seconds[name] = seconds.get(name, 0.0) + taken
-    write(clock, to_json(seconds))
+def _seconds(times: Path) -> dict[str, float]:
+    """What each cell took, over all times it was begun; none where one was not seen to its end."""
+    begun: dict[str, int] = {}
+    taken: dict[str, list[float]] = {}
+    for line in times.read_text().splitlines() if times.exists() else ():
+        entry = json.loads(line)
+        name = entry["cell"]
+        if "seconds" in entry:
+            taken.setdefault(name, []).append(entry["seconds"])
+        else:
+            begun[name] = begun.get(name, 0) + 1
+    return {name: sum(all_) for name, all_ in taken.items() if len(all_) == begun.get(name)}
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

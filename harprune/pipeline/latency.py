@@ -77,7 +77,7 @@ def rows(
     """A row for each number of images and runtime, with `COLUMNS` and the circumstances.
 
     Args:
-        runtimes: some of `RUNTIMES`; all that are installed when absent.
+        runtimes: some of `RUNTIMES`; when absent, all that are installed but for AVX2 alone.
         processes: also start one for each runtime and batch, and note the seconds from importing
             the runtime to its first answer, and the peak memory.
 
@@ -120,7 +120,7 @@ def _batch(
         name: [own / repeats[name] for own in round_]
         for name, round_ in interleaved(calls, rounds).items()
     }
-    others = [name for name in made if name not in (OWN, OWN_AVX2)] or [OWN]
+    others = [name for name in made if name not in (OWN, OWN_AVX2)] or [next(iter(made))]
     reference = min(others, key=lambda name: statistics.median(taken[name]))
     for name, own in taken.items():
         found = summary(own, taken[reference])
@@ -348,5 +348,5 @@ def _started(
     )
     if done.returncode != 0:
         return None, None
-    seconds_, peak = done.stdout.split()
+    seconds_, peak = done.stdout.split()[-2:]
     return float(seconds_), int(peak)

@@ -329,13 +329,22 @@ def make_recipe(
     content: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe"
 ) -> Recipe:
     """A checked `Recipe` from nested values; see `read_recipe`."""
+    try:
+        return Recipe.model_validate(overridden(content, overrides))
+    except ValidationError as error:
+        raise ValueError(f"{source}: {_first_fault(error)}") from None
+
+
+def overridden(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Nested values with `section.key=value` put in, in a copy.
+
+    Raises:
+        ValueError: an override has another form.
+    """
     merged = copy.deepcopy(dict(content))
     for override in overrides:
         _override(merged, override)
-    try:
-        return Recipe.model_validate(merged)
-    except ValidationError as error:
-        raise ValueError(f"{source}: {_first_fault(error)}") from None
+    return merged
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

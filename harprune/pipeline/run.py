@@ -29,6 +29,8 @@ from harprune.pipeline.recipe import Recipe, as_toml, changes
 from harprune.training import checkpoint
 
 STAGES = ("pretrain", "prune", "finetune")
+IN_USE = "is in use by process"
+"""What the refusal of a folder says that another process works in."""
 # .NAME.xxxxxxxx of the files that a run writes, as `tempfile` draws it, or .tmpXXXXXX, as
 # safetensors does; and where they lie.
 _TEMPORARY = re.compile(
@@ -240,7 +242,7 @@ def _lock(path: Path):
         holder = file.read().strip() or "unknown"
         file.close()
         raise ValueError(
-            f"{path.parent} is in use by process {holder}; wait for it or choose another --out"
+            f"{path.parent} {IN_USE} {holder}; wait for it or choose another --out"
         ) from None
     file.truncate(0)
     file.write(str(os.getpid()))

@@ -89,7 +89,7 @@ def _pictures(out: Path, comparison: Mapping[str, Any]) -> Iterator[tuple[str, P
     least = min(row["density"] for row in rows)
     strategies = {r["configuration"]: r["layers"] for r in rows if r["density"] == least}
     picture = plots.to_svg(plots.strategies, strategies)
-    caption = f"{title}: densities per layer at {format_density(least)}"
+    caption = f"{title}: densities per layer at {format_density(least)}, first seed"
     yield "strategies", Plot(f"{out.stem}-strategies.svg", caption, picture)
 
 
@@ -306,7 +306,9 @@ def _paired(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
 
 
 def _reference(groups: Sequence[Group], density: float, baseline: str) -> Group | None:
-    found = [g for g in groups if baseline in (g.method, g.configuration) and g.density == density]
+    same = [group for group in groups if group.density == density]
+    found = [group for group in same if baseline == group.configuration]
+    found = found or [group for group in same if baseline == group.method]
     if len(found) > 1:
         names = ", ".join(group.configuration for group in found)
         raise ValueError(
@@ -416,7 +418,8 @@ def _rows_table(comparison: Mapping[str, Any]) -> Table:
 _COST = (
     "Multiply-adds of one image, as a share of the dense network's; forward and backward passes of "
     "single images while pruning and finetuning; and, where it is known, the wall-clock time of "
-    "the whole run with its attacks, in minutes, which depends on what else the machine did."
+    "the run with its attacks and without a dense network that it shares, in minutes, which "
+    "depends on what else the machine did."
 )
 
 

@@ -2,8 +2,8 @@
 """Regions of a model as torch modules: tensors in, tensors out, the kernels between.
 
 `FunctionRegion` is a fixed function, with a gradient to its inputs where one is wanted.
-`TrainingRegion` runs in
-training mode, batch norm included, and also gives the gradients to all weights.
+`TrainingRegion` runs in training mode, batch norm included, and also gives the gradients to all
+weights.
 """
 
 from collections.abc import Callable, Mapping

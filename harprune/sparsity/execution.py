@@ -227,8 +227,10 @@ class _FrozenLayer(Frozen):
             bias = shift if bias is None else bias * scale + shift
         dtype = dtype or weight.dtype
         layout = layout if weight.dim() == 4 else torch.contiguous_format
-        self.weight = weight.to(dtype, copy=True, memory_format=layout)
-        self.bias = None if bias is None else bias.to(dtype, copy=True)
+        # A copy where folding has not made one: the function must not follow the model's training.
+        own = norm is None
+        self.weight = weight.to(dtype, copy=own, memory_format=layout)
+        self.bias = None if bias is None else bias.to(dtype, copy=own)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.layer, nn.Linear):

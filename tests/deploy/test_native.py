@@ -15,6 +15,7 @@ from harprune.deploy import artifact
 from harprune.deploy.artifact import Values, save
 from harprune.deploy.network import Network
 from harprune.deploy.runtime import Engine
+from harprune.kernels.lists import NEARLY_DENSE
 from harprune.models import create_model
 from tests.kernels.test_memory_safety import sanitizer
 
@@ -121,6 +122,11 @@ def test_networks_of_the_field_give_the_same_bits(library, tmp_path, name):
 def test_dense_grouped_and_flattened_give_the_same_bits(library, tmp_path):
     for density in (1.0, 0.6, 0.3):
         same_bits(library, deployed(pruned(Branching(), density), side=20), tmp_path / "a.hpn")
+
+
+def test_both_sides_agree_on_what_is_nearly_dense():
+    source = (ROOT / "harprune" / "deploy" / "native" / "engine.c").read_text()
+    assert f"#define NEARLY_DENSE {NEARLY_DENSE} " in source
 
 
 def test_class_names_are_text(library, tmp_path):

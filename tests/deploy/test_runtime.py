@@ -159,32 +159,32 @@ def test_a_network_that_ends_in_a_map_is_refused():
         Engine(Network(graph, {}, {}, {}))
 
 
-def test_plans_of_few_sizes_are_kept(engine):
+def test_runners_of_few_sizes_are_kept(engine):
     sides = [32 + 8 * n for n in range(_SIZES + 3)]
     for side in sides:
         engine(images(1, 3, side, side))
-    assert list(engine._plans) == [(side, side) for side in sides[-_SIZES:]]
-    kept = engine._plans[sides[-1], sides[-1]]
+    assert list(engine._runners) == [(side, side) for side in sides[-_SIZES:]]
+    kept = engine._runners[sides[-1], sides[-1]]
     engine(images(1, 3, sides[-1], sides[-1]))
-    assert engine._plans[sides[-1], sides[-1]] is kept
+    assert engine._runners[sides[-1], sides[-1]] is kept
 
 
 @pytest.mark.parametrize("density, busy", [(0.02, False), (0.6, True)])
 def test_few_images_and_many_are_run_alike(density, busy):
     engine = Engine(deployed(pruned(create_model("resnet18", 10, width=8), density)))
-    (plan,) = engine._plans.values()
-    assert plan.busy is busy
+    (runner,) = engine._runners.values()
+    assert runner.busy is busy
     x = images(40)
     many = engine(x)
     for count in (1, 2, 15, 16, 33):
         assert np.abs(engine(x[:count]) - many[:count]).max() < 1e-5
-    assert ("blocks" in vars(plan)) is busy  # the layout that is not wanted is not made
+    assert ("blocks" in vars(runner)) is busy  # the layout that is not wanted is not made
 
 
 def test_memory_is_used_again():
     engine = Engine(deployed(pruned(create_model("resnet18", 10, width=8), 0.6)))
-    (plan,) = engine._plans.values()
-    executable = plan.blocks
+    (runner,) = engine._runners.values()
+    executable = runner.blocks
     engine(images(40))
     (memory,) = executable.plan.spare
     for count in (16, 40, 700):
@@ -289,3 +289,8 @@ def test_real_images_get_the_logits_of_the_masked_model(data_root, checkpoint_ro
         found = Engine(deployed(model), threads=threads)(x)
         assert np.abs(found - logits).max() < 1e-4
         assert np.array_equal(found.argmax(1), logits.argmax(1))
+
+
+def test_kernels_of_another_precision_are_refused(small):
+    with pytest.raises(ValueError, match="kernels float64 compute in float64; give float32 ones"):
+        Engine(deployed(small), kernels=native.named("float64"))

@@ -38,7 +38,7 @@ def convolutions(draw):
     """A layer, an image size that it fits, a batch and a density."""
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
     per_group = draw(st.sampled_from([1, 2, 3, 4, 5]))
-    filters = groups * draw(st.sampled_from([1, 2, 4, 7]))
+    filters = groups * draw(st.sampled_from([1, 2, 4, 7, 8, 19]))
     size, stride, dilation = (
         (draw(st.integers(1, most)), draw(st.integers(1, most))) for most in (5, 3, 2)
     )
@@ -171,7 +171,7 @@ def test_the_numpy_twin_agrees(layer):
 @st.composite
 def poolings(draw):
     """A node that pools, often by pairs as fast paths do, and the sides of its map."""
-    side, pairs = st.sampled_from([1, 2, 4, 8, 16, 32, 40]), draw(st.booleans())
+    side, pairs = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 16, 32, 40]), draw(st.booleans())
     if pairs:
         sides, window = (draw(side), draw(side)), Window((2, 2), (2, 2))
         sides = tuple(2 * n for n in sides)
@@ -331,6 +331,25 @@ def test_rows_give_the_same_bits_on_any_number_of_threads():
         assert all(np.array_equal(a, b) for o in others for a, b in zip(alone, o))
 
 
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("width, size, padding", [(16, 2, 1), (16, 1, 1), (8, 1, 9), (5, 3, 40)])
+def test_rows_may_become_longer(name, width, size, padding):
+    """With so much padding that whole vectors of an output row see none of the input's row."""
+    layer = {
+        "shape": (5, 3, size, size),
+        "groups": 1,
+        "window": Window((size, size), (1, 1), (1, padding)),
+        "sides": [4, width],
+        "images": 3,
+        "density": 0.7,
+        "rectify": False,
+        "seed": 7,
+    }
+    case = Case(native.named(name), layer)
+    (y,) = case.rows().forward([case.x.astype(case.kernels.dtype)])
+    assert near(y, case.y, tolerance(case.kernels))
+
+
 def forward_of(graph, weights, vectors):
     patterns = {name: Pattern(w.shape, np.flatnonzero(w)) for name, w in weights.items()}
     made = Forward(graph, native.best(), patterns, vectors)
@@ -353,11 +372,14 @@ def test_forward_passes_take_the_layout_that_is_faster(share, busy):
         for y, wanted in zip(made.forward(inputs), evaluate(graph, exact, weights, vectors)):
             assert near(y, wanted, 10 * tolerance(made.kernels))
     assert "rows" in vars(made) and ("blocks" in vars(made)) is busy
-    for name, w in weights.items():  # both layouts take the new values
-        made.load(name, 0.0 * w[w != 0])
-    inputs = [np.zeros((37, 6, 9, 7), np.float32)] * 2
-    for few, many in zip(made.forward([x[:3] for x in inputs]), made.forward(inputs)):
-        assert np.allclose(few, many[:3], atol=1e-6)
+    for name, w in weights.items():
+        w *= 2.0
+        made.load(name, w[w != 0])
+    for images in (3, 37):  # both layouts take the new values
+        some = [x[:images] for x in inputs]
+        exact = [x.astype(np.float64) for x in some]
+        for y, wanted in zip(made.forward(some), evaluate(graph, exact, weights, vectors)):
+            assert near(y, wanted, 10 * tolerance(made.kernels))
 
 
 def test_multiply_adds_count_at_every_position():
@@ -391,9 +413,31 @@ def test_memory_used_again_leaves_no_trace():
         assert all(np.array_equal(a, b) for a, b in zip(*results))
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_gradients_to_all_weights_over_rows_longer_than_a_span(name):
+    layer = {
+        "shape": (9, 2, 3, 3),
+        "groups": 1,
+        "window": Window((3, 3), (1, 1), (1, 1)),
+        "sides": [3, 131],
+        "images": 17,
+        "density": None,
+        "rectify": False,
+        "seed": 6,
+    }
+    case = Case(native.named(name), layer)
+    executable = case.executable(training=True)
+    _, _, memory = case.run(executable)
+    found = executable.weight_gradient("layer", memory, native.ALL).reshape(case.shape)
+    assert near(found, case.to_weight, tolerance(case.kernels) * case.to_weight.size**0.25)
+    if case.kernels.has_bf16:
+        low = executable.weight_gradient("layer", memory, native.ALL_BF16).reshape(case.shape)
+        assert near(low, case.to_weight, 2e-2) and not np.array_equal(low, found)
+
+
 def test_weight_gradients_do_not_depend_on_threads():
     layer = {
-        "shape": (14, 3, 3, 3),
+        "shape": (19, 3, 3, 3),
         "groups": 1,
         "window": Window((3, 3), (1, 1), (1, 1)),
         "sides": [12, 9],
@@ -406,6 +450,7 @@ def test_weight_gradients_do_not_depend_on_threads():
     for threads in (1, 2, 3):
         executable = case.executable(training=True, threads=threads)
         _, _, memory = case.run(executable)
-        results.append([executable.weight_gradient("layer", memory, w) for w in (0, 1)])
+        kinds = [native.KEPT, native.ALL, native.ALL_BF16][: 3 if case.kernels.has_bf16 else 2]
+        results.append([executable.weight_gradient("layer", memory, kind) for kind in kinds])
     for other in results[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(results[0], other))

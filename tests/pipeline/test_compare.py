@@ -105,6 +105,21 @@ def test_a_grid_runs_to_its_table_and_then_does_nothing(grid, command, here):
     assert artifacts(Path("out")) == before
 
 
+def test_a_grid_that_has_changed_is_refused(grid, command, here):
+    smaller(grid)
+    assert command("compare", grid, "--out", "out").code == 0
+    before = artifacts(Path("out"))
+    said = command("compare", grid, "--out", "out", "--set", "attack.size=12")
+    assert (
+        "out/harp-0.2-seed0 holds a run of another recipe (attack.size: 16 -> 12)" in said.refusal
+    )
+    said = command("compare", grid, "--out", "out", "--set", "seed=3")
+    assert "--set 'seed=3': the grid says this for each cell" in said.refusal
+    (Path("out") / "harp-0.2-seed0/attack/finetuned/evaluation.json").unlink()
+    assert command("compare", grid, "--out", "out").code == 0  # attacked again, and only that
+    assert artifacts(Path("out")) == before
+
+
 @pytest.mark.slow
 def test_a_killed_grid_goes_on(grid, here):
     call = [sys.executable, "-m", "harprune", "compare", str(grid), "--out", "out", "--jobs", "2"]
@@ -151,6 +166,11 @@ def test_a_cell_in_other_hands_is_waited_for(grid, command, here, monkeypatch):
         ("seeds = [0, 1]", "seed = 1", "unknown key 'seed'; the keys are title, note, base"),
         ('name = "harp"', 'name = "harq"', "method.name = 'harq' is unknown"),
         ("gamma = 0.1", "gama = 0.1", "gama"),
+        ('baseline = "one-shot"', 'baseline = "two-shot"', "choose one of harp, one-shot"),
+        ("[methods.one-shot]", "[methods.dense]", "'dense' is the network all start from"),
+        ("[0.3, 0.2]", "[0.3, 0.30000001]", "two cells would be called 'harp-0.3-seed0'"),
+        ('budget.allocation = "lamp"', "pretrain.epochs = 3", "of pretrain only epochs = 0"),
+        ('budget.allocation = "lamp"', 'model.weights = "x"', "model.weights are the grid's"),
         ("finetune.epochs", "finetune.epoch", "unknown key 'finetune.epoch'"),
         ("[0.3, 0.2]", "[0.3, 1.5]", "budget.density = 1.5"),
     ],

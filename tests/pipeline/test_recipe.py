@@ -10,15 +10,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harprune.pipeline import build, checks
+from harprune.pipeline.compare import cells_of
 from harprune.pipeline.recipe import Recipe, as_toml, changes, describe, make_recipe, read_recipe
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml"))
+HERE = Path(__file__).parents[2] / "recipes"
+GRIDS = sorted((HERE / "compare").glob("*.toml"))
+RECIPES = sorted(set(HERE.rglob("*.toml")) - set(GRIDS))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_of_the_repository_is_accepted(path, tmp_path):
     (tmp_path / "dense.safetensors").touch()  # most prune what another recipe has trained
     checks.check(read_recipe(path, [f"model.weights={tmp_path / 'dense.safetensors'}"]))
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_every_grid_of_the_repository_compares_at_the_same_cost(path, tmp_path):
+    cells = cells_of(path, tmp_path)
+    dense = next(cell.recipe.pretrain.epochs for cell in cells if cell.until == "pretrain")
+    for cell in cells:
+        r = cell.recipe
+        spent = r.prune.epochs + r.finetune.epochs
+        if cell.until == "report":
+            assert spent + (dense if cell.needs else 0) == 72
 
 
 def test_methods_are_compared_at_the_same_cost():

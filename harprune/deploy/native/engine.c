@@ -12,7 +12,7 @@ const struct kernels *harprune_kernels(const char *name);
 
 #define NUMBER ((int64_t)sizeof(float))
 #define QUAD 4
-#define NEARLY_DENSE 0.5  /* as in kernels/lists.py */
+#define NEARLY_DENSE 0.6  /* as in kernels/lists.py */
 #define CACHE (1280 * 1024) /* as in kernels/runtime.py */
 #define COPY (-1)
 
