@@ -62,7 +62,7 @@ class Engine:
         self._runners: dict[tuple[int, int], Forward] = {}
         self._turn = threading.Lock()
         runner = self._runner(*network.input_shape[1:])
-        runner.rows or runner.blocks  # noqa: B018 - made now, to raise now what stands against it
+        runner.for_few  # noqa: B018 - made now, to raise now what stands against it
 
     @property
     def classes(self) -> tuple[str, ...]:

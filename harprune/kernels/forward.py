@@ -15,10 +15,17 @@ from harprune.kernels.runtime import Executable
 
 BUSY = 0.15
 """Share of multiply-adds from which blocks are as fast as rows, for whole blocks."""
+SMALL = 16
+"""Positions of a map up to which blocks are faster than rows, for whole blocks."""
+TOGETHER = 64
+"""Images that a thread takes through rows before they go on in blocks."""
 
 
 class Forward:
     """A graph with weights in both layouts; each is made when it is first wanted.
+
+    A few images run in rows. Whole blocks run in rows as long as maps are large, then in blocks; a
+    graph that keeps many of its weights runs in blocks from the start.
 
     Args:
         graph: what to compute.
@@ -40,6 +47,7 @@ class Forward:
         self.graph, self.kernels, self.patterns, self.vectors = graph, kernels, patterns, vectors
         self.threads = threads
         self._values: dict[str, np.ndarray] = {}
+        self._made: list[tuple[set[str], RowExecutable | Executable]] = []
 
     def load(self, name: str, kept: np.ndarray) -> None:
         """Take the values of the kept weights of layer `name`, in ascending position.
@@ -47,36 +55,55 @@ class Forward:
         The array must not change afterwards: a layout that is made later reads it then.
         """
         self._values[name] = kept
-        for layout in ("rows", "blocks"):
-            made = vars(self).get(layout)
-            if made is not None:
+        for names, made in self._made:
+            if name in names:
                 made.load(name, kept)
 
     def forward(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The outputs for `inputs`, contiguous [images, ...] arrays of the kernels' dtype."""
-        if (len(inputs[0]) < LANES or not self.busy) and self.rows is not None:
-            return self.rows.forward(inputs)
-        outputs, memory = self.blocks.forward(inputs)
-        self.blocks.release(memory)
-        # The largest memory serves smaller batches too.
-        del self.blocks.plan.spare[:-1]
+        images = len(inputs[0])
+        stages = self.for_few if images < LANES else self.for_blocks
+        if len(stages) == 1:
+            return _run(stages[0], inputs)
+        shapes = [self.graph.shapes[v] for v in self.graph.outputs]
+        outputs = [np.empty((images, *shape), self.kernels.dtype) for shape in shapes]
+        together = TOGETHER * self.threads
+        for first in range(0, images, together):
+            some = slice(first, first + together)
+            values = [array[some] for array in inputs]
+            for stage in stages:
+                values = _run(stage, values)
+            for output, value in zip(outputs, values):
+                output[some] = value
         return outputs
 
     @cached_property
-    def rows(self) -> RowExecutable | None:
-        """For few images or few weights; None for a graph whose maps do not go in rows."""
+    def for_few(self) -> list[RowExecutable | Executable]:
+        """What runs one after the other on less than a block of images."""
+        rows = self._rows(self.graph)
+        return [rows] if rows is not None else self.for_blocks
+
+    @cached_property
+    def for_blocks(self) -> list[RowExecutable | Executable]:
+        """What runs one after the other on 16 images or more."""
+        first = 0 if self.busy else self._first_small
+        large, small = self.graph.parted(first)
+        rows = self._rows(large) if large.nodes else None
+        if rows is None:
+            return [self._blocks(self.graph)]
+        return [rows, self._blocks(small)] if small.nodes else [rows]
+
+    def _rows(self, graph: Graph) -> RowExecutable | None:
+        """None for a graph whose maps do not go in rows."""
         try:
-            made = RowExecutable(self.graph, self.kernels, **self._options)
+            return self._loaded(graph, RowExecutable(graph, self.kernels, **self._options))
         except ValueError:
             return None
-        return self._loaded(made)
 
-    @cached_property
-    def blocks(self) -> Executable:
-        """For whole blocks of 16 images."""
-        return self._loaded(Executable(Plan(self.graph, self.kernels), **self._options))
+    def _blocks(self, graph: Graph) -> Executable:
+        return self._loaded(graph, Executable(Plan(graph, self.kernels), **self._options))
 
-    @cached_property
+    @property
     def busy(self) -> bool:
         """Whether so many multiply-adds are left that whole blocks are no slower than rows."""
         kept = total = 0
@@ -89,10 +116,34 @@ class Forward:
         return kept > BUSY * total
 
     @property
+    def _first_small(self) -> int:
+        """The node from which on all convolutions make small maps."""
+        first = len(self.graph.nodes)
+        for number, node in reversed(list(enumerate(self.graph.nodes))):
+            if isinstance(node, Convolution):
+                _, height, width = self.graph.shapes[node.out]
+                if height * width > SMALL:
+                    break
+                first = number
+        return first
+
+    @property
     def _options(self) -> dict:
         return {"patterns": self.patterns, "vectors": self.vectors, "threads": self.threads}
 
-    def _loaded(self, made):
-        for name, kept in self._values.items():
-            made.load(name, kept)
+    def _loaded(self, graph: Graph, made):
+        names = {node.name for node in graph.nodes if isinstance(node, Convolution)}
+        for name in names & self._values.keys():
+            made.load(name, self._values[name])
+        self._made.append((names, made))
         return made
+
+
+def _run(stage: RowExecutable | Executable, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    if isinstance(stage, RowExecutable):
+        return stage.forward(inputs)
+    outputs, memory = stage.forward(inputs)
+    stage.release(memory)
+    # The largest memory serves smaller batches too.
+    del stage.plan.spare[:-1]
+    return outputs

@@ -126,3 +126,17 @@ class Graph:
             for source in node.sources:
                 readers[source].append(node)
         return readers
+
+    def parted(self, first: int) -> tuple["Graph", "Graph"]:
+        """The nodes before number `first`, and from there on; what the latter read goes between.
+
+        Values keep their numbers.
+        """
+        before, after = self.nodes[:first], self.nodes[first:]
+        made = {node.out for node in after}
+        wanted = [source for node in after for source in node.sources] + self.outputs
+        between = list(dict.fromkeys(value for value in wanted if value not in made))
+        return (
+            Graph(self.shapes, before, self.inputs, between),
+            Graph(self.shapes, after, between, self.outputs),
+        )

@@ -15,6 +15,8 @@ from harprune.kernels.graph import Convolution, Shape
 
 QUAD = 4
 """Filters that walk one list together where a layer is nearly dense."""
+REACHES = 9
+"""Parts of a small map that a weight may reach: REACHES of blocks.h."""
 NEARLY_DENSE = 0.6
 """Density from which a layer runs as a dense one; measured by bench/attack.py."""
 
@@ -71,13 +73,26 @@ def sift(weight: np.ndarray) -> tuple[Pattern, np.ndarray]:
 
 @dataclass(eq=False)
 class List:
-    """`struct list` of blocks.h: `order` says which of the layer's weights stands where."""
+    """`struct list` of blocks.h: `order` says which of the layer's weights stands where.
+
+    With `reaches` each filter has REACHES ranges, else one.
+    """
 
     starts: np.ndarray
     offsets: np.ndarray
     order: np.ndarray | None
     width: int
     values: np.ndarray
+    reaches: bool = False
+
+    @cached_property
+    def ascending(self) -> np.ndarray:
+        """The offsets of the kept weights in ascending position, where each stands once."""
+        if self.order is None:
+            return self.offsets
+        offsets = np.empty_like(self.offsets)
+        offsets[self.order] = self.offsets
+        return offsets
 
     def fill(self, weights: np.ndarray) -> None:
         """Take present values: the kept ones in ascending position, or all, as `order` indexes."""
@@ -105,19 +120,72 @@ def window_offsets(node: Convolution, channels: int, memory: Strides) -> np.ndar
     return (planes[:, None, None] + rows[:, None] + columns).ravel().astype(np.int32)
 
 
-def forward_list(node: Convolution, pattern: Pattern, memory: Strides, dtype) -> List:
-    """The list of `node` over its input's map."""
-    channels = pattern.shape[1]
+def small_reach(first, step, read, made, channels: int, largest: int) -> np.ndarray | None:
+    """What the places of a filter reach of an output that is one tile: REACHES of blocks.h.
+
+    Args:
+        first: for each tap, the input position that output position 0 reads; this and the next as
+            (rows, columns).
+        step: from one output position's input to the next one's.
+        read, made: positions of the input and of the output.
+        largest: positions of a tile.
+
+    Returns:
+        For each place a number below REACHES; None where a tap reaches something else.
+    """
+    if tuple(made) not in ((2, 2), (4, 4)) or made[0] * made[1] > largest:
+        return None
+    sides = []
+    for taps, stride, among, many in zip(first, step, read, made):
+        low = np.maximum(0, -(taps // stride))
+        high = np.minimum(many, (among - 1 - taps) // stride + 1)
+        side = np.full(len(taps), -1)
+        for kind, (begin, end) in enumerate(((1, many), (0, many), (0, many - 1))):
+            side[(low == begin) & (high == end)] = kind
+        if (side < 0).any():
+            return None
+        sides.append(side)
+    return np.tile((3 * sides[0][:, None] + sides[1]).ravel(), channels)
+
+
+def forward_list(
+    node: Convolution,
+    pattern: Pattern,
+    shape: Shape,
+    memory: Strides,
+    dtype,
+    largest: int = 0,
+) -> List:
+    """The list of `node` over its input's map, of `shape`.
+
+    Where the output has `largest` positions or fewer, it may be by what weights reach of it.
+    """
+    channels, window = pattern.shape[1], node.window
     table = window_offsets(node, channels, memory)
     if pattern.index is None and node.groups == 1 and pattern.filters % QUAD == 0:
         order = np.arange(pattern.filters * pattern.window).reshape(pattern.filters, -1)
         return _quads(table, order, dtype)
     filters, places = pattern.filter_and_place
     offsets = table[places]
+    first = [np.arange(k) * d - p for k, d, p in zip(window.size, window.dilation, window.padding)]
+    made = window.over(shape.height, shape.width)
+    reach = small_reach(first, window.stride, shape[1:], made, channels, largest)
     if node.groups > 1:
         group = filters // (pattern.filters // node.groups)
         offsets = offsets + group * np.int32(channels * memory.plane)
+    if reach is not None:
+        key = filters * REACHES + reach[places]
+        return _ordered(key, pattern.filters * REACHES, offsets, dtype, reaches=True)
     return List(pattern.starts, offsets, None, 1, np.empty(len(offsets), dtype))
+
+
+def _ordered(key: np.ndarray, many: int, offsets: np.ndarray, dtype, *, reaches: bool) -> List:
+    """Entries by their key below `many`, and by their position where that is the same."""
+    # Sixteen bits where they do, for numpy then sorts by radix.
+    order = np.argsort(key.astype(np.uint16 if many <= 65536 else np.int64), kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(key, minlength=many))]).astype(np.int64)
+    offsets = offsets[order].astype(np.int32)
+    return List(starts, offsets, order, 1, np.empty(len(order), dtype), reaches)
 
 
 @dataclass(frozen=True)
@@ -130,9 +198,16 @@ class Phase:
 
 
 def transposed_list(
-    node: Convolution, pattern: Pattern, shape: Shape, memory: Strides, dtype
+    node: Convolution,
+    pattern: Pattern,
+    shape: Shape,
+    memory: Strides,
+    dtype,
+    largest: int = 0,
 ) -> tuple[List, list[Phase]]:
     """The list of the gradient to the input over the map of the output's gradient.
+
+    Where a phase has `largest` positions or fewer, it may be by what weights reach of it.
 
     With a stride, positions of the input fall into phases that see different taps; the list holds
     the filters (= input channels) of one phase after those of another.
@@ -161,12 +236,15 @@ def transposed_list(
     key = key_of_place[places]
     if node.groups > 1:
         key = key + filters // per_group * channels
-    # Sixteen bits where they do, for numpy then sorts by radix.
-    order = np.argsort(key.astype(np.uint16 if many <= 65536 else np.int64), kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(key, minlength=many))])
+    reach = None
+    if shape.height % sy == 0 and shape.width % sx == 0:
+        read = node.window.over(shape.height, shape.width)
+        made = shape.height // sy, shape.width // sx
+        reach = small_reach((ups, acrosses), (1, 1), read, made, channels, largest)
+    if reach is not None:
+        key, many = key * REACHES + reach[places], many * REACHES
     offsets = offset_of_place[places] + filters * np.int64(memory.plane)
-    offsets = offsets[order].astype(np.int32)
-    return List(starts.astype(np.int64), offsets, order, 1, np.empty(len(order), dtype)), phases
+    return _ordered(key, many, offsets, dtype, reaches=reach is not None), phases
 
 
 def _quads(table: np.ndarray, order: np.ndarray, dtype) -> List:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 _PLACE = [("at", "i8"), ("plane", "i8"), ("row", "i8"), ("column", "i8")]
-_LIST = [("starts", "u8"), ("offsets", "u8"), ("values", "u8"), ("width", "i8")]
+_LIST = [("starts", "u8"), ("offsets", "u8"), ("values", "u8")]
+_LIST += [("width", "i8"), ("reaches", "i8")]
 STEP = np.dtype(
     [("kind", "i8")]
     + [(name, _PLACE) for name in ("in", "second", "out", "other")]
@@ -37,7 +38,7 @@ ROW_STEP = np.dtype(
     [("kind", "i8")]
     + [(name, _ROWS) for name in ("in", "out", "other")]
     + [(name, "i8") for name in ("has_other", "rectify", "channels", "height", "width")]
-    + [(name, "i8") for name in ("together", "lines", "vectors", "packed")]
+    + [(name, "i8") for name in ("stored", "together", "lines", "vectors", "packed")]
     + [(name, "u8") for name in ("masks", "starts", "offsets", "values")]
     + [("list_width", "i8"), ("displacements", "u8")]
     + [(name, "i8") for name in ("displaced", "whole", "in_vectors")]
@@ -73,6 +74,8 @@ ROW_KINDS = [
     "max_pool",
     "mean_pool",
 ]
+ROW_STORES = ["plain", "split", "max_pool"]
+"""How a convolution stores its sums: the kinds of the steps that it makes needless."""
 KEPT, ALL, ALL_BF16 = 0, 1, 2
 """Which gradients to weights `Kernels.gradient` computes."""
 

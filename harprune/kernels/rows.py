@@ -28,7 +28,7 @@ from harprune.kernels.graph import (
 )
 from harprune.kernels.lists import QUAD, List, Pattern
 from harprune.kernels.memory import place_maps
-from harprune.kernels.native import DISPLACEMENT, ROW_KINDS, ROW_STEP, Kernels
+from harprune.kernels.native import DISPLACEMENT, ROW_KINDS, ROW_STEP, ROW_STORES, Kernels
 from harprune.kernels.runtime import aligned, each
 
 GROUP = 8
@@ -150,7 +150,13 @@ class RowStep:
     node: Node | None = None
     stride: tuple[int, int] = (1, 1)
     taps: tuple[int, ...] = ()
+    stored: str = "plain"
+    sums: Map | None = None
     together: int = 1
+
+    def __post_init__(self):
+        # The map that the sums are laid out for: what is stored may be another.
+        self.sums = self.out and self.out.whole
 
     def maps(self) -> list[Map]:
         return [p.whole for p in (self.source, self.out, self.other) if p is not None]
@@ -249,6 +255,44 @@ class RowExecutable:
         for number, value in enumerate(self.graph.outputs, start=first):
             source = Part(self._read(value))
             self._steps.append(RowStep("unpack", shapes[value], source, external=number))
+        self._merge()
+
+    def _merge(self) -> None:
+        """Let convolutions store what the one step that reads them would make of it."""
+        makers = {step.out.whole: step for step in self._steps if step.kind == "convolve"}
+        readers: dict[Map, list[RowStep]] = {}
+        for step in self._steps:
+            for part in (step.source, step.other):
+                if part is not None:
+                    readers.setdefault(part.whole, []).append(step)
+        for step in list(self._steps):
+            maker = makers.get(step.source.whole) if step.source is not None else None
+            if maker and len(readers[maker.sums]) == 1 and self._merges(maker, step):
+                maker.stored, maker.out = step.kind, step.out
+                self._steps.remove(step)
+
+    def _merges(self, maker: RowStep, step: RowStep) -> bool:
+        """Whether `step` parts the map that `maker` makes into squares of two by two."""
+        if step.kind == "max_pool":
+            pairs = step.node.window == Window((2, 2), (2, 2))
+        else:
+            pairs = step.kind == "split" and step.stride == (2, 2)
+        if not pairs or self.patterns[maker.node.name].index is None:
+            return False
+        made = maker.sums
+        _, height, width = made.shape
+        # Rows of one vector become packed ones, so two of a parity fill a vector.
+        squares = made.vectors in (1, 2, 4) and height % (4 if made.vectors == 1 else 2) == 0
+        squares &= not made.packed and width == made.pitch == 2 * step.out.whole.pitch
+        return squares and self._reads_whole(maker, 1)
+
+    def _reads_whole(self, step: RowStep, width: int) -> bool:
+        """Whether each row of a convolution fits a tile for `width` filters, and is read as it is;
+        else a displaced sum takes a vector more."""
+        span = 1 << (step.sums.vectors - 1).bit_length()
+        short = span <= min(4, GROUP if width == 1 else self.kernels.tile // width)
+        short &= all(abs(tap) < self.kernels.lanes for tap in step.taps)
+        return short and step.source.whole.pitch == step.sums.pitch
 
     def _step(self, fused: Fused) -> None:
         main, shape = fused.main, self.graph.shapes[fused.out]
@@ -374,10 +418,11 @@ class RowExecutable:
             row[name] = (0, 0, 0, 0, 1) if part is None else part.place(self._size)
         row["has_other"], row["rectify"] = step.other is not None, step.rectify
         row["external"], row["together"] = step.external, step.together
-        if step.out is not None:
-            out = step.out.whole
-            row["lines"], row["vectors"], row["packed"] = out.lines, out.vectors, out.packed
-            row["masks"] = self._address(out.masks())
+        row["stored"] = ROW_STORES.index(step.stored)
+        if step.sums is not None:
+            sums = step.sums
+            row["lines"], row["vectors"], row["packed"] = sums.lines, sums.vectors, sums.packed
+            row["masks"] = self._address(sums.masks())
         if step.source is not None:
             row["in_vectors"] = step.source.whole.vectors
             _, row["in_height"], row["in_width"] = step.source.whole.shape
@@ -397,14 +442,10 @@ class RowExecutable:
 
     def _link_list(self, row: np.void, step: RowStep) -> None:
         name, pattern = step.node.name, self.patterns[step.node.name]
-        read, out, lanes = step.source.whole, step.out.whole, self.kernels.lanes
+        read, lanes = step.source.whole, self.kernels.lanes
         dense = pattern.index is None and step.node.groups == 1 and pattern.filters % QUAD == 0
         width = QUAD if dense else 1
-        # A row that fits a tile is read as it is; else a displaced sum takes a vector more.
-        span = 1 << (out.vectors - 1).bit_length()
-        short = span <= min(4, self.kernels.tile // width if dense else GROUP)
-        short &= all(abs(tap) < lanes for tap in step.taps)
-        row["whole"] = whole = short and read.pitch == out.pitch
+        row["whole"] = whole = self._reads_whole(step, width)
         made = _row_list(step, pattern, width, 0 if whole else lanes, self.kernels.dtype)
         self._lists[name] = made
         row["starts"], row["offsets"] = made.starts.ctypes.data, made.offsets.ctypes.data

@@ -17,9 +17,16 @@ from queue import SimpleQueue
 import numpy as np
 
 from harprune.kernels.graph import Convolution, MaxPool
-from harprune.kernels.lists import List, Pattern, forward_list, transposed_list, window_offsets
+from harprune.kernels.lists import (
+    REACHES,
+    List,
+    Pattern,
+    forward_list,
+    transposed_list,
+    window_offsets,
+)
 from harprune.kernels.memory import ALIGNMENT, View
-from harprune.kernels.native import GRADIENT, KEPT, KINDS, LANES, STEP
+from harprune.kernels.native import ALL, GRADIENT, KEPT, KINDS, LANES, STEP
 from harprune.kernels.plan import Plan, Step
 
 _CACHE = 1280 * 1024
@@ -94,12 +101,12 @@ class Executable:
         lists = self._transposed_lists if step.transposed else self._forward_lists
         if name not in lists:
             node, pattern, read = self._nodes[name], self.patterns[name], step.source.buffer
-            dtype = self.plan.kernels.dtype
+            kernels, shape = self.plan.kernels, self.plan.graph.shapes[node.sources[0]]
+            given = (node, pattern, shape, read.strides, kernels.dtype, kernels.tile)
             if step.transposed:
-                shape = self.plan.graph.shapes[node.sources[0]]
-                lists[name], _ = transposed_list(node, pattern, shape, read.strides, dtype)
+                lists[name], _ = transposed_list(*given)
             else:
-                lists[name] = forward_list(node, pattern, read.strides, dtype)
+                lists[name] = forward_list(*given)
         return lists[name]
 
     # Steps ----------------------------------------------------------------------------------
@@ -150,11 +157,13 @@ class Executable:
         kept, first = self._list(step), step.weights[1]
         if first % kept.width:
             raise ValueError(f"filter {first} does not start a group of {kept.width}")
+        begin = first * REACHES if kept.reaches else first // kept.width
         row["list"] = (
-            kept.starts[first // kept.width :].ctypes.data,
+            kept.starts[begin:].ctypes.data,
             kept.offsets.ctypes.data,
             kept.values.ctypes.data,
             kept.width,
+            kept.reaches,
         )
         read = step.source.buffer
         bytes_of_row = read.shape.channels * read.strides.row * self._size
@@ -276,19 +285,17 @@ class Executable:
         row["in"], row["out"] = source.place(self._size), gradient.place(self._size)
         row["height"], row["width"] = gradient.buffer.shape[1:]
         strides = source.buffer.strides
-        if which == KEPT:
-            kept = self._forward_lists[name]
-            starts, offsets = pattern.starts, kept.offsets
-            if kept.width != 1:
-                which, kept = 1, None
-        if which != KEPT:
+        kept, starts = self._forward_lists[name], pattern.starts
+        if which == KEPT and kept.width == 1:
+            offsets = kept.ascending
+            result = np.empty(len(offsets), self.plan.kernels.dtype)
+        else:
+            which = ALL if which == KEPT else which
             table = window_offsets(node, pattern.shape[1], strides)
             groups = np.arange(node.groups, dtype=np.int32) * (pattern.shape[1] * strides.plane)
-            offsets, starts = (groups[:, None] + table).astype(np.int32), pattern.starts
+            offsets = (groups[:, None] + table).astype(np.int32)
             row["per_group"], row["window"] = pattern.filters // node.groups, pattern.window
             result = np.empty(pattern.filters * pattern.window, self.plan.kernels.dtype)
-        else:
-            result = np.empty(len(offsets), self.plan.kernels.dtype)
         row["starts"], row["offsets"] = starts.ctypes.data, offsets.ctypes.data
         share = -(-pattern.filters // (8 * self.threads)) * 8
 

@@ -19,6 +19,8 @@ from harprune.deploy.runtime import _SIZES, Engine
 from harprune.kernels import graph as g
 from harprune.kernels import native
 from harprune.kernels.graph import Graph, Shape, Window
+from harprune.kernels.rows import RowExecutable
+from harprune.kernels.runtime import Executable
 from harprune.models import create_model, load_weights
 from harprune.sparsity import masks
 from harprune.sparsity.allocation import lamp
@@ -169,22 +171,22 @@ def test_runners_of_few_sizes_are_kept(engine):
     assert engine._runners[sides[-1], sides[-1]] is kept
 
 
-@pytest.mark.parametrize("density, busy", [(0.02, False), (0.6, True)])
-def test_few_images_and_many_are_run_alike(density, busy):
+@pytest.mark.parametrize("density, stages", [(0.02, 2), (0.6, 1)])
+def test_few_images_and_many_are_run_alike(density, stages):
     engine = Engine(deployed(pruned(create_model("resnet18", 10, width=8), density)))
     (runner,) = engine._runners.values()
-    assert runner.busy is busy
-    x = images(40)
+    x = images(150)
     many = engine(x)
-    for count in (1, 2, 15, 16, 33):
+    assert len(runner.for_blocks) == stages and isinstance(runner.for_blocks[-1], Executable)
+    for count in (1, 2, 15, 16, 33, 64, 81):
         assert np.abs(engine(x[:count]) - many[:count]).max() < 1e-5
-    assert ("blocks" in vars(runner)) is busy  # the layout that is not wanted is not made
+    assert isinstance(runner.for_few[0], RowExecutable)
 
 
 def test_memory_is_used_again():
     engine = Engine(deployed(pruned(create_model("resnet18", 10, width=8), 0.6)))
     (runner,) = engine._runners.values()
-    executable = runner.blocks
+    (executable,) = runner.for_blocks
     engine(images(40))
     (memory,) = executable.plan.spare
     for count in (16, 40, 700):

@@ -350,12 +350,90 @@ def test_rows_may_become_longer(name, width, size, padding):
     assert near(y, case.y, tolerance(case.kernels))
 
 
+def followed(sides, strided, dtype):
+    """conv -> + x -> ReLU, and what alone reads it: a convolution of stride two, or a pooling."""
+    rng, window = np.random.default_rng(8), Window((3, 3), (1, 1), (1, 1))
+    graph = Graph()
+    x, y, total, clipped = (graph.value(Shape(5, *sides)) for _ in range(4))
+    graph.nodes += [g.Convolution((x,), y, "first", window), g.Sum((y, x), total)]
+    graph.nodes.append(g.Rectifier((total,), clipped))
+    shapes = {"first": (5, 5, 3, 3)}
+    if strided:
+        window, shapes["second"] = Window((3, 3), (2, 2), (1, 1)), (7, 5, 3, 3)
+        out = graph.value(Shape(7, *window.over(*sides)))
+        graph.nodes.append(g.Convolution((clipped,), out, "second", window))
+    else:
+        window = Window((2, 2), (2, 2))
+        out = graph.value(Shape(5, *window.over(*sides)))
+        graph.nodes.append(g.MaxPool((clipped,), out, window))
+    graph.inputs, graph.outputs = [x], [out]
+    weights = {n: rng.standard_normal(s) * (rng.random(s) < 0.4) for n, s in shapes.items()}
+    weights = {name: w.astype(dtype) for name, w in weights.items()}
+    vectors = {
+        f"{n}/bias": rng.standard_normal(w.shape[0]).astype(dtype) for n, w in weights.items()
+    }
+    return graph, weights, vectors
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("strided", [True, False])
+@pytest.mark.parametrize("height", [2, 3, 4, 6, 12, 16])
+def test_a_convolution_stores_what_its_only_reader_makes_of_it(name, strided, height):
+    kernels, merged = native.named(name), set()
+    for width in (2, 4, 8, 15, 16, 24, 32, 48, 64, 80):
+        graph, weights, vectors = followed((height, width), strided, kernels.dtype)
+        executable = in_rows(graph, kernels, weights, vectors)
+        x = np.random.default_rng(9).standard_normal((5, 5, height, width)).astype(kernels.dtype)
+        (y,) = executable.forward([x])
+        (wanted,) = evaluate(graph, [x.astype(np.float64)], weights, vectors)
+        assert near(y, wanted, 10 * tolerance(kernels))
+        stored = {step.stored for step in executable._steps}
+        if stored != {"plain"}:
+            merged.add(width // kernels.lanes)
+    assert merged == ({1, 2, 4} if height % 4 == 0 else {2, 4} if height % 2 == 0 else set())
+
+
 def forward_of(graph, weights, vectors):
     patterns = {name: Pattern(w.shape, np.flatnonzero(w)) for name, w in weights.items()}
     made = Forward(graph, native.best(), patterns, vectors)
     for name, w in weights.items():
         made.load(name, w[w != 0])
     return made
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("side", [1, 2, 3, 4])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 1)])
+@pytest.mark.parametrize("size, padding", [(1, 0), (3, 1), (3, 0), (2, 1), (5, 2)])
+def test_small_maps_do_not_read_their_border(name, side, stride, size, padding):
+    """Where a tile holds the whole map; other windows and sides run as larger maps do."""
+    kernels = native.named(name)
+    sides = [side * s + (size - 1 - 2 * padding if padding < size // 2 else 0) for s in stride]
+    if min(sides) < 1 or min(sides) + 2 * padding < size:
+        pytest.skip("the window does not fit the map")
+    layer = {
+        "shape": (6, 4, size, size),
+        "groups": 2,
+        "window": Window((size, size), stride, (padding, padding)),
+        "sides": sides,
+        "images": 19,
+        "density": 0.4,
+        "rectify": True,
+        "seed": 11,
+    }
+    case = Case(kernels, layer)
+    bound = 10 * tolerance(kernels)
+    for training in (False, True):
+        executable = case.executable(training=training)
+        y, to_x, memory = case.run(executable)
+        assert near(y, case.y, bound) and near(to_x, case.to_x, bound)
+    wanted = case.to_weight.reshape(-1)[case.pattern.index]
+    assert near(executable.weight_gradient("layer", memory), wanted, 10 * bound)
+    (forward,) = executable._forward_lists.values()
+    out = case.y.shape[2:]
+    same = stride == (1, 1) and (size, padding) in ((3, 1), (1, 0))
+    if same:
+        assert forward.reaches == (out in ((2, 2), (4, 4)) and out[0] * out[1] <= kernels.tile)
 
 
 @pytest.mark.parametrize("share, busy", [(0.01, False), (0.9, True)])
@@ -365,13 +443,14 @@ def test_forward_passes_take_the_layout_that_is_faster(share, busy):
     for w in weights.values():
         w[rng.random(w.shape) >= share] = 0.0
     made = forward_of(graph, weights, vectors)
-    assert made.busy is busy
     for images in (3, 37):
         inputs = [rng.standard_normal((images, 6, 9, 7), dtype=np.float32) for _ in range(2)]
         exact = [x.astype(np.float64) for x in inputs]
         for y, wanted in zip(made.forward(inputs), evaluate(graph, exact, weights, vectors)):
             assert near(y, wanted, 10 * tolerance(made.kernels))
-    assert "rows" in vars(made) and ("blocks" in vars(made)) is busy
+    assert [type(stage) for stage in made.for_few] == [RowExecutable]
+    kinds = [Executable] if busy else [RowExecutable, Executable]
+    assert [type(stage) for stage in made.for_blocks] == kinds
     for name, w in weights.items():
         w *= 2.0
         made.load(name, w[w != 0])

@@ -267,28 +267,70 @@ static struct list quads(struct hpn *h, const struct node *n, const int32_t *off
         const int64_t filter = position / window, place = position % window;
         values[(filter / QUAD * window + place) * QUAD + filter % QUAD] = n->weights[i];
     }
-    return (struct list){starts, all, values, QUAD};
+    return (struct list){starts, all, values, QUAD, 0};
 }
 
-static struct list list_of(struct hpn *h, const struct node *n, const struct buffer *read) {
+/* What a tap along an axis reaches of `made` positions: 0 all but the first, 1 all, 2 all but the last,
+ * -1 something else. `first` is what position 0 reads of `read` positions. */
+static int side_reached(int64_t first, int64_t stride, int64_t read, int64_t made) {
+    const int64_t low = first < 0 ? (stride - 1 - first) / stride : 0;
+    int64_t high = read > first ? (read - 1 - first) / stride + 1 : 0;
+    if (high > made) high = made;
+    if (low == 1 && high == made) return 0;
+    if (low == 0 && high == made) return 1;
+    return low == 0 && high == made - 1 ? 2 : -1;
+}
+
+/* For each place of a filter, what it reaches of an output that is one tile; NULL where that is not
+ * for REACHES, as kernels/lists.py has it. */
+static uint8_t *small_reach(struct hpn *h, const struct node *n, struct shape in, struct shape out) {
+    const struct window *w = &n->window;
+    const int64_t area = w->size[0] * w->size[1];
+    if (out.height != out.width || (out.height != 2 && out.height != 4)) return 0;
+    if (out.height * out.width > h->kernels->tile) return 0;
+    uint8_t *reach = take(&h->work, n->per_filter, sizeof *reach);
+    for (int64_t i = 0; i < n->per_filter; i++) {
+        const int64_t row = i % area / w->size[1], column = i % w->size[1];
+        const int rows = side_reached(row * w->dilation[0] - w->padding[0], w->stride[0], in.height,
+                                      out.height);
+        const int columns = side_reached(column * w->dilation[1] - w->padding[1], w->stride[1],
+                                         in.width, out.width);
+        if (rows < 0 || columns < 0) return 0;
+        reach[i] = (uint8_t)(3 * rows + columns);
+    }
+    return reach;
+}
+
+static struct list list_of(struct hpn *h, const struct node *n, const struct buffer *read,
+                           struct shape out) {
     const int64_t window = n->per_filter, size = n->filters * window;
     const int32_t *offsets = window_offsets(h, n, read);
     const int dense = !n->index || (double)n->kept > NEARLY_DENSE * (double)size;
     if (dense && n->groups == 1 && n->filters % QUAD == 0) return quads(h, n, offsets);
-    int64_t *starts = take(&h->work, n->filters + 1, sizeof *starts);
+    const uint8_t *reach = small_reach(h, n, read->shape, out);
+    const int64_t ranges = reach ? REACHES : 1, many = n->filters * ranges;
+    int64_t *starts = take(&h->work, many + 1, sizeof *starts);
+    int64_t *next = take(&h->work, many, sizeof *next);
     int32_t *all = take(&h->work, n->kept, sizeof *all);
+    float *values = take(&h->work, n->kept, sizeof *values);
     const int64_t per_group = n->filters / n->groups;
     const int64_t channels = n->window.size[0] * n->window.size[1];
+    /* Counted, and then put where their range goes on. */
     for (int64_t i = 0; i < n->kept; i++) {
         const int64_t position = n->index ? n->index[i] : i;
-        const int64_t filter = position / window;
-        const int64_t group = filter / per_group * (window / channels);
-        all[i] = offsets[position % window] + (int32_t)(group * plane_of(read));
-        starts[filter + 1] = i + 1;
+        const int64_t range = position / window * ranges;
+        starts[range + (reach ? reach[position % window] : 0) + 1]++;
     }
-    for (int64_t f = 0; f < n->filters; f++)
-        if (starts[f + 1] < starts[f]) starts[f + 1] = starts[f];
-    return (struct list){starts, all, n->weights, 1};
+    for (int64_t r = 0; r < many; r++) next[r] = starts[r], starts[r + 1] += starts[r];
+    for (int64_t i = 0; i < n->kept; i++) {
+        const int64_t position = n->index ? n->index[i] : i;
+        const int64_t filter = position / window, place = position % window;
+        const int64_t group = filter / per_group * (window / channels);
+        const int64_t at = next[filter * ranges + (reach ? reach[place] : 0)]++;
+        all[at] = offsets[place] + (int32_t)(group * plane_of(read));
+        values[at] = n->weights[i];
+    }
+    return (struct list){starts, all, values, 1, reach != 0};
 }
 
 static int64_t band_of(const struct buffer *read, int64_t stride) {
@@ -309,7 +351,7 @@ static void link_step(struct hpn *h, const struct planned *p, struct step *s) {
     if (!n) return;
     s->scale = n->scale, s->shift = n->shift;
     if (p->kind == CONVOLVE) {
-        s->list = list_of(h, n, p->in.buffer);
+        s->list = list_of(h, n, p->in.buffer, p->shape);
         s->band = band_of(p->in.buffer, n->window.stride[0]);
     }
     if (p->kind == MAX_POOL || p->kind == MEAN_POOL) {

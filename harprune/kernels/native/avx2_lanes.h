@@ -21,3 +21,14 @@ INLINE vec every_second(vec a, vec b, int first) {
                                : _mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
     return (vec)_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8);
 }
+INLINE vec every_second_group(vec a, vec b, int first, const int P) {
+    if (P == 1) return every_second(a, b, first);
+    if (P == 2) {
+        const __m256d pairs = first ? _mm256_shuffle_pd((__m256d)a, (__m256d)b, 0xf)
+                                    : _mm256_shuffle_pd((__m256d)a, (__m256d)b, 0);
+        return (vec)_mm256_permute4x64_pd(pairs, 0xd8);
+    }
+    return first ? (vec)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x31)
+                 : (vec)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x20);
+}
+INLINE vec all_from(const real *p) { return all(*p); }

@@ -15,3 +15,18 @@ INLINE vec every_second(vec a, vec b, int first) {
     const __m512i from = _mm512_add_epi32(evens, _mm512_set1_epi32(first));
     return (vec)_mm512_permutex2var_ps((__m512)a, from, (__m512)b);
 }
+INLINE vec every_second_group(vec a, vec b, int first, const int P) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i within = _mm512_and_si512(lanes, _mm512_set1_epi32(P - 1));
+    const __m512i from = _mm512_add_epi32(_mm512_sub_epi32(_mm512_add_epi32(lanes, lanes), within),
+                                          _mm512_set1_epi32(first * P));
+    return (vec)_mm512_permutex2var_ps((__m512)a, from, (__m512)b);
+}
+/* By way of an integer register: loads of whole vectors are what the kernels wait for, and one that
+ * spreads a number takes the place of one. */
+INLINE vec all_from(const real *p) {
+    int32_t bits;
+    memcpy(&bits, p, sizeof bits);
+    __asm__("" : "+r"(bits));
+    return (vec)_mm512_set1_epi32(bits);
+}

@@ -35,15 +35,20 @@ struct map {
     int64_t at, plane, row, column;
 };
 
-/* Filters of a layer and their kept weights: filter o owns entries starts[o] .. starts[o + 1].
+/* Filters of a layer and their kept weights: filter o owns entries starts[o] .. starts[o + 1]; with
+ * `reaches`, REACHES such ranges, see below.
  * An entry is an int32 offset from the position's input, in numbers, and `width` values, one for
  * each of `width` filters that walk the list together (1, or 4 for layers that are nearly dense). */
 struct list {
     const int64_t *starts;
     const int32_t *offsets;
     const void *values;
-    int64_t width;
+    int64_t width, reaches;
 };
+
+/* What a weight reaches of a small map: of its rows all but the first, all, or all but the last, and
+ * the same of its columns. Where all of a layer's weights do, each filter's stand in that order. */
+#define REACHES 9
 
 struct step {
     int64_t kind;

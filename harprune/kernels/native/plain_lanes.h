@@ -28,3 +28,12 @@ INLINE vec every_second(vec a, vec b, int first) {
     }
     return found;
 }
+INLINE vec every_second_group(vec a, vec b, int first, const int P) {
+    vec found;
+    for (int i = 0; i < V; i++) {
+        const int from = (2 * (i / P) + first) * P + i % P;
+        found[i] = from < V ? a[from] : b[from - V];
+    }
+    return found;
+}
+INLINE vec all_from(const real *p) { return all(*p); }

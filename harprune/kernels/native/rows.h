@@ -29,6 +29,10 @@ enum row_kind {
     ROW_MEAN_POOL
 };
 
+/* How a convolution stores its sums: as they are, or as the step that alone would have read them,
+ * where rows fill whole vectors: split for a stride of two, or pooled by windows of two by two. */
+enum row_store { ROW_PLAIN, ROW_HALVED, ROW_POOLED };
+
 /* A map in the arena: the byte offset of row 0 of channel 0, strides in numbers. Image i of those
  * that run together lies in copy i % copies. */
 struct rows {
@@ -46,6 +50,8 @@ struct row_step {
     struct rows in, out, other; /* `other` is added to the result */
     int64_t has_other, rectify;
     int64_t channels, height, width; /* of the output; of the input where that is split, flattened */
+    int64_t stored;                  /* enum row_store; unless plain, `lines` and `vectors` are those
+                                        of the map that is not stored */
     int64_t together;                /* images that run through this step before the next step */
     int64_t lines, vectors;          /* of an output plane: rows, and vectors of each; packed: */
     int64_t packed;                  /* vectors, and one */
