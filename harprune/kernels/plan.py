@@ -50,6 +50,12 @@ class Step:
     pool: Node | None = None
     winners: Signs | None = None
 
+    @property
+    def adds_in_place(self) -> bool:
+        """Whether the sum may take the place of what is added: a position is read, then written."""
+        added = self.kind == "convolve" and self.other is not None
+        return added and self.other.buffer is not self.source.buffer
+
     def buffers(self) -> list[Buffer]:
         """Whose memory the step views."""
         views = (self.source, self.out, self.other, self.second)
@@ -91,8 +97,11 @@ class Plan:
         self.gradient_of: dict[int, Buffer] = {}
         if gradients is not None:
             self._backward()
-        steps = [step.buffers() for step in (*self.forward, *self.backward)]
-        self.arena_bytes = place_maps(steps, kernels.dtype.itemsize, reuse=not training)
+        steps = [*self.forward, *self.backward]
+        onto = {} if training else {s.out.buffer: s.other.buffer for s in steps if s.adds_in_place}
+        viewed = [step.buffers() for step in steps]
+        size = kernels.dtype.itemsize
+        self.arena_bytes = place_maps(viewed, size, reuse=not training, onto=onto)
         self.kept_bytes = place_bits(self.signs.values(), self.winners.values(), kernels.sign_bytes)
         self.spare: list = []  # memory of earlier batches, for the next ones
 
