@@ -349,6 +349,42 @@ def report(
         typer.echo("\n".join(str(folder / "report" / "report.html") for folder in runs))
 
 
+@app.command(
+    epilog="Example: harprune record runs/mine --out board --method HARP --key Zhao2023Holistic "
+    "--title 'Holistic Adversarially Robust Pruning' --authors 'Qi Zhao, Christian Wressnegger' "
+    "--link https://openreview.net/forum?id=sAJDi9lD06L --venue 'ICLR 2023'"
+)
+def record(
+    folder: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the files.")],
+    method: Annotated[str, typer.Option(help="The method's short name, as HARP.")],
+    key: Annotated[
+        str, typer.Option(help="First author, year, first word of the title: Zhao2023Holistic.")
+    ],
+    title: Annotated[str, typer.Option(help="Of the paper.")],
+    authors: Annotated[str, typer.Option(help="Of the paper.")],
+    link: Annotated[str, typer.Option(help="To the paper.")],
+    venue: Annotated[str, typer.Option(help="Where it appeared, as 'ICLR 2023'.")],
+    additional_data: Annotated[
+        bool, typer.Option("--additional-data", help="It learned from more than the training set.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write what public leaderboards ask of a network; nothing is sent anywhere.
+
+    A RobustBench record, and for the Adversarial Pruning Benchmark a state dict and the filled-in
+    form. What breaks a board's rules is not written for it.
+    """
+    from harprune.pipeline.boards import Paper, write_entries
+
+    paper = Paper(method, key, title, authors, link, venue, additional_data)
+    found = write_entries(folder, out, paper)
+    if as_json:
+        _print_json(found)
+    else:
+        typer.echo("\n".join(f"{board}: {what}" for board, what in found.items()))
+
+
 @app.command(epilog="Example: harprune compare recipes/compare/digits.toml --out runs/compare")
 def compare(
     grid: Annotated[

@@ -12,6 +12,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
+from harprune.models import scored
 from harprune.models.normalised import Normalised
 
 # Where training programs put the state dict among other things.
@@ -66,7 +67,11 @@ class WeightsReport:
 
 
 def load_weights(
-    model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    density: float | None = None,
 ) -> WeightsReport:
     """Copy a checkpoint's weights into `model`, in place.
 
@@ -77,13 +82,16 @@ def load_weights(
 
     Args:
         strict: refuse a checkpoint that does not match the model exactly; otherwise load what fits.
+        density: in (0, 1], what a checkpoint that holds HYDRA's or HARP's scores was pruned for:
+            its masks are then multiplied into the weights. For no other checkpoint.
 
     Raises:
         ValueError: a file that is truncated, needs unpickling or holds no state dict; values that
-            are not finite; names or shapes that do not match.
+            are not finite; names or shapes that do not match; scores without a density, or a
+            density without scores.
     """
     target = model.network if isinstance(model, Normalised) else model
-    tensors = read_checkpoint(path)
+    tensors = _unscored(path, read_checkpoint(path), density)
     wanted = target.state_dict()
     named = _in_names_of(wanted, tensors)
     report = _compare(str(path), named, wanted)
@@ -115,6 +123,22 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{path}: holds no state dict (found: {keys}); save model.state_dict() alone"
         )
     return state
+
+
+def _unscored(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], density: float | None
+) -> dict[str, Tensor]:
+    if scored.has_scores(tensors) == (density is not None):
+        return tensors if density is None else scored.masked(path, tensors, density)
+    if density is None:
+        raise ValueError(
+            f"{path}: holds scores beside weights, as HYDRA and HARP save them; say for which "
+            "density (model.weights_density), 1.0 for a network that is not pruned"
+        )
+    raise ValueError(
+        f"{path}: holds no scores that density {density} could apply to; leave it out "
+        "(model.weights_density)"
+    )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

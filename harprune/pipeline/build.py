@@ -137,16 +137,20 @@ def network(section: recipes.Model, dataset: Dataset, seed: int) -> nn.Module:
             std=section.std,
         )
     if section.weights is not None:
-        load_network_weights(model, section.weights)
+        load_network_weights(model, section.weights, section.weights_density)
     return model
 
 
-def load_network_weights(model: nn.Module, path: str) -> None:
-    """Weights into a plain network: from a run's artifact, or a checkpoint of others."""
-    if checkpoint.is_checkpoint(path):
+def load_network_weights(model: nn.Module, path: str, density: float | None = None) -> None:
+    """Weights into a plain network: from a run's artifact, or a checkpoint of others.
+
+    Args:
+        density: what a checkpoint that holds others' scores was pruned for.
+    """
+    if density is None and checkpoint.is_checkpoint(path):
         load_artifact(model, path)
     else:
-        load_weights(model, path)
+        load_weights(model, path, density=density)
 
 
 def load_artifact(model: nn.Module, path: str | Path) -> dict[str, Tensor]:

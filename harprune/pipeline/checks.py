@@ -41,6 +41,11 @@ def check(recipe: Recipe, *, weights_follow: bool = False) -> None:
         if soft := stage.distillation:
             build.distilled(recipe, stage.objective or recipe.objective, None, soft, lambda x: x)
     weights = recipe.model.weights
+    if weights is None and recipe.model.weights_density is not None:
+        raise ValueError(
+            f"model.weights_density = {recipe.model.weights_density} is about the scores in "
+            "model.weights; name that file, or leave it out"
+        )
     first = recipe.pretrain.objective or recipe.objective
     if first.name == "pwoa" and recipe.pretrain.epochs and weights is None:
         raise ValueError(

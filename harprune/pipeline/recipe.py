@@ -62,6 +62,8 @@ class Model(Section):
     """Per-channel standard deviation of the input normalisation."""
     weights: str | None = None
     """A robust dense network to start from (safetensors or a torch state dict)."""
+    weights_density: float | None = Field(None, gt=0, le=1)
+    """Where `weights` holds HYDRA's or HARP's scores: the density that they stand for."""
 
 
 class Threat(Section):
