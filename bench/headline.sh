@@ -39,15 +39,15 @@ stages() { # folder stages... -- arguments of run: each stage timed; fails where
     done
 }
 pruned() { # arch density configuration
-    local name="$1-$3-$2" recipe="$3" allocation="$3" options=()
+    local name="$1-$3-$2" recipe="$3" allocation="$3"
     case "$3" in
-        harp) allocation=lamp options=(--set "method.start_density=$2") ;;
+        harp) allocation=lamp ;;
         hydra) allocation=uniform ;;
         *) recipe=oneshot ;;
     esac
     stages "$runs/$name" prune finetune attack report -- "recipes/headline/$recipe.toml" \
         --set "name=$name" --set "model.name=${1//-/_}" --set "model.weights=$runs/$1-dense/dense.safetensors" \
-        --set "budget.density=$2" --set "budget.allocation=$allocation" "${options[@]}"
+        --set "budget.density=$2" --set "budget.allocation=$allocation"
 }
 export -f stages pruned
 

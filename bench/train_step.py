@@ -127,7 +127,7 @@ class Subject:
 
     def masked(self) -> tuple[nn.Module, HARP]:
         """A network under HARP's masks, at its target from the start."""
-        model, method = self.network(), HARP(gamma=GAMMA, start_density=self.density)
+        model, method = self.network(), HARP(gamma=GAMMA, start_factor=1.0)
         method.attach(model, Budget(self.density, allocation=ALLOCATIONS[self.allocation]))
         return model, method
 

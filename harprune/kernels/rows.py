@@ -8,6 +8,8 @@ Steps on large maps run image by image; on small ones as many images as fill a t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from queue import SimpleQueue
 from threading import Lock
 
@@ -33,6 +35,8 @@ from harprune.kernels.runtime import aligned, each
 
 GROUP = 8
 """Images that go through the steps together, at most: sums of a tile (ROW_SUMS)."""
+TEAM = 45_000_000
+"""Multiply-adds of a lone group from which threads share its steps; fewer do not wait for them."""
 LARGEST = 2**28
 """Numbers of one image's map; offsets then fit 32 bits."""
 LONGEST = 4096
@@ -207,13 +211,22 @@ class RowExecutable:
         """Take the values of the kept weights of layer `name`, in ascending position."""
         self._lists[name].fill(kept)
 
+    @cached_property
+    def _multiply_adds(self) -> int:
+        """Of kept weights, for one image."""
+        nodes = [node for node in self.graph.nodes if isinstance(node, Convolution)]
+        return sum(
+            int(self.patterns[node.name].starts[-1]) * prod(self.graph.shapes[node.out][1:])
+            for node in nodes
+        )
+
     def forward(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The outputs for `inputs`, contiguous [images, ...] arrays of the kernels' dtype."""
         images = len(inputs[0])
         shapes = [self.graph.shapes[v] for v in self.graph.outputs]
         outputs = [np.empty((images, *shape), self.kernels.dtype) for shape in shapes]
         groups = -(-images // GROUP)
-        parts = self.threads if groups == 1 else 1
+        parts = self.threads if groups == 1 and images * self._multiply_adds > TEAM else 1
         meeting, shared = np.zeros(2, np.int64), self._free.get() if parts > 1 else None
 
         def one(number: int) -> None:

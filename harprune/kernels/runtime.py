@@ -335,13 +335,20 @@ def aligned(shape: tuple[int, int]) -> np.ndarray:
 
 
 def each(task: Callable[[int], None], many: int, threads: int) -> None:
-    """task(0) ... task(many - 1), several at a time."""
-    if threads == 1 or many == 1:
-        for number in range(many):
+    """task(0) ... task(many - 1), several at a time; the caller's thread does its part."""
+    numbers = iter(range(many))
+
+    def work() -> None:
+        for number in numbers:  # a thread takes what is next
             task(number)
-    else:
-        for _ in _pool(threads).map(task, range(many)):
-            pass
+
+    others = min(threads, many) - 1
+    waiting = [_pool(threads).submit(work) for _ in range(others)]
+    try:
+        work()
+    finally:
+        for other in waiting:
+            other.result()
 
 
 @cache

@@ -43,7 +43,8 @@ class HARP(Method):
             multiplier that just meets the budget. None leaves that to gamma alone, as HARP does;
             a stage of few epochs then ends above its budget, and `settle` cuts what was learned.
         start_density: global density from which the learned densities start, shared by the
-            allocation; None takes ten times the target, at most 1.
+            allocation; None takes `start_factor` times the target, at most 1.
+        start_factor: 10 as HARP starts; 1 starts at the target.
         learn_scores: False keeps the magnitude scores (ablation "densities only").
         learn_densities: False keeps the allocation at the target (ablation "scores only").
         train_batch_norm: also train scale and shift of batch norm (parity).
@@ -54,6 +55,7 @@ class HARP(Method):
     gamma: float = 0.01
     enforce_after: int | None = None
     start_density: float | None = None
+    start_factor: float = 10.0
     learn_scores: bool = True
     learn_densities: bool = True
     train_batch_norm: bool = False
@@ -73,6 +75,8 @@ class HARP(Method):
             raise ValueError(f"enforce_after {self.enforce_after} must not be negative")
         if self.start_density is not None and not 0.0 < self.start_density <= 1.0:
             raise ValueError(f"start_density {self.start_density:g} must lie in (0, 1]")
+        if not self.start_factor > 0.0:
+            raise ValueError(f"start_factor {self.start_factor:g} must be above 0")
         if not (self.learn_scores or self.learn_densities):
             raise ValueError(
                 "harp with neither scores nor densities learned trains nothing; use one-shot"
@@ -87,7 +91,7 @@ class HARP(Method):
         install_scores(budget.layers(model), densities, budget.granularity, scaled_magnitude)
 
     def _learned(self, model: nn.Module, budget: Budget) -> dict[str, Density]:
-        start = self.start_density or min(1.0, 10.0 * budget.density)
+        start = self.start_density or min(1.0, self.start_factor * budget.density)
         floor = budget.floor * budget.density
         # An allocation may ask for less than the floor, where g has no inverse.
         return {

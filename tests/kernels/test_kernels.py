@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels against torch and against the NumPy twin, on shapes drawn at random."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from harprune.kernels.graph import Graph, Shape, Window
 from harprune.kernels.lists import Pattern
 from harprune.kernels.plan import Plan
 from harprune.kernels.rows import RowExecutable
-from harprune.kernels.runtime import Executable
+from harprune.kernels.runtime import Executable, each
 from tests.oracles.numpy_graph import evaluate
 
 SETS = ["avx512_bf16", "avx512", "avx2", "neon", "plain", "float64"]
@@ -307,7 +309,8 @@ def in_rows(graph, kernels, weights, vectors, threads=1):
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_every_kind_of_node_runs_in_rows(name, threads):
+def test_every_kind_of_node_runs_in_rows(name, threads, monkeypatch):
+    monkeypatch.setattr("harprune.kernels.rows.TEAM", 0)
     rng, kernels = np.random.default_rng(3), native.named(name)
     graph, weights, vectors = branching(rng, kernels.dtype)
     executable = in_rows(graph, kernels, weights, vectors, threads)
@@ -318,7 +321,9 @@ def test_every_kind_of_node_runs_in_rows(name, threads):
             assert near(y, wanted, 10 * tolerance(kernels))
 
 
-def test_rows_give_the_same_bits_on_any_number_of_threads():
+@pytest.mark.parametrize("team", [0, 2**40])
+def test_rows_give_the_same_bits_on_any_number_of_threads(team, monkeypatch):
+    monkeypatch.setattr("harprune.kernels.rows.TEAM", team)
     rng = np.random.default_rng(4)
     graph, weights, vectors = branching(rng, np.float32)
     inputs = [rng.standard_normal((19, 6, 9, 7), dtype=np.float32) for _ in range(2)]
@@ -512,6 +517,21 @@ def test_gradients_to_all_weights_over_rows_longer_than_a_span(name):
     if case.kernels.has_bf16:
         low = executable.weight_gradient("layer", memory, native.ALL_BF16).reshape(case.shape)
         assert near(low, case.to_weight, 2e-2) and not np.array_equal(low, found)
+
+
+def test_a_task_that_fails_is_the_callers_error_after_all_have_ended():
+    begun, ended = [], []
+
+    def task(number: int) -> None:
+        begun.append(number)
+        if number == 1:
+            raise ValueError("number 1")
+        time.sleep(0.01)
+        ended.append(number)
+
+    with pytest.raises(ValueError, match="number 1"):
+        each(task, 5, 3)
+    assert sorted(begun) == sorted([*ended, 1]) and len(ended) >= 2
 
 
 def test_weight_gradients_do_not_depend_on_threads():

@@ -237,12 +237,17 @@ def test_densities_start_at_ten_times_the_target_or_where_told():
         model, method = small(), HARP(start_density=wanted)
         method.attach(model, Budget(0.02, allocation=allocation.uniform))
         assert method.metrics(model)["density"] == pytest.approx(start, rel=1e-4)
+    for factor, start in [(1.0, 0.02), (3.0, 0.06)]:
+        model, method = small(), HARP(start_factor=factor)
+        method.attach(model, Budget(0.02, allocation=allocation.uniform))
+        assert method.metrics(model)["density"] == pytest.approx(start, rel=1e-4)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"gamma": -1.0}, "gamma -1"), ({"enforce_after": -1}, "enforce_after -1"),
      ({"start_density": 2.0}, "start_density 2"),
+     ({"start_factor": 0.0}, "start_factor 0 must be above 0"),
      ({"learn_scores": False, "learn_densities": False}, "trains nothing")],
 )  # fmt: skip
 def test_bad_options_are_refused(options, message):
