@@ -7,7 +7,7 @@ so a result does not depend on the number of threads.
 
 import mmap as mmap_module
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -347,6 +347,7 @@ def each(task: Callable[[int], None], many: int, threads: int) -> None:
     try:
         work()
     finally:
+        wait(waiting)  # all of them, also where one failed: they write to the caller's arrays
         for other in waiting:
             other.result()
 
