@@ -35,7 +35,7 @@ from harprune.kernels.runtime import aligned, each
 
 GROUP = 8
 """Images that go through the steps together, at most: sums of a tile (ROW_SUMS)."""
-TEAM = 45_000_000
+TEAM = 60_000_000
 """Multiply-adds of a lone group from which threads share its steps; fewer do not wait for them."""
 LARGEST = 2**28
 """Numbers of one image's map; offsets then fit 32 bits."""
