@@ -2,12 +2,17 @@
 """The command line. Heavy imports stay inside the commands, so that `--help` answers at once."""
 
 import errno
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+# Torch reads this when it is loaded. Its idle threads would else spin for some milliseconds, on the
+# very cores that the kernels' threads want next.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 app = typer.Typer(
     add_completion=False,

@@ -46,6 +46,7 @@ ROW_STEP = np.dtype(
     + [(name, "i8") for name in ("external", "in_height", "in_width")]
     + [(name, "i8") for name in ("size_y", "size_x", "stride_y", "stride_x")]
     + [(name, "i8") for name in ("pad_y", "pad_x", "full_area")]
+    + [(name, "i8") for name in ("record", "record_bytes", "signs_out", "signs_in", "winners")]
 )
 """`struct row_step` of rows.h."""
 DISPLACEMENT = np.dtype([(name, "i8") for name in ("vectors", "lanes", "mask")])
@@ -73,6 +74,10 @@ ROW_KINDS = [
     "flatten",
     "max_pool",
     "mean_pool",
+    "join",
+    "unflatten",
+    "max_spread",
+    "mean_spread",
 ]
 ROW_STORES = ["plain", "split", "max_pool"]
 """How a convolution stores its sums: the kinds of the steps that it makes needless."""

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from harprune.kernels import graph as g
 from harprune.kernels import native
 from harprune.kernels.forward import Forward
+from harprune.kernels.gradient import Gradient
 from harprune.kernels.graph import Graph, Shape
 from harprune.kernels.lists import NEARLY_DENSE, Pattern
 from harprune.kernels.plan import Plan
@@ -110,7 +111,7 @@ class FunctionRegion(_Region):
             outputs = self.shaped(executable.forward([array(x) for x in inputs]))
         return outputs if len(outputs) > 1 else outputs[0]
 
-    def executable(self, inputs: tuple[Tensor, ...], *, gradients: bool) -> Executable | Forward:
+    def executable(self, inputs: tuple[Tensor, ...], *, gradients: bool) -> Gradient | Forward:
         """What runs inputs of this shape, with the weights of now."""
         threads, shapes = torch.get_num_threads(), (tuple(x.shape[1:]) for x in inputs)
         key = (gradients, inputs[0].dtype, threads, *shapes)
@@ -125,18 +126,16 @@ class FunctionRegion(_Region):
     def _planned(self, inputs: tuple[Tensor, ...], gradients: bool):
         graph, layers = self.translated(inputs)
         kernels, threads = kernels_for(inputs[0].dtype), torch.get_num_threads()
-        if gradients:
-            plan = Plan(graph, kernels, gradients=graph.inputs)
-            return partial(Executable, plan, threads=threads), graph, layers
-        return partial(Forward, graph, kernels, threads=threads), graph, layers
+        kind = Gradient if gradients else Forward
+        return partial(kind, graph, kernels, threads=threads), graph, layers
 
 
 def _load(
-    make: Callable[..., Executable | Forward],
+    make: Callable[..., Gradient | Forward],
     graph: Graph,
     layers: Mapping[str, nn.Module],
-    executable: Executable | Forward | None,
-) -> Executable | Forward:
+    executable: Gradient | Forward | None,
+) -> Gradient | Forward:
     """`graph` with the weights of now; in `executable`, where all masks are still the same."""
     known = executable.patterns if executable is not None else {}
     patterns, values, vectors = {}, {}, {}

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from harprune.kernels import graph as g
 from harprune.kernels import native
 from harprune.kernels.forward import Forward
+from harprune.kernels.gradient import Gradient
 from harprune.kernels.graph import Graph, Shape, Window
 from harprune.kernels.lists import Pattern
 from harprune.kernels.plan import Plan
-from harprune.kernels.rows import RowExecutable
+from harprune.kernels.rows import RowExecutable, RowGradient
 from harprune.kernels.runtime import Executable, each
 from tests.oracles.numpy_graph import evaluate
 
@@ -112,11 +113,11 @@ class Case:
         made.load("layer", flat if self.pattern.index is None else flat[self.pattern.index])
         return made
 
-    def rows(self, *, threads=1):
+    def rows(self, kind=RowExecutable, *, threads=1):
         dtype = self.kernels.dtype
         vectors = {"layer/bias": self.bias.astype(dtype)}
         patterns = {"layer": self.pattern}
-        made = RowExecutable(self.graph, self.kernels, patterns, vectors, threads=threads)
+        made = kind(self.graph, self.kernels, patterns, vectors, threads=threads)
         flat = self.weight.astype(dtype).reshape(-1)
         made.load("layer", flat if self.pattern.index is None else flat[self.pattern.index])
         return made
@@ -125,7 +126,8 @@ class Case:
         """Output, gradient to the input, and the memory that holds both."""
         cast = [np.ascontiguousarray(a, self.kernels.dtype) for a in (self.x, self.gradient)]
         (y,), memory = executable.forward(cast[:1])
-        (to_x,) = executable.backward(memory, cast[1:], lambda *sums: None)
+        sums = [lambda *sums: None] if isinstance(executable, Executable) else []
+        (to_x,) = executable.backward(memory, cast[1:], *sums)
         return y, to_x, memory
 
 
@@ -157,8 +159,11 @@ def test_a_convolution_and_its_gradients_equal_torchs(name, layer):
 @draws
 def test_a_convolution_in_rows_equals_torchs(name, layer):
     case = Case(native.named(name), layer)
+    bound = tolerance(case.kernels) * max(1.0, case.to_weight.size**0.25)
     (y,) = case.rows().forward([case.x.astype(case.kernels.dtype)])
-    assert near(y, case.y, tolerance(case.kernels) * max(1.0, case.to_weight.size**0.25))
+    assert near(y, case.y, bound)
+    y, to_x, _ = case.run(case.rows(RowGradient))
+    assert near(y, case.y, bound) and near(to_x, case.to_x, bound)
 
 
 @given(layer=convolutions())
@@ -203,13 +208,31 @@ def test_poolings_and_their_gradients_equal_torchs(name, drawn, images):
     gradient = rng.standard_normal(y.shape).astype(kernels.dtype)
     y.backward(torch.tensor(gradient, dtype=torch.float64))
     graph = Graph([Shape(*x.shape[1:]), Shape(*y.shape[1:])], [node], [0], [1])
-    executable = Executable(Plan(graph, kernels, gradients=[0]), {}, {})
-    (found,), memory = executable.forward([x])
-    (to_x,) = executable.backward(memory, [gradient])
-    (in_rows,) = RowExecutable(graph, kernels, {}, {}).forward([x])
-    for got in (found, in_rows):
-        assert near(got, y.detach(), tolerance(kernels))
-    assert near(to_x, exact.grad, tolerance(kernels))
+    (found,) = RowExecutable(graph, kernels, {}, {}).forward([x])
+    assert near(found, y.detach(), tolerance(kernels))
+    in_blocks = Executable(Plan(graph, kernels, gradients=[0]), {}, {})
+    for executable in (in_blocks, RowGradient(graph, kernels, {}, {})):
+        (found,), memory = executable.forward([x])
+        (to_x,) = executable.backward(memory, [gradient])
+        assert near(found, y.detach(), tolerance(kernels))
+        assert near(to_x, exact.grad, tolerance(kernels))
+
+
+def test_the_first_of_equal_numbers_wins_its_window():
+    """As in torch: a gradient goes to one position."""
+    x = np.zeros((1, 2, 8, 8), np.float32)
+    x[:, 1] = np.arange(8) // 2
+    shapes = [Shape(2, 8, 8), Shape(2, 4, 4)]
+    graph = Graph(shapes, [g.MaxPool((0,), 1, Window((2, 2), (2, 2)))], [0], [1])
+    gradient = np.arange(1, 33, dtype=np.float32).reshape(1, 2, 4, 4)
+    wanted = np.zeros_like(x)
+    wanted[:, :, ::2, ::2] = gradient
+    for executable in (
+        Executable(Plan(graph, native.best(), gradients=[0]), {}, {}),
+        RowGradient(graph, native.best(), {}, {}),
+    ):
+        _, memory = executable.forward([x])
+        assert np.array_equal(executable.backward(memory, [gradient])[0], wanted)
 
 
 def branching(rng, dtype):
@@ -252,22 +275,30 @@ def branching(rng, dtype):
     return graph, {n: w.astype(dtype) for n, w in weights.items()}, vectors
 
 
-def loaded(graph, kernels, weights, vectors, threads=1):
+def in_blocks(graph, kernels, patterns, vectors, *, threads=1):
     plan = Plan(graph, kernels, gradients=graph.inputs)
+    return Executable(plan, patterns, vectors, threads=threads)
+
+
+BACKWARDS = [in_blocks, RowGradient, Gradient]
+
+
+def loaded(graph, kernels, weights, vectors, threads=1, kind=in_blocks):
     index = {name: np.flatnonzero(w) for name, w in weights.items()}
     patterns = {name: Pattern(w.shape, index[name]) for name, w in weights.items()}
-    executable = Executable(plan, patterns, vectors, threads=threads)
+    executable = kind(graph, kernels, patterns, vectors, threads=threads)
     for name, w in weights.items():
         executable.load(name, w.reshape(-1)[index[name]])
     return executable
 
 
 @pytest.mark.parametrize("images", [1, 16, 21])
-def test_every_kind_of_node_forwards_and_backwards(images):
+@pytest.mark.parametrize("kind", BACKWARDS)
+def test_every_kind_of_node_forwards_and_backwards(images, kind):
     rng, kernels = np.random.default_rng(0), native.named("float64")
     graph, weights, vectors = branching(rng, np.float64)
     inputs = [rng.standard_normal((images, 6, 9, 7)) for _ in range(2)]
-    executable = loaded(graph, kernels, weights, vectors)
+    executable = loaded(graph, kernels, weights, vectors, kind=kind)
     outputs, memory = executable.forward(inputs)
     for y, wanted in zip(outputs, evaluate(graph, inputs, weights, vectors)):
         assert near(y, wanted, 1e-12)
@@ -286,39 +317,57 @@ def test_every_kind_of_node_forwards_and_backwards(images):
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_any_number_of_threads_gives_the_same_bits(threads):
+@pytest.mark.parametrize("kind", BACKWARDS)
+def test_any_number_of_threads_gives_the_same_bits(threads, kind):
     rng = np.random.default_rng(1)
     graph, weights, vectors = branching(rng, np.float32)
     inputs = [rng.standard_normal((70, 6, 9, 7), dtype=np.float32) for _ in range(2)]
     results = []
     for many in (1, threads):
-        executable = loaded(graph, native.best(), weights, vectors, threads=many)
+        executable = loaded(graph, native.best(), weights, vectors, many, kind)
         outputs, memory = executable.forward(inputs)
         results.append([*outputs, *executable.backward(memory, outputs)])
     assert all(np.array_equal(a, b) for a, b in zip(*results))
 
 
-def in_rows(graph, kernels, weights, vectors, threads=1):
-    index = {name: np.flatnonzero(w) for name, w in weights.items()}
-    patterns = {name: Pattern(w.shape, index[name]) for name, w in weights.items()}
-    executable = RowExecutable(graph, kernels, patterns, vectors, threads=threads)
-    for name, w in weights.items():
-        executable.load(name, w.reshape(-1)[index[name]])
-    return executable
-
-
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_every_kind_of_node_runs_in_rows(name, threads, monkeypatch):
+def test_every_kind_of_node_runs_in_rows_forwards_and_backwards(name, threads, monkeypatch):
     monkeypatch.setattr("harprune.kernels.rows.TEAM", 0)
     rng, kernels = np.random.default_rng(3), native.named(name)
     graph, weights, vectors = branching(rng, kernels.dtype)
-    executable = in_rows(graph, kernels, weights, vectors, threads)
+    executable = loaded(graph, kernels, weights, vectors, threads, RowExecutable)
+    both_ways = loaded(graph, kernels, weights, vectors, threads, RowGradient)
+    double = native.named("float64")
+    twin = loaded(graph, double, *in_double(weights, vectors))
     for images in (1, 37, 16, 2, 5):
         inputs = [rng.standard_normal((images, 6, 9, 7)).astype(kernels.dtype) for _ in range(2)]
         exact = [x.astype(np.float64) for x in inputs]
-        for y, wanted in zip(executable.forward(inputs), evaluate(graph, exact, weights, vectors)):
-            assert near(y, wanted, 10 * tolerance(kernels))
+        wanted, memory = twin.forward(exact)
+        gradients = [rng.standard_normal(y.shape).astype(kernels.dtype) for y in wanted]
+        wanted_back = twin.backward(memory, [a.astype(np.float64) for a in gradients])
+        twin.release(memory)
+        found, records = both_ways.forward(inputs)
+        back = both_ways.backward(records, gradients)
+        both_ways.release(records)
+        assert len(found) == len(wanted) == 2 and len(back) == len(wanted_back) == 2
+        for got, want in zip(
+            (*found, *executable.forward(inputs), *back), (*wanted, *wanted, *wanted_back)
+        ):
+            assert near(got, want, 10 * tolerance(kernels))
+
+
+def in_double(weights, vectors):
+    return [{name: a.astype(np.float64) for name, a in of.items()} for of in (weights, vectors)]
+
+
+def test_rows_give_no_gradient_to_an_input_that_no_output_reads():
+    graph = Graph([Shape(3, 4, 4)] * 3, [g.Rectifier((0,), 2)], [0, 1], [2])
+    executable = RowGradient(graph, native.best(), {}, {})
+    x = np.ones((2, 3, 4, 4), np.float32)
+    (y,), records = executable.forward([x, x])
+    first, second = executable.backward(records, [y])
+    assert np.array_equal(first, x) and not second.any()
 
 
 @pytest.mark.parametrize("team", [0, 2**40])
@@ -330,7 +379,7 @@ def test_rows_give_the_same_bits_on_any_number_of_threads(team, monkeypatch):
     for images in (1, 19):
         some = [x[:images] for x in inputs]
         alone, *others = (
-            in_rows(graph, native.best(), weights, vectors, threads).forward(some)
+            loaded(graph, native.best(), weights, vectors, threads, RowExecutable).forward(some)
             for threads in (1, 2, 3)
         )
         assert all(np.array_equal(a, b) for o in others for a, b in zip(alone, o))
@@ -353,6 +402,9 @@ def test_rows_may_become_longer(name, width, size, padding):
     case = Case(native.named(name), layer)
     (y,) = case.rows().forward([case.x.astype(case.kernels.dtype)])
     assert near(y, case.y, tolerance(case.kernels))
+    y, to_x, _ = case.run(case.rows(RowGradient))
+    assert near(y, case.y, tolerance(case.kernels))
+    assert near(to_x, case.to_x, tolerance(case.kernels))
 
 
 def followed(sides, strided, dtype):
@@ -384,26 +436,27 @@ def followed(sides, strided, dtype):
 @pytest.mark.parametrize("strided", [True, False])
 @pytest.mark.parametrize("height", [2, 3, 4, 6, 12, 16])
 def test_a_convolution_stores_what_its_only_reader_makes_of_it(name, strided, height):
-    kernels, merged = native.named(name), set()
+    kernels, merged, double = native.named(name), set(), native.named("float64")
     for width in (2, 4, 8, 15, 16, 24, 32, 48, 64, 80):
         graph, weights, vectors = followed((height, width), strided, kernels.dtype)
-        executable = in_rows(graph, kernels, weights, vectors)
+        executable = loaded(graph, kernels, weights, vectors, kind=RowExecutable)
         x = np.random.default_rng(9).standard_normal((5, 5, height, width)).astype(kernels.dtype)
         (y,) = executable.forward([x])
         (wanted,) = evaluate(graph, [x.astype(np.float64)], weights, vectors)
         assert near(y, wanted, 10 * tolerance(kernels))
-        stored = {step.stored for step in executable._steps}
+        stored = {step.stored for step in executable._program._steps}
         if stored != {"plain"}:
             merged.add(width // kernels.lanes)
+        back = []
+        for made in (
+            loaded(graph, kernels, weights, vectors, kind=RowGradient),
+            loaded(graph, double, *in_double(weights, vectors)),
+        ):
+            dtype = made.vectors["first/bias"].dtype
+            (y,), memory = made.forward([x.astype(dtype)])
+            back += made.backward(memory, [np.cos(wanted).astype(dtype)])
+        assert near(back[0], back[1], 10 * tolerance(kernels))
     assert merged == ({1, 2, 4} if height % 4 == 0 else {2, 4} if height % 2 == 0 else set())
-
-
-def forward_of(graph, weights, vectors):
-    patterns = {name: Pattern(w.shape, np.flatnonzero(w)) for name, w in weights.items()}
-    made = Forward(graph, native.best(), patterns, vectors)
-    for name, w in weights.items():
-        made.load(name, w[w != 0])
-    return made
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -441,33 +494,35 @@ def test_small_maps_do_not_read_their_border(name, side, stride, size, padding):
         assert forward.reaches == (out in ((2, 2), (4, 4)) and out[0] * out[1] <= kernels.tile)
 
 
+@pytest.mark.parametrize("kind, rows", [(Forward, RowExecutable), (Gradient, RowGradient)])
 @pytest.mark.parametrize("share, busy", [(0.01, False), (0.9, True)])
-def test_forward_passes_take_the_layout_that_is_faster(share, busy):
+def test_passes_take_the_layout_that_is_faster(share, busy, kind, rows):
     rng = np.random.default_rng(6)
     graph, weights, vectors = branching(rng, np.float32)
     for w in weights.values():
-        w[rng.random(w.shape) >= share] = 0.0
-    made = forward_of(graph, weights, vectors)
-    for images in (3, 37):
-        inputs = [rng.standard_normal((images, 6, 9, 7), dtype=np.float32) for _ in range(2)]
-        exact = [x.astype(np.float64) for x in inputs]
-        for y, wanted in zip(made.forward(inputs), evaluate(graph, exact, weights, vectors)):
-            assert near(y, wanted, 10 * tolerance(made.kernels))
-    assert [type(stage) for stage in made.for_few] == [RowExecutable]
-    kinds = [Executable] if busy else [RowExecutable, Executable]
+        w[...] = rng.standard_normal(w.shape) * (rng.random(w.shape) < share)
+    made = loaded(graph, native.best(), weights, vectors, kind=kind)
+
+    def check():
+        for images in (3, 37):
+            inputs = [rng.standard_normal((images, 6, 9, 7), dtype=np.float32) for _ in range(2)]
+            exact = [x.astype(np.float64) for x in inputs]
+            outputs = made.forward(inputs) if kind is Forward else made.forward(inputs)[0]
+            for y, wanted in zip(outputs, evaluate(graph, exact, weights, vectors)):
+                assert near(y, wanted, 10 * tolerance(made.kernels))
+
+    check()
+    assert [type(stage) for stage in made.for_few] == [rows]
+    kinds = [Executable] if busy else [rows, Executable]
     assert [type(stage) for stage in made.for_blocks] == kinds
     for name, w in weights.items():
         w *= 2.0
         made.load(name, w[w != 0])
-    for images in (3, 37):  # both layouts take the new values
-        some = [x[:images] for x in inputs]
-        exact = [x.astype(np.float64) for x in some]
-        for y, wanted in zip(made.forward(some), evaluate(graph, exact, weights, vectors)):
-            assert near(y, wanted, 10 * tolerance(made.kernels))
+    check()  # both layouts take the new values
 
 
 def test_multiply_adds_count_at_every_position():
-    """Of 4 * 64 + 64 in a dense network, 48 are 0.15."""
+    """Of 4 * 64 + 64 in a dense network, 160 are half."""
     graph = Graph([Shape(4, 4, 4), Shape(4, 2, 2), Shape(4)], [], [0], [2])
     window = Window((2, 2), (2, 2))
     graph.nodes = [g.Convolution((0,), 1, "wide", window), g.Convolution((1,), 2, "deep", window)]
@@ -478,19 +533,20 @@ def test_multiply_adds_count_at_every_position():
             "wide": Pattern(shape, np.arange(wide)),
             "deep": Pattern(shape, np.arange(deep)),
         }
-        return Forward(graph, native.best(), patterns, {}).busy
+        return Forward(graph, native.best(), patterns, {}).is_busy
 
-    assert not busy(8, 16) and busy(9, 16) and not busy(0, 48) and busy(0, 49)
+    assert not busy(36, 16) and busy(37, 16) and not busy(25, 60) and busy(25, 61)
 
 
-def test_memory_used_again_leaves_no_trace():
+@pytest.mark.parametrize("kind", BACKWARDS)
+def test_memory_used_again_leaves_no_trace(kind):
     rng = np.random.default_rng(2)
     graph, weights, vectors = branching(rng, np.float32)
-    used = loaded(graph, native.best(), weights, vectors)
+    used = loaded(graph, native.best(), weights, vectors, kind=kind)
     for images in (65, 3, 17, 48):
         inputs = [rng.standard_normal((images, 6, 9, 7), dtype=np.float32) for _ in range(2)]
         results = []
-        for executable in (used, loaded(graph, native.best(), weights, vectors)):
+        for executable in (used, loaded(graph, native.best(), weights, vectors, kind=kind)):
             outputs, memory = executable.forward(inputs)
             results.append([*outputs, *executable.backward(memory, outputs)])
             executable.release(memory)

@@ -2,6 +2,7 @@
 """The commands as a user gives them: help, results on the two streams, repeating, interrupting."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -40,6 +41,17 @@ def test_every_option_has_help(command, name, monkeypatch):
     for line in options:
         text = re.split(r"<[^>]*>|SECTION\.KEY=VALUE", line)[-1].strip(" │")
         assert re.match(r"[A-Z$a-z].{8,}", text), line
+
+
+def test_torchs_idle_threads_leave_their_cores():
+    asked = "import os, harprune.cli; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, wanted in ((None, "passive"), ("active", "active")):
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        environment |= {"OMP_WAIT_POLICY": given} if given else {}
+        done = subprocess.run(
+            [sys.executable, "-c", asked], capture_output=True, text=True, env=environment
+        )
+        assert done.stdout.strip() == wanted
 
 
 def test_help_needs_no_torch():

@@ -31,4 +31,16 @@ INLINE vec every_second_group(vec a, vec b, int first, const int P) {
     return first ? (vec)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x31)
                  : (vec)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x20);
 }
+INLINE vec interleaved(vec a, vec b, int half, const int P) {
+    __m256 low = (__m256)a, high = (__m256)b; /* P == 4: whole halves */
+    if (P == 1) {
+        low = _mm256_unpacklo_ps((__m256)a, (__m256)b);
+        high = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+    } else if (P == 2) {
+        low = _mm256_castpd_ps(_mm256_unpacklo_pd((__m256d)a, (__m256d)b));
+        high = _mm256_castpd_ps(_mm256_unpackhi_pd((__m256d)a, (__m256d)b));
+    }
+    return half ? (vec)_mm256_permute2f128_ps(low, high, 0x31)
+                : (vec)_mm256_permute2f128_ps(low, high, 0x20);
+}
 INLINE vec all_from(const real *p) { return all(*p); }

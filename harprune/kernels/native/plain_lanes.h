@@ -36,4 +36,12 @@ INLINE vec every_second_group(vec a, vec b, int first, const int P) {
     }
     return found;
 }
+INLINE vec interleaved(vec a, vec b, int half, const int P) {
+    vec found;
+    for (int i = 0; i < V; i++) {
+        const int from = i / (2 * P) * P + i % P + half * (V / 2);
+        found[i] = i / P % 2 ? b[from] : a[from];
+    }
+    return found;
+}
 INLINE vec all_from(const real *p) { return all(*p); }

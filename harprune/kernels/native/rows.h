@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Forward steps on single images: rows of a map in vectors.
+/* Steps on single images, forwards and backwards: rows of a map in vectors.
  *
  * A map is [channel][row][column]. A row takes whole vectors; where it is at most half a vector
  * wide, rows follow one another at a pitch of a power of two ("packed"), so a plane is a sequence
@@ -10,6 +10,10 @@
  *
  * A strided layer reads a map that was split: channel c, rows y = i (mod stride) and columns
  * x = j (mod stride) form a plane of their own.
+ *
+ * A step is linear but for ReLU and the largest of a window. What these decide is kept as bits, in
+ * the image's record: one a number, in vectors as the map's, for a ReLU; for a window as many as it
+ * has positions, by vector of the pooled map. Steps back read them, and give gradients to inputs.
  */
 #ifndef HARPRUNE_ROWS_H
 #define HARPRUNE_ROWS_H
@@ -26,7 +30,11 @@ enum row_kind {
     ROW_SPLIT,    /* into one plane for each phase of the strides, perhaps of another pitch */
     ROW_FLATTEN,  /* each number becomes a plane */
     ROW_MAX_POOL,
-    ROW_MEAN_POOL
+    ROW_MEAN_POOL,
+    ROW_JOIN,     /* undoes a split */
+    ROW_UNFLATTEN,
+    ROW_MAX_SPREAD, /* each number to the position that won its window */
+    ROW_MEAN_SPREAD /* each number in equal parts to its window */
 };
 
 /* How a convolution stores its sums: as they are, or as the step that alone would have read them,
@@ -69,8 +77,12 @@ struct row_step {
     int64_t in_vectors;              /* of a row of the input */
     const void *scale, *shift;       /* per output channel, or NULL */
     int64_t external;                /* which of the caller's arrays a step reads or writes */
-    int64_t in_height, in_width;     /* pooling */
+    int64_t in_height, in_width;     /* pooling and spreading */
     int64_t size_y, size_x, stride_y, stride_x, pad_y, pad_x, full_area;
+    int64_t record, record_bytes;    /* which array holds the images' records, bytes of one */
+    int64_t signs_out, signs_in;     /* byte offsets in it, or -1: the result's signs are kept; the
+                                        result is zero where these are not set */
+    int64_t winners;                 /* the same of what won each window */
 };
 
 /* Where threads that share one image's steps wait for each other. */
