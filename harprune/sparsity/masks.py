@@ -188,6 +188,15 @@ def bake(model: nn.Module) -> nn.Module:
     for layer, _ in installed(model).values():
         values = layer.weight.clone()
         for module, tensor_name in layer.places:
+            _own_class(module)
             parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
         layer.parameter.copy_(values)
     return model
+
+
+def _own_class(module: nn.Module) -> None:
+    """Part a parametrised module from its copies: torch keeps the masked weight in their class,
+    which `deepcopy` lets them share, and removes it from there."""
+    shared = type(module)
+    held = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, held)

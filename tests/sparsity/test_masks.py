@@ -50,6 +50,16 @@ def test_a_shared_density_is_one_parameter_also_in_a_copy():
     assert first is not masks.installed(model)["0.weight"][1].density
 
 
+def test_baking_a_copy_leaves_the_original_masked():
+    model, x = network(), torch.rand(2, 3, 8, 8)
+    learned(model, GivenDensity(0.25))
+    masks.freeze(model, dict.fromkeys(masks.installed(model), 10))
+    logits, copied = model(x), copy.deepcopy(model)
+    assert torch.equal(masks.bake(copied)(x), logits) and type(copied[0]) is nn.Conv2d
+    assert torch.equal(model(x), logits) and len(masks.installed(model)) == 2
+    assert torch.equal(masks.bake(model)(x), logits) and type(model[0]) is nn.Conv2d
+
+
 def test_a_cached_mask_serves_attack_and_loss_with_equal_gradients():
     x = torch.rand(4, 3, 8, 8)
 
