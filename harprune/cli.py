@@ -154,8 +154,10 @@ def prune(
 )
 def evaluate(
     model: Model,
-    weights: Annotated[Path, typer.Option(help="Its weights: an artifact of a run, or others'.")],
     data: DataName,
+    weights: Annotated[
+        Path | None, typer.Option(help="Its weights: an artifact of a run, or others'.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Keep per-image outcomes here, and resume.")
     ] = None,
@@ -179,7 +181,8 @@ def evaluate(
 ) -> None:
     """Measure clean accuracy and robustness of a network on test images.
 
-    Robust accuracy means autoattack; the other attacks only bound it from above.
+    Robust accuracy means autoattack; the other attacks only bound it from above. The model may also
+    be a file that `harprune export` made, which holds its weights: --model digits.hpn.
     """
     from harprune.pipeline.api import evaluate_recipe
     from harprune.pipeline.recipe import make_recipe
@@ -187,7 +190,7 @@ def evaluate(
     content = {
         "name": f"{model}-evaluation",
         "data": {"name": data, **({"folder": str(data_dir)} if data_dir else {})},
-        "model": {"name": model, "weights": str(weights)},
+        "model": {"name": model, **({"weights": str(weights)} if weights else {})},
         "threat": {"norm": norm, "epsilon": epsilon},
         "attack": {"attacks": attack, "size": size, "seed": seed, "batch_size": batch_size},
     }

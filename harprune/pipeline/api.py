@@ -145,12 +145,27 @@ def evaluate(
 
 
 def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation:
-    """Evaluate the network of a recipe, with the weights it names, as its attack section says."""
+    """Evaluate the network of a recipe, with the weights it names, as its attack section says.
+
+    The model may be a file that `harprune export` made.
+
+    Raises:
+        ValueError: whatever the recipe, the data or the weights refuse; a model without weights.
+    """
     checks.check(recipe)
+    is_file = recipe.model.name.endswith(".hpn")
+    if recipe.model.weights is None and not is_file:
+        raise ValueError(
+            f"model.weights is missing: name the weights of {recipe.model.name}, or give as the "
+            "model a file that `harprune export` made"
+        )
     engine = build.fabric(recipe.execution)
     dataset = build.load_data(recipe.data)
-    model = build.network(recipe.model, dataset, recipe.seed).to(engine.device)
-    section = recipe.attack
+    if is_file:
+        model = build.exported(recipe.model, dataset)
+    else:
+        model = build.network(recipe.model, dataset, recipe.seed)
+    model, section = model.to(engine.device), recipe.attack
     return evaluate(
         model,
         dataset.test,

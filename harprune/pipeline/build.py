@@ -15,6 +15,8 @@ from lightning_fabric import Fabric
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from harprune.deploy import artifact
+from harprune.deploy.module import Module
 from harprune.methods.admm import ADMM
 from harprune.methods.base import Budget, Limit, Method
 from harprune.methods.bcs import BCS
@@ -139,6 +141,29 @@ def network(section: recipes.Model, dataset: Dataset, seed: int) -> nn.Module:
     if section.weights is not None:
         load_network_weights(model, section.weights, section.weights_density)
     return model
+
+
+def exported(section: recipes.Model, dataset: Dataset) -> nn.Module:
+    """The network of an exported file, in torch, with weights and normalisation of its own.
+
+    Raises:
+        ValueError: the file is none, its network takes other images or names too few classes, or
+            the recipe says what the file says.
+    """
+    for name in ("width", "mean", "std", "weights"):
+        if getattr(section, name) is not None:
+            raise ValueError(
+                f"model.{name} is given, but {section.name} holds a whole network; leave it out"
+            )
+    made = artifact.load(section.name)
+    channels = dataset.train.images[torch.tensor([0])].shape[1]
+    if made.input_shape[0] != channels or made.output_shape[0] < dataset.num_classes:
+        raise ValueError(
+            f"{section.name} makes {made.output_shape[0]} logits of {made.input_shape[0]} channels, "
+            f"but the data have {dataset.num_classes} classes and {channels} channels; name the "
+            "data it was trained for"
+        )
+    return Module(made).eval()
 
 
 def load_network_weights(model: nn.Module, path: str, density: float | None = None) -> None:

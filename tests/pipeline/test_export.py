@@ -80,6 +80,35 @@ def test_halves_are_smaller(command, finished):
     assert sizes["fp32"] > sizes["fp16"] > sizes["int8"]
 
 
+def test_an_exported_network_is_attacked_as_the_model_is(command, finished):
+    for values in ("fp32", "fp16"):
+        command("export", finished, "--out", f"{values}.hpn", "--values", values)
+    attack = ("--data", "stripes_of_tests:load", "--attack", "pgd-10", "--json")
+    model = ("--model", "small_cnn", "--set", "model.width=4")
+    wanted = command("evaluate", *model, "--weights", finished / "finetuned.safetensors", *attack)
+    wanted = json.loads(wanted.out)
+    for name in ("fp32.hpn", "fp16.hpn"):
+        said = command("evaluate", "--model", name, *attack)
+        assert said.code == 0, said.err
+        found = json.loads(said.out)
+        # Rounded otherwise, the attack may end elsewhere: one image of the 24.
+        assert abs(found["clean"]["correct"] - wanted["clean"]["correct"]) <= 1
+        resisted = [record["attacks"]["pgd-10"]["correct"] for record in (found, wanted)]
+        assert abs(resisted[0] - resisted[1]) <= 1
+
+
+def test_evaluating_an_exported_network_refuses_what_it_holds_itself(command, finished):
+    command("export", finished, "--out", "tiny.hpn")
+    arguments = ["evaluate", "--model", "tiny.hpn", "--data", "stripes_of_tests:load"]
+    weights = [*arguments, "--weights", finished / "finetuned.safetensors"]
+    assert command(*weights).refusal.startswith("model.weights is given, but tiny.hpn holds a who")
+    other = command(*arguments[:-1], "digits").refusal
+    assert other.startswith("tiny.hpn makes 4 logits of 1 channels, but the data have 10 classes")
+    assert "none.hpn cannot be read" in command(*arguments[:2], "none.hpn", *arguments[3:]).refusal
+    without = command("evaluate", "--model", "small_cnn", *arguments[3:]).refusal
+    assert without.startswith("model.weights is missing: name the weights of small_cnn, or give")
+
+
 def test_other_weights_need_a_model_and_data(command, finished):
     model, _ = finetuned(finished)
     torch.save(model.state_dict(), "plain.pt")
