@@ -159,8 +159,8 @@ def exported(section: recipes.Model, dataset: Dataset) -> nn.Module:
     channels = dataset.train.images[torch.tensor([0])].shape[1]
     if made.input_shape[0] != channels or made.output_shape[0] < dataset.num_classes:
         raise ValueError(
-            f"{section.name} makes {made.output_shape[0]} logits of {made.input_shape[0]} channels, "
-            f"but the data have {dataset.num_classes} classes and {channels} channels; name the "
+            f"{section.name} makes {made.output_shape[0]} logits of {made.input_shape[0]} "
+            f"channels, but the data have {dataset.num_classes} classes and {channels} channels; name the "
             "data it was trained for"
         )
     return Module(made).eval()
