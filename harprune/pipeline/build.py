@@ -160,8 +160,8 @@ def exported(section: recipes.Model, dataset: Dataset) -> nn.Module:
     if made.input_shape[0] != channels or made.output_shape[0] < dataset.num_classes:
         raise ValueError(
             f"{section.name} makes {made.output_shape[0]} logits of {made.input_shape[0]} "
-            f"channels, but the data have {dataset.num_classes} classes and {channels} channels; name the "
-            "data it was trained for"
+            f"channels, but the data have {dataset.num_classes} classes and {channels} channels; "
+            "name the data it was trained for"
         )
     return Module(made).eval()
 
