@@ -252,6 +252,7 @@ def compare(
         title=grid.title,
         note=grid.note,
         command=command,
+        makes_runs=True,
         baseline=baseline,
         labels=[cell.label for cell in done],
         seconds=[seconds.get(cell.name) for cell in done],

@@ -11,7 +11,7 @@ from typing import Any
 from harprune.files import to_json, write
 from harprune.reporting import plots
 from harprune.reporting.document import Document, Plot, Section
-from harprune.reporting.pairing import paired_difference
+from harprune.reporting.pairing import PairedDifference, paired_difference, pooled_difference
 from harprune.reporting.records import WORST_CASE, Attacked, Run, read_run
 from harprune.reporting.summary import AUTOATTACK, measure_order
 from harprune.reporting.tables import (
@@ -45,6 +45,7 @@ def write_comparison(
     title: str,
     note: str,
     command: str,
+    makes_runs: bool = False,
     baseline: str | None = None,
     labels: Sequence[str] | None = None,
     seconds: Sequence[float | None] | None = None,
@@ -56,6 +57,7 @@ def write_comparison(
         folders: finished run folders.
         note: what a reader should know first; may be empty.
         command: what makes this file again.
+        makes_runs: it makes the runs too, so that their own commands need not be shown.
         baseline, labels, seconds: see `compare_runs`.
         failed: runs that should be here and are not, with the reason.
     """
@@ -64,7 +66,7 @@ def write_comparison(
         raise ValueError(f"a comparison is written to a Markdown file, not to {out}; end it in .md")
     comparison = {"title": title, "note": note, "command": command}
     comparison |= compare_runs(folders, baseline=baseline, labels=labels, seconds=seconds)
-    comparison["failed"] = dict(failed)
+    comparison |= {"makes_runs": makes_runs, "failed": dict(failed)}
     pictures = dict(_pictures(out, comparison))
     for plot in pictures.values():
         write(out.with_name(plot.path), plot.svg)
@@ -76,14 +78,15 @@ def write_comparison(
 def _pictures(out: Path, comparison: Mapping[str, Any]) -> Iterator[tuple[str, Plot]]:
     """What there is to see, by the section that shows it."""
     title = comparison["title"]
-    picture = plots.to_svg(plots.points_by_row, _points(comparison))
+    picture = plots.to_svg(plots.points_by_row, comparison["rows"])
     yield (
         "result",
         Plot(out.with_suffix(".svg").name, f"{title}: clean and robust accuracy", picture),
     )
     rows = [row for row in comparison["rows"] if row["configuration"] != DENSE]
     if len({row["density"] for row in rows}) > 1:
-        picture = plots.to_svg(plots.accuracy_over_density, comparison["rows"])
+        baseline = comparison["baseline"]
+        picture = plots.to_svg(plots.accuracy_over_density, comparison["rows"], baseline)
         name = f"{out.stem}-density.svg"
         yield "density", Plot(name, f"{title}: accuracy over density", picture)
     least = min(row["density"] for row in rows)
@@ -126,6 +129,7 @@ def compare_runs(
         "rows": [row for row in rows if row],
         "baseline": baseline,
         "paired": [] if baseline is None else list(_paired(groups, baseline)),
+        "pooled": [] if baseline is None else list(_pooled(groups, baseline)),
         "warnings": list(_warnings(groups)),
         "runs": [_made(run, label) for run, label in zip(runs, labels, strict=True)],
     }
@@ -280,7 +284,24 @@ def _statistics(values: list[float]) -> dict[str, Any]:
     }
 
 
-def _paired(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class Pair:
+    """A configuration beside the baseline of its density, with one seed."""
+
+    group: Group
+    seed: int
+    first: Attacked
+    second: Attacked
+
+    @property
+    def point(self) -> dict[str, Any]:
+        return {"configuration": self.group.configuration, "density": self.group.density}
+
+    def difference(self, name: str) -> PairedDifference | None:
+        return paired_difference(self.first.outcomes, self.second.outcomes, name)
+
+
+def _pairs(groups: Sequence[Group], baseline: str) -> Iterator[Pair]:
     """Each configuration against the baseline of its density, seed by seed."""
     names = [DENSE, *dict.fromkeys(n for g in groups for n in (g.method, g.configuration))]
     if baseline not in names:
@@ -294,15 +315,32 @@ def _paired(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
         for seed, run in group.runs.items():
             first = run.attacked.get(DENSE) if reference is None else _seed_of(reference, seed)
             if first is not None:
-                where = {
-                    "configuration": group.configuration,
-                    "density": group.density,
-                    "seed": seed,
-                }
-                for name in ("clean", AUTOATTACK):
-                    paired = paired_difference(first.outcomes, _finetuned(run).outcomes, name)
-                    if paired:
-                        yield where | {"measure": name} | paired.as_dict()
+                yield Pair(group, seed, first, _finetuned(run))
+
+
+def _paired(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
+    """The difference to the baseline with each seed."""
+    for pair in _pairs(groups, baseline):
+        for name in ("clean", AUTOATTACK):
+            paired = pair.difference(name)
+            if paired:
+                measured = {"seed": pair.seed, "measure": name}
+                yield pair.point | measured | paired.as_dict()
+
+
+def _pooled(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
+    """The difference to the baseline over all seeds that both have."""
+    found: dict[tuple[str, float], list[Pair]] = {}
+    for pair in _pairs(groups, baseline):
+        found.setdefault((pair.group.configuration, pair.group.density), []).append(pair)
+    for pairs in found.values():
+        for name in ("clean", AUTOATTACK):
+            same = [p for p in pairs if p.difference(name)]
+            if same:
+                outcomes = [(p.first.outcomes or {}, p.second.outcomes or {}) for p in same]
+                pooled = pooled_difference(outcomes, name)
+                measured = {"measure": name, "seeds": [pair.seed for pair in same]}
+                yield same[0].point | measured | pooled.as_dict()
 
 
 def _reference(groups: Sequence[Group], density: float, baseline: str) -> Group | None:
@@ -321,16 +359,18 @@ def _seed_of(group: Group, seed: int) -> Attacked | None:
     return _finetuned(group.runs[seed]) if seed in group.runs else None
 
 
-def _warnings(groups: Sequence[Group]) -> Iterator[str]:
+def _warnings(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
+    """Failed checks and flags of every evaluation."""
     for group in groups:
         for seed, run in group.runs.items():
+            where = {"configuration": group.configuration, "density": group.density, "seed": seed}
             for model, attacked in run.attacked.items():
-                where = f"{group.configuration}, seed {seed}, {model}"
                 for name, check in attacked.evaluation.checks.items():
                     if not check.passed:
-                        yield f"{where}: check '{name}' FAILED: {check.detail}"
+                        said = f"check '{name}' FAILED: {check.detail}"
+                        yield where | {"model": model, "warning": said}
                 for flag in attacked.evaluation.flags:
-                    yield f"{where}: {flag}"
+                    yield where | {"model": model, "warning": flag}
 
 
 def _made(run: Run, configuration: str) -> dict[str, Any]:
@@ -345,19 +385,6 @@ def _made(run: Run, configuration: str) -> dict[str, Any]:
     }
 
 
-def _points(comparison: Mapping[str, Any]) -> list[tuple[str, dict[str, list[float]]]]:
-    return [
-        (_label(row), {name: m["values"] for name, m in row["measures"].items()})
-        for row in comparison["rows"]
-    ]
-
-
-def _label(row: Mapping[str, Any]) -> str:
-    if row["configuration"] == DENSE:
-        return DENSE
-    return f"{row['configuration']}\n{format_density(row['density'])}"
-
-
 def _document(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Document:
     protocol = "; ".join(
         f"{key}: {flatten(value)}" for key, value in comparison["protocol"].items()
@@ -369,9 +396,23 @@ def _document(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Do
     return Document(
         title=comparison["title"],
         lead=tuple(filter(None, (comparison["note"], explained))),
-        warnings=tuple(comparison["warnings"]),
+        warnings=tuple(_warned(comparison["warnings"])),
         sections=tuple(_sections(comparison, pictures)),
     )
+
+
+_FEW = 5
+"""As many warnings stand above the result, and runs in a cell of a table; of more the number."""
+
+
+def _warned(warnings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if len(warnings) > _FEW:
+        raised = len({(w["configuration"], w["density"], w["seed"]) for w in warnings})
+        yield f"checks failed or flags were raised in {raised} runs; see Flags and failed checks."
+        return
+    for w in warnings:
+        where = f"{w['configuration']}, {format_density(w['density'])}, seed {w['seed']}"
+        yield f"{where}, {w['model']}: {w['warning']}"
 
 
 def _sections(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Iterator[Section]:
@@ -384,16 +425,34 @@ def _sections(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> It
     yield Section("What it costs", _cost_table(comparison), text=_COST)
     yield Section("Where weights are kept", plot=pictures["strategies"])
     if comparison["baseline"] is not None:
-        text = (
-            f"Difference to {comparison['baseline']} at the same density and seed, on the same "
-            "images: percentage points with the paired 95 % interval, and the exact McNemar test."
-        )
-        table = _paired_table(comparison["paired"])
-        none = " There is no pair measured on the same images."
-        yield Section("Pair by pair", table, text=text if table else text + none)
-    commands = [run["environment"].get("command") for run in comparison["runs"]]
-    script = "\n".join([*dict.fromkeys(filter(None, commands)), comparison["command"]])
+        yield _difference_section(comparison)
+    if len(comparison["warnings"]) > _FEW:
+        yield Section("Flags and failed checks", _warnings_table(comparison["warnings"]))
+    script = comparison["command"]
+    if not comparison["makes_runs"]:
+        commands = [run["environment"].get("command") for run in comparison["runs"]]
+        script = "\n".join([*dict.fromkeys(filter(None, commands)), script])
     yield Section("How this was made", _made_table(comparison), code=script)
+
+
+def _difference_section(comparison: Mapping[str, Any]) -> Section:
+    """Several seeds in one row; one seed with its test."""
+    name = comparison["baseline"]
+    start = f"Difference to {name} at the same density"
+    if any(len(row["seeds"]) > 1 for row in comparison["pooled"]):
+        text = (
+            f"{start}, over pairs of the same image and seed: percentage points with the 95 % "
+            "interval over images, which seeds that agree do not narrow. The tests of each seed "
+            "are in the JSON file."
+        )
+        return Section(f"Against {name}", _pooled_table(comparison), text=text)
+    text = (
+        f"{start} and seed, on the same images: percentage points with the paired 95 % interval, "
+        "and the exact McNemar test."
+    )
+    table = _paired_table(comparison["paired"])
+    none = " There is no pair measured on the same images."
+    return Section(f"Against {name}", table, text=text if table else text + none)
 
 
 def _rows_table(comparison: Mapping[str, Any]) -> Table:
@@ -471,6 +530,44 @@ def _paired_table(paired: Sequence[Mapping[str, Any]]) -> Table | None:
     return Table(header, rows) if rows else None
 
 
+def _pooled_table(comparison: Mapping[str, Any]) -> Table:
+    """A row for each configuration and density; in how many seeds its AutoAttack is the higher."""
+    found: dict[tuple[str, float], dict[str, Mapping[str, Any]]] = {}
+    for row in comparison["pooled"]:
+        found.setdefault((row["configuration"], row["density"]), {})[row["measure"]] = row
+    higher: dict[tuple[str, float], int] = {}
+    for pair in comparison["paired"]:
+        if pair["measure"] == AUTOATTACK and pair["difference"] > 0:
+            point = pair["configuration"], pair["density"]
+            higher[point] = higher.get(point, 0) + 1
+    rows = tuple(
+        (
+            configuration,
+            format_density(density),
+            *(format_difference(known.get(name)) for name in ("clean", AUTOATTACK)),
+            f"{higher.get((configuration, density), 0)} of {len(known[AUTOATTACK]['seeds'])}"
+            if AUTOATTACK in known
+            else ABSENT,
+        )
+        for (configuration, density), known in found.items()
+    )
+    header = ("configuration", "density", "clean", "AutoAttack", "seeds with more AutoAttack")
+    return Table(header, rows)
+
+
+def _warnings_table(warnings: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each configuration and density with all that was raised there."""
+    found: dict[tuple[str, float], list[str]] = {}
+    for w in warnings:
+        said = f"seed {w['seed']}, {w['model']}: {w['warning']}"
+        found.setdefault((w["configuration"], w["density"]), []).append(said)
+    rows = tuple(
+        (configuration, format_density(density), "; ".join(said))
+        for (configuration, density), said in found.items()
+    )
+    return Table(("configuration", "density", "raised"), rows, numeric=False)
+
+
 def _successive(environment: Mapping[str, Any], key: str) -> str:
     """A value of the environment; several where a run was continued under another one."""
     every = [flatten(e.get(key)) for e in (environment, *environment.get("continued", []))]
@@ -484,7 +581,7 @@ def _made_table(comparison: Mapping[str, Any]) -> Table:
         found: dict[str, list[str]] = {}
         for run in comparison["runs"]:
             found.setdefault(_successive(run["environment"], key), []).append(run["run"])
-        rows += [
-            (key, value, "all" if len(found) == 1 else ", ".join(r)) for value, r in found.items()
-        ]
+        for value, runs in found.items():
+            named = ", ".join(runs) if len(runs) <= _FEW else f"{len(runs)} runs"
+            rows.append((key, value, "all" if len(found) == 1 else named))
     return Table(("", "", "runs"), tuple(rows), numeric=False)

@@ -6,14 +6,13 @@ Hues are those of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
 import io
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harprune.reporting.records import STAGES, Audit, Epoch, Evaluation, Measure
 from harprune.reporting.summary import measure_order
-from harprune.reporting.tables import title_of
+from harprune.reporting.tables import format_density, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,6 +52,8 @@ _ALLOCATIONS = {
     "uniform": ("uniform", GREY, ""),
 }
 _MODELS = {"dense": PALE, "finetuned": BLUE}
+_ACCURACIES = {"clean": (GREEN, "o", -0.13), "autoattack": (RED, "s", 0.13)}
+"""Colour, marker and place beside the middle of a row."""
 
 
 def to_svg(draw: Callable[..., "Figure"], *data: Any) -> bytes:
@@ -170,87 +171,122 @@ def _bars(axes: "Axes", measures: Mapping[float, Measure], height: float, model:
     axes.barh(0, 0, color=_MODELS[model], label=title_of(model))
 
 
-def points_by_row(rows: Sequence[tuple[str, Mapping[str, Sequence[float]]]]) -> "Figure":
-    """Rows of a comparison: each seed a faint point, their mean a strong one with its spread.
+def points_by_row(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Configurations of a comparison below each other, a panel for each density.
 
     Args:
-        rows: (label, {"clean": accuracies of the seeds, "autoattack": accuracies}), in [0, 1].
+        rows: of a comparison. Each seed is a faint point, their mean a strong one with its sample
+            standard deviation; the row of density 1 is a dashed level.
     """
-    figure, axes = _figure(7.2, 1.0 + 0.52 * len(rows))
-    looks = {"clean": (GREEN, "o", -0.13), "autoattack": (RED, "s", 0.13)}
-    for name, (colour, marker, shift) in looks.items():
-        label = "clean" if name == "clean" else "AutoAttack"
-        for place, (_, measures) in enumerate(rows):
-            values = [100 * value for value in measures.get(name, ())]
-            if values:
-                height = [place + shift] * len(values)
-                axes.plot(values, height, marker, color=colour, alpha=0.3, markersize=4)
-                _mean_point(axes, values, place + shift, colour, marker)
-        axes.plot([], [], marker, color=colour, label=label)
-    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("test accuracy in %; mean over seeds with its sample standard deviation")
-    _legend(axes, columns=2)
+    pruned = [row for row in rows if row["density"] < 1.0]
+    dense = next((row for row in rows if row["density"] == 1.0), None)
+    configurations = list(dict.fromkeys(row["configuration"] for row in pruned))
+    densities = list(dict.fromkeys(row["density"] for row in pruned))
+    height = 1.1 + 0.3 * len(configurations)
+    figure, panels = _panels(len(densities), 3.4 + 2.3 * len(densities), height, across=True)
+    for axes, density in zip(panels, densities, strict=True):
+        known = {row["configuration"]: row for row in pruned if row["density"] == density}
+        for name, (colour, marker, shift) in _ACCURACIES.items():
+            for place, configuration in enumerate(configurations):
+                values = _percentages(known.get(configuration), name)
+                if values:
+                    where = [place + shift] * len(values)
+                    axes.plot(values, where, marker, color=colour, alpha=0.3, markersize=4)
+                    _mean_point(axes, values, place + shift, colour, marker)
+            level = _percentages(dense, name)
+            if level:
+                axes.axvline(sum(level) / len(level), color=colour, linewidth=1, linestyle="--")
+        axes.set_title(format_density(density), fontsize=8.5)
+        axes.set_xlabel("test accuracy in %")
+    panels[0].set_yticks(range(len(configurations)), configurations)
+    panels[0].set_ylim(len(configurations) - 0.5, -0.5)
+    _legend_above(figure, dense is not None)
     return figure
 
 
-_LINES = [
-    {"color": colour, "linestyle": line, "marker": marker}
-    for line, marker in (("-", "o"), ("--", "s"), (":", "^"))
-    for colour in (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)
-]
-"""Eighteen looks; a plot of more methods begins again."""
-
-
-def accuracy_over_density(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Clean and robust accuracy against density, a line for each configuration.
+def accuracy_over_density(
+    rows: Sequence[Mapping[str, Any]], baseline: str | None = None
+) -> "Figure":
+    """Clean and robust accuracy against density, a small panel for each configuration.
 
     Args:
         rows: of a comparison; the mean over seeds is drawn with its sample standard deviation, the
-            row of density 1 as a level.
+            row of density 1 as a dashed level.
+        baseline: a configuration whose lines stand in every panel in grey.
     """
-    names = ("clean", "autoattack")
-    figure, panels = _panels(len(names), 9.6, 3.8, across=True)
-    for axes, name in zip(panels, names, strict=True):
-        for row in rows:
-            if row["density"] == 1.0 and name in row["measures"]:
-                level = 100 * row["measures"][name]["mean"]
-                axes.axhline(level, color=BLACK, linewidth=1, linestyle="--", label="dense")
-        configurations = dict.fromkeys(r["configuration"] for r in rows if r["density"] < 1.0)
-        for configuration, look in zip(configurations, itertools.cycle(_LINES)):
-            known = [r for r in rows if r["configuration"] == configuration]
-            known = sorted((r for r in known if name in r["measures"]), key=lambda r: r["density"])
-            axes.errorbar(
-                [row["density"] for row in known],
-                [100 * row["measures"][name]["mean"] for row in known],
-                [100 * (row["measures"][name]["spread"] or 0.0) for row in known],
-                capsize=2,
-                label=configuration,
-                **look,
-            )
-        axes.set_title("clean" if name == "clean" else "AutoAttack")
+    pruned = [row for row in rows if row["density"] < 1.0]
+    dense = next((row for row in rows if row["density"] == 1.0), None)
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(pruned, key=lambda row: row["density"]):
+        lines.setdefault(row["configuration"], []).append(row)
+    names = list(dict.fromkeys(row["configuration"] for row in pruned))
+    columns = min(5, len(names))
+    figure, panels = _panels(len(names), 1.2 + 1.8 * columns, 1.7, across=True, columns=columns)
+    for axes, configuration in zip(panels, names, strict=False):
+        for name, (colour, marker, _) in _ACCURACIES.items():
+            if baseline in lines:
+                _course(axes, lines[baseline], name, color=PALE)
+            _course(axes, lines[configuration], name, color=colour, marker=marker)
+            level = _percentages(dense, name)
+            if level:
+                axes.axhline(sum(level) / len(level), color=colour, linewidth=0.8, linestyle="--")
+        axes.set_title(configuration)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-        axes.set_xlabel("weights kept")
-    panels[0].set_ylabel("test accuracy in %")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    figure.supxlabel("weights kept", fontsize=9)
+    figure.supylabel("test accuracy in %", fontsize=9)
+    _legend_above(figure, dense is not None, baseline if baseline in lines else None)
     return figure
+
+
+def _course(axes: "Axes", rows: Sequence[Mapping[str, Any]], name: str, **look: Any) -> None:
+    """One accuracy over the densities of one configuration."""
+    known = [row for row in rows if name in row["measures"]]
+    axes.errorbar(
+        [row["density"] for row in known],
+        [100 * row["measures"][name]["mean"] for row in known],
+        [100 * (row["measures"][name]["spread"] or 0.0) for row in known],
+        capsize=2,
+        linewidth=1.2,
+        **look,
+    )
 
 
 def strategies(densities: Mapping[str, Mapping[str, float]]) -> "Figure":
-    """Fraction kept in each layer, a line for each configuration."""
+    """Fraction kept in each layer: a row of per cents for each configuration, darker where more."""
+    from matplotlib.colors import LogNorm
+
     layers = list(next(iter(densities.values())))
-    places = range(len(layers))
-    figure, axes = _figure(min(13.0, max(6.4, 1.6 + 0.3 * len(layers))), 4.2)
-    for (configuration, shares), look in zip(densities.items(), itertools.cycle(_LINES)):
-        kept = _positive([shares.get(layer, math.nan) for layer in layers])
-        axes.plot(places, kept, label=configuration, linewidth=1.2, **look)
-    _density_axis(axes)
-    axes.set_xticks(places, layers, rotation=90, fontsize=7.5 if len(layers) < 40 else 6)
-    axes.set_ylabel("weights kept")
-    _legend(axes, columns=4)
+    shares = [[100 * kept.get(layer, 0.0) for layer in layers] for kept in densities.values()]
+    least = min((s for row in shares for s in row if s > 0), default=1.0)
+    figure, axes = _figure(2.0 + 0.45 * len(layers), 1.4 + 0.26 * len(densities))
+    bounds = LogNorm(min(least, 99.0), 100.0)
+    axes.imshow([_positive(row) for row in shares], aspect="auto", cmap="Blues", norm=bounds)
+    for place, row in enumerate(shares):
+        for layer, share in enumerate(row):
+            strong = share > 0 and bounds(share) > 0.6
+            axes.text(
+                layer,
+                place,
+                f"{share:.2g}" if share < 99.5 else "100",
+                ha="center",
+                va="center",
+                fontsize=6.5,
+                color="white" if strong else BLACK,
+            )
+    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(densities)), list(densities))
+    axes.grid(visible=False)
+    axes.set_title("weights kept in %")
     return figure
+
+
+def _percentages(row: Mapping[str, Any] | None, name: str) -> list[float]:
+    """An accuracy of a row of a comparison, seed by seed."""
+    measure = row["measures"].get(name) if row else None
+    return [100 * value for value in measure["values"]] if measure else []
 
 
 def _mean_point(axes: "Axes", values: list[float], height: float, colour: str, marker: str) -> None:
@@ -267,14 +303,36 @@ def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
 
 
 def _panels(
-    count: int, width: float, height: float, *, across: bool = False
+    count: int, width: float, height: float, *, across: bool = False, columns: int | None = None
 ) -> "tuple[Figure, list[Axes]]":
+    """Panels below each other with one x axis, or across, in rows of `columns`, with one y axis.
+
+    `height` is that of the figure, or of each row of `columns`.
+    """
     from matplotlib.figure import Figure
 
+    if columns is None:
+        rows, columns = (1, count) if across else (count, 1)
+    else:
+        rows = math.ceil(count / columns)
+        height = 0.8 + rows * height
     figure = Figure(figsize=(width, height))
-    rows, columns = (1, count) if across else (count, 1)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=not across, sharey=across)
     return figure, list(grid.flat)
+
+
+def _legend_above(figure: "Figure", dense: bool, baseline: str | None = None) -> None:
+    """What the colours of accuracies mean, above all panels."""
+    from matplotlib.lines import Line2D
+
+    names = {"clean": "clean", "autoattack": "AutoAttack"}
+    looks = [
+        Line2D([], [], color=colour, marker=marker, label=names[name])
+        for name, (colour, marker, _) in _ACCURACIES.items()
+    ]
+    looks += [Line2D([], [], color=BLACK, linestyle="--", linewidth=1, label="dense")] * dense
+    looks += [Line2D([], [], color=PALE, label=baseline)] if baseline else []
+    figure.legend(handles=looks, loc="outside upper left", ncols=len(looks))
 
 
 def _density_axis(axes: "Axes") -> None:

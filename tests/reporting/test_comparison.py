@@ -168,7 +168,8 @@ def test_failed_checks_of_any_run_are_shown(make_run, tmp_path):
     run = make_run(failing=("gradients",))
     write_comparison([run], tmp_path / "c.md", title="t", note="", command="c")
     text = (tmp_path / "c.md").read_text()
-    assert "**Warning:** harp + erk, seed 0, finetuned: check 'gradients' FAILED" in text
+    where = "harp + erk, 5 % kept (95 % sparse), seed 0, finetuned"
+    assert f"**Warning:** {where}: check 'gradients' FAILED" in text
 
 
 def test_a_run_continued_by_other_code_names_both(make_run, tmp_path):
@@ -183,3 +184,36 @@ def test_a_run_continued_by_other_code_names_both(make_run, tmp_path):
     text = (tmp_path / "out.md").read_text()
     assert "| commit | 0123456789ab, then fedcba987654 | one |" in text
     assert "| commit | 0123456789ab | two |" in text
+
+
+def test_many_warnings_are_a_table(make_run, tmp_path):
+    runs = [make_run(f"run-{seed}", seed=seed, failing=("gradients",)) for seed in range(6)]
+    found = write_comparison(runs, tmp_path / "c.md", title="t", note="", command="c")
+    text = (tmp_path / "c.md").read_text()
+    count = len({w["seed"] for w in found["warnings"]})
+    assert f"raised in {count} runs; see Flags and failed checks" in text
+    table = text[text.index("## Flags and failed checks") :]
+    assert all(f"seed {w['seed']}, {w['model']}: check 'grad" in table for w in found["warnings"])
+
+
+def test_seeds_are_pooled_against_the_baseline(six_runs, tmp_path):
+    out = tmp_path / "c.md"
+    found = write_comparison(six_runs, out, title="t", note="", command="c", baseline="hydra")
+    pooled = {row["measure"]: row for row in found["pooled"]}
+    for name, row in pooled.items():
+        each = [pair["difference"] for pair in found["paired"] if pair["measure"] == name]
+        assert row["difference"] == pytest.approx(mean(each))
+        assert row["seeds"] == [0, 1, 2]
+        low, high = row["interval"]
+        assert low < row["difference"] < high
+    higher = sum(
+        pair["difference"] > 0 for pair in found["paired"] if pair["measure"] == "autoattack"
+    )
+    assert f"| {higher} of 3 |" in out.read_text()
+
+
+def test_a_command_that_makes_the_runs_stands_alone(six_runs, tmp_path):
+    out = tmp_path / "c.md"
+    given = {"title": "t", "note": "", "command": "harprune compare GRID"}
+    write_comparison(six_runs, out, **given, makes_runs=True)
+    assert "```sh\nharprune compare GRID\n```" in out.read_text()

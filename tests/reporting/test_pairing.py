@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harprune.reporting.pairing import PairedDifference, paired_difference
+from harprune.reporting.pairing import PairedDifference, paired_difference, pooled_difference
 
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40)
 
@@ -69,3 +69,37 @@ def test_other_labels_for_the_same_images_are_refused():
         paired_difference(
             outcomes([True, False]), outcomes([True, False], labels=np.ones(2)), "clean"
         )
+
+
+@given(PAIRS)
+def test_one_seed_pooled_is_one_pair(pairs):
+    first, second = (outcomes(list(side)) for side in zip(*pairs, strict=True))
+    pooled, paired = (
+        pooled_difference([(first, second)], "clean"),
+        paired_difference(first, second, "clean"),
+    )
+    assert pooled.difference == pytest.approx(paired.difference)
+    assert pooled.interval == pytest.approx(paired.interval)
+
+
+@given(PAIRS, st.integers(2, 5))
+def test_seeds_that_agree_do_not_narrow_the_interval(pairs, seeds):
+    first, second = (outcomes(list(side)) for side in zip(*pairs, strict=True))
+    once = pooled_difference([(first, second)], "clean")
+    often = pooled_difference([(first, second)] * seeds, "clean")
+    assert often.difference == pytest.approx(once.difference)
+    assert often.interval == pytest.approx(once.interval)
+
+
+def test_seeds_on_other_images_count_as_more_images():
+    rng = np.random.default_rng(0)
+    a, b = (rng.random(400) < quality for quality in (0.5, 0.6))
+    whole = pooled_difference([(outcomes(a), outcomes(b))], "clean")
+    halves = [slice(0, 200), slice(200, 400)]
+    parts = [
+        tuple(outcomes(side[half], index=np.arange(400)[half]) for side in (a, b))
+        for half in halves
+    ]
+    pooled = pooled_difference(parts, "clean")
+    assert pooled.difference == pytest.approx(whole.difference)
+    assert pooled.interval == pytest.approx(whole.interval)
