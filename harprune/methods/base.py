@@ -336,3 +336,9 @@ def batch_norm_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Scale and shift of every batch norm."""
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     return [p for norm in norms for p in norm.parameters(recurse=False)]
+
+
+def network_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the network itself, without those that its masks learn."""
+    learned = {p for _, mask in masks.installed(model).values() for p in mask.parameters()}
+    return [p for p in model.parameters() if p not in learned]

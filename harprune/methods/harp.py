@@ -20,6 +20,7 @@ from harprune.methods.base import (
     batch_norm_parameters,
     given_densities,
     install_scores,
+    network_parameters,
     parameter_group,
     scaled_magnitude,
     score_group,
@@ -47,6 +48,8 @@ class HARP(Method):
         start_factor: 10 as HARP starts; 1 starts at the target.
         learn_scores: False keeps the magnitude scores (ablation "densities only").
         learn_densities: False keeps the allocation at the target (ablation "scores only").
+        train_weights: also train the network itself, as no paper of scores does: what is kept then
+            adapts while it is chosen, and finetuning starts from there.
         train_batch_norm: also train scale and shift of batch norm (parity).
         decay_scores: weight decay on the scores (parity).
         decay_densities: weight decay on r, which pulls every density to 1/2 (parity).
@@ -58,6 +61,7 @@ class HARP(Method):
     start_factor: float = 10.0
     learn_scores: bool = True
     learn_densities: bool = True
+    train_weights: bool = False
     train_batch_norm: bool = False
     decay_scores: bool = False
     decay_densities: bool = False
@@ -105,7 +109,9 @@ class HARP(Method):
             groups.append(score_group(model, decay=self.decay_scores))
         if self.learn_densities:
             groups.append(parameter_group(_logits(model), decay=self.decay_densities))
-        if self.train_batch_norm:
+        if self.train_weights:
+            groups.append(parameter_group(network_parameters(model), decay=True))
+        elif self.train_batch_norm:
             groups.append(parameter_group(batch_norm_parameters(model), decay=True))
         return groups
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from harprune.ascent import uphill
 from harprune.sparsity import masks
 from harprune.sparsity.masks import LearnedMask
 
@@ -51,18 +51,5 @@ class S2AP:
         scores = [m.scores for m in learned if m.scores.grad is not None]
         if not scores:
             raise ValueError("s2ap perturbs scores, and no mask of this method trains any")
-        before = [s.detach().clone() for s in scores]
-        with torch.no_grad():
-            for s in scores:
-                s += self._ascent(s, s.grad)
-        try:
+        with uphill(scores, self.radius):
             yield
-        finally:
-            with torch.no_grad():
-                for s, original in zip(scores, before):
-                    s.copy_(original)
-
-    def _ascent(self, scores: Tensor, gradient: Tensor) -> Tensor:
-        """z = radius |s| g / |g|; none where the gradient is zero."""
-        length = gradient.norm()
-        return gradient * (self.radius * scores.norm() / length if length > 0 else 0.0)

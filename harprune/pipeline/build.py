@@ -39,6 +39,7 @@ from harprune.pipeline import recipe as recipes
 from harprune.pipeline.recipe import Recipe
 from harprune.robustness import attacks, objectives
 from harprune.robustness.autoattack import AutoAttack
+from harprune.robustness.awp import AWP
 from harprune.robustness.pwoa import PwoA
 from harprune.robustness.threat import Linf, Threat, make_threat, parse_epsilon
 from harprune.sparsity import allocation, costs, execution
@@ -432,6 +433,22 @@ def sharpness(recipe: Recipe) -> S2AP | None:
             "over the same; choose another objective"
         )
     return _made(S2AP, _given(recipe, S2AP))
+
+
+def perturbation(recipe: Recipe, section: recipes.WeightTraining) -> AWP | None:
+    """AWP, where a stage that trains weights asks for it.
+
+    Raises:
+        ValueError: a training without a second pass.
+    """
+    if section.awp is None:
+        return None
+    if (section.objective or recipe.objective).name == "free":
+        raise ValueError(
+            "objective.name = 'free' moves its images in every pass, and awp needs a second pass "
+            "over the same; choose another objective"
+        )
+    return AWP(section.awp.radius, section.awp.warm_up)
 
 
 def _kinds(recipe: Recipe) -> tuple[type[Method], list[type]]:

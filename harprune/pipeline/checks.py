@@ -37,6 +37,8 @@ def check(recipe: Recipe, *, weights_follow: bool = False) -> None:
     for stage in (recipe.pretrain, recipe.prune, recipe.finetune):
         build.objective(recipe, stage.objective or recipe.objective, None)
         make_schedule(stage.schedule, epochs=stage.epochs, offset=recipe.parity.cosine_offset)
+    for stage in (recipe.pretrain, recipe.finetune):
+        build.perturbation(recipe, stage)
     for stage in (recipe.prune, recipe.finetune):
         if soft := stage.distillation:
             build.distilled(recipe, stage.objective or recipe.objective, None, soft, lambda x: x)

@@ -144,12 +144,25 @@ class Training(Section):
     """The loss of this stage; the recipe's [objective] when absent."""
 
 
-class Averaged(Training):
+class WeightPerturbation(Section):
+    """Adversarial weight perturbation (AWP)."""
+
+    radius: float = Field(0.005, gt=0)
+    """Length of the perturbation as a fraction of the weights', layer by layer."""
+    warm_up: float = Field(0.0, ge=0, lt=1)
+    """Share of the stage that passes first, without perturbation."""
+
+
+class WeightTraining(Training):
     """A stage that trains weights, not a selection among them."""
 
     averaging: float | None = Field(None, ge=0, lt=1)
     """Decay per optimiser step of an average of weights and batch-norm statistics, as 0.999; this
     network is then validated, selected and kept. The last step's own when absent."""
+    awp: WeightPerturbation | None = None
+    """Take each gradient where the weights nearby are worst (AWP), at one more pass a step; its
+    keys are radius, as a fraction of the weights (0.005), and warm_up, the share of the stage
+    without it (0). Off when absent."""
 
 
 class Distillation(Section):
@@ -169,7 +182,7 @@ class Distilled(Training):
     keys are weight, of attacked images (5/6), and temperature (1). From labels when absent."""
 
 
-class Pretrain(Averaged):
+class Pretrain(WeightTraining):
     """Dense robust training; skipped when model.weights is given."""
 
 
@@ -180,7 +193,7 @@ class Prune(Distilled):
     """Passes over the training images."""
 
 
-class Finetune(Averaged, Distilled):
+class Finetune(WeightTraining, Distilled):
     """Training of the kept weights under fixed masks."""
 
     learning_rate: float = Field(0.01, gt=0)

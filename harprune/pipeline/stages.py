@@ -5,7 +5,7 @@ Each begins with "if my artifact exists, I am done": an interrupted run goes on 
 The validation split selects epochs; the attack stage alone sees test images.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +32,7 @@ from harprune.sparsity import allocation, masks
 from harprune.sparsity.audit import Audit, connected
 from harprune.sparsity.costs import multiply_add_prices
 from harprune.sparsity.execution import Execution, Twin, training_twin
-from harprune.sparsity.layers import weights
+from harprune.sparsity.layers import Layer, prunable_layers, weights
 from harprune.training import checkpoint
 from harprune.training.averaging import Average
 from harprune.training.loop import Diverged, fit
@@ -96,8 +96,7 @@ def pretrain(shop: Workshop) -> None:
     model = shop.materials.network().to(shop.engine.device)
     history: list[dict] = []
     if not shop.materials.given and shop.recipe.pretrain.epochs:
-        groups = [{"params": list(model.parameters())}]
-        history = learn(shop, "pretrain", model, groups, averaging=shop.recipe.pretrain.averaging)
+        history = learn_weights(shop, "pretrain", model, prunable_layers(model))
     clean, robust = validate(shop, model, build.twin(shop.recipe, model))
     shop.console.say(f"dense network: {_percent(clean, robust)} on validation images")
     _finish(shop, "pretrain", checkpoint.pack("model", model.state_dict()), history, clean, robust)
@@ -176,17 +175,9 @@ def finetune(shop: Workshop) -> None:
         masks.fix(layer, kept[name].to(shop.engine.device))
     history: list[dict] = []
     if shop.recipe.finetune.epochs:
+        layers, soft = prunable_layers(model), shop.recipe.finetune.distillation
         masks.compact(model)
-        groups = [{"params": list(model.parameters())}]
-        section = shop.recipe.finetune
-        history = learn(
-            shop,
-            "finetune",
-            model,
-            groups,
-            averaging=section.averaging,
-            distillation=section.distillation,
-        )
+        history = learn_weights(shop, "finetune", model, layers, distillation=soft)
         masks.expand(model)
     masks.bake(model)
     counts = budget.audit(model)
@@ -244,6 +235,33 @@ def report(shop: Workshop) -> dict:
             shop.console.say(line)
     shop.console.say(f"report: {shop.run.folder / 'report' / 'report.html'}")
     return content
+
+
+def learn_weights(
+    shop: Workshop,
+    stage: str,
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    *,
+    distillation: Distillation | None = None,
+) -> list[dict]:
+    """Train all parameters of `model`, as `learn` does, with the stage's own options.
+
+    `layers` are those of its weights, as they were found before compaction.
+    """
+    section, nearby = getattr(shop.recipe, stage), None
+    if (awp := build.perturbation(shop.recipe, section)) is not None:
+        nearby = partial(awp.nearby, [layer.parameter for layer in layers.values()])
+    groups = [{"params": list(model.parameters())}]
+    return learn(
+        shop,
+        stage,
+        model,
+        groups,
+        averaging=section.averaging,
+        distillation=distillation,
+        nearby=nearby,
+    )
 
 
 def learn(

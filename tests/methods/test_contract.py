@@ -31,7 +31,7 @@ from harprune.sparsity.granularity import Granularity
 from harprune.training.loop import training_only
 
 METHODS = [HARP(gamma=0.1), HARP(enforce_after=1), HARP(learn_densities=False),
-           HARP(learn_scores=False), HYDRA(), Magnitude(), Random(),
+           HARP(learn_scores=False), HARP(train_weights=True), HYDRA(), Magnitude(), Random(),
            SNIP(), GraSP(), SynFlow(rounds=5),
            Li20(),
            RST(),

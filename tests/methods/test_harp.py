@@ -43,7 +43,8 @@ def test_loss_and_gradients_equal_the_literal_twin(name, batch, on_twin):
     plain = create_model(name, 10).double()
     x, y = torch.rand(batch, 3, 32, 32, dtype=torch.float64), torch.arange(batch) % 10
     noise = (2 * torch.rand_like(x) - 1) * EPSILON
-    model, method, budget = copy.deepcopy(plain), HARP(gamma=GAMMA), Budget(TARGET)
+    model, budget = copy.deepcopy(plain), Budget(TARGET)
+    method = HARP(gamma=GAMMA, train_weights=True)
     method.attach(model, budget)
     model.double()
     parts = masks.installed(model)
@@ -70,6 +71,20 @@ def test_loss_and_gradients_equal_the_literal_twin(name, batch, on_twin):
         scale = layer.scores.grad.abs().max()
         assert torch.allclose(mask.scores.grad, layer.scores.grad, rtol=1e-9, atol=1e-9 * scale)
         assert mask.density.logit.grad.item() == pytest.approx(layer.logit.grad.item(), rel=1e-9)
+        weight, expected = parts[key][0].parameter.grad, layer.layer.weight.grad
+        assert torch.allclose(weight, expected, rtol=1e-9, atol=1e-9 * expected.abs().max())
+
+
+def test_the_network_itself_is_trained_only_where_asked():
+    model, budget = small(), Budget(0.1)
+    for method in (HARP(), HARP(train_weights=True)):
+        pruned = copy.deepcopy(model)
+        network = {id(p) for p in pruned.parameters()}
+        method.attach(pruned, budget)
+        groups = method.trainable(pruned)
+        decayed = {id(p) for g in groups if "weight_decay" not in g for p in g["params"]}
+        assert decayed == (network if method.train_weights else set())
+        assert len([p for g in groups for p in g["params"]]) == len(decayed) + 6
 
 
 def hold_hardware_loss(method, monkeypatch, losses):

@@ -90,6 +90,8 @@ def test_a_wrong_command_is_one_line(command, here, arguments, text):
             "finetune={distillation = {}, objective = {name = 'trades'}}",
             "distillation takes its at",
         ),
+        ("finetune.awp.radius=0", "tiny.toml: finetune.awp.radius = 0: must be greater than 0"),
+        ("pretrain={awp = {}, objective = {name = 'free'}}", "objective.name = 'free' moves"),
         ("budget.allocation=erkk", "budget.allocation = 'erkk' is unknown; choose one of uniform"),
         ("prune.schedule=cosin", "tiny.toml: prune.schedule = 'cosin': must be 'cosine', 'one_cy"),
         ("density", "--set 'density' must have the form section.key=value, as --set prune.epochs"),

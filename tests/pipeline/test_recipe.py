@@ -69,6 +69,7 @@ def refusal(content: dict, *overrides: str) -> str:
         ({"attack": {"epsilon": 0.1}}, "attack.epsilon", "threat.epsilon"),
         ({"pretrain": {"distillation": {}}}, "pretrain.distillation", "prune.distillation"),
         ({"prune": {"averaging": 0.9}}, "prune.averaging", "pretrain.averaging"),
+        ({"finetune": {"awp": {"radios": 1}}}, "finetune.awp.radios", "finetune.awp.radius"),
         ({"zzzz": 1}, "zzzz", "seed"),
     ],
 )

@@ -214,6 +214,10 @@ VARIANTS = {
         "pretrain.averaging=0.9", "finetune.averaging=0.5",
         "prune.distillation.weight=0.5", "finetune.distillation.weight=0.5",
     ),
+    "harp, weights trained, awp": (
+        "method.train_weights=true", "pretrain.awp={}", "finetune.awp.radius=0.1",
+        "finetune.averaging=0.5",
+    ),
 }  # fmt: skip
 
 

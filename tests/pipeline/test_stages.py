@@ -54,3 +54,22 @@ def test_distillation_changes_what_is_learned(finished, here):
         for name, value in (("weight", 0.1), ("temperature", 5.0))
     ]
     assert not any(same(*pair) for pair in zip(learned, [plain, learned[0]]))
+
+
+def test_awp_changes_what_is_learned_and_counts_its_pass(finished, here):
+    plain, values = checkpoint.load(finished / "finetuned.safetensors")
+    for number, twin in enumerate(("true", "false")):
+        settings = ("finetune.awp.radius=0.2", f"execution.twin={twin}")
+        learned, perturbed = state(here / f"run{number}", *settings)
+        assert not same(learned, plain)
+        before, after = (v["history"][-1]["passes"] for v in (values, perturbed))
+        assert before < after < 2 * before
+        kept = checkpoint.unpack("mask", learned)
+        network = checkpoint.unpack("model", learned)
+        assert all(not network[name][~kept[name]].any() for name in kept)
+
+
+def test_the_warm_up_of_awp_is_plain_finetuning(finished, here):
+    plain, _ = checkpoint.load(finished / "finetuned.safetensors")
+    warming, _ = state(here / "warm", "finetune.awp.warm_up=0.999")
+    assert same(warming, plain)
