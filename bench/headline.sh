@@ -7,15 +7,15 @@
 #   bench/headline.sh                              # all of it
 #   ARCHS=resnet18 DENSITIES=0.01 bench/headline.sh    # the part worth a night
 #
-# Every pruned network costs eight epochs: two of pruning and six of finetuning, or eight of finetuning
-# where a method prunes in one shot.
+# Every pruned network costs eight epochs: HARP six of pruning and two of finetuning, HYDRA two and six,
+# one-shot pruning eight of finetuning.
 #
 # Estimated from times of single steps on two cores of an AMD EPYC with AVX512-BF16, ResNet-18, in hours:
 #   dense       12 epochs of 14 minutes                                      2.8
 #   at 1 %      an epoch of pruning takes 17 minutes (HARP, 5.5 CPU seconds a step), of finetuning
-#               8 (ERK, 2.5 CPU seconds) to 13 (LAMP): HARP 1.9, HYDRA 1.0, ERK 1.0, LAMP 1.7   5.6
+#               8 (ERK, 2.5 CPU seconds) to 13 (LAMP): HARP 2.1, HYDRA 1.0, ERK 1.0, LAMP 1.7   5.8
 #               AutoAttack, 6 s for each of about 400 images that resist, or some more   2.0
-#               so far 11.4
+#               so far 11.6
 #   at 0.1 %    all four, AutoAttack included                                2.4
 #   dense       AutoAttack on 250 images, 100 s for each of some 110 that resist   1.5
 # VGG-16-BN takes about 0.6 of that. Attack steps have become a third faster since (docs/log.md).
@@ -64,8 +64,8 @@ for arch in ${ARCHS:-resnet18 vgg16-bn}; do
     "$harprune" report "${finished[@]}" --out "results/headline-$arch.md" --baseline harp \
         --title "CIFAR-10, $arch, 1 % and 0.1 % of the weights" \
         --note "Made by bench/headline.sh. The dense network: fast adversarial training at epsilon 8/255, 12 epochs. \
-Every pruned one: PGD-7 adversarial training at the same cost of eight epochs more, two of pruning and six of \
-finetuning, or eight of finetuning where a method prunes in one shot. Epochs selected on 1,000 of 2,500 held-out \
+Every pruned one: PGD-7 adversarial training for eight epochs more, of which HARP prunes in six and trains \
+the network meanwhile, HYDRA prunes in two, and one-shot pruning finetunes in all. Epochs selected on 1,000 of 2,500 held-out \
 training images; 1,000 test images attacked. A configuration that is missing was refused, because its mask cuts \
 the logits off from the image."
 done
