@@ -35,7 +35,7 @@ Model = Annotated[
     str,
     typer.Option(
         help="Network: a name that `harprune doctor` lists, module:function of yours, "
-        "torchvision:NAME or timm:NAME."
+        "torchvision:NAME or timm:NAME; to `evaluate` also a file of `harprune export`."
     ),
 ]
 DataName = Annotated[

@@ -226,6 +226,15 @@ def _for_each_weight(of_filters: np.ndarray, pattern: Pattern) -> np.ndarray:
 # Reading ------------------------------------------------------------------------------------
 
 
+def recognised(path: str | Path) -> bool:
+    """Whether there is a file that starts as a saved network does, whatever follows."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except (OSError, ValueError):  # no such file, or no name of one
+        return False
+
+
 def _parts(data: memoryview) -> tuple[dict, memoryview]:
     """Header and payload of a file, once both checksums are right."""
     if len(data) < _PREAMBLE.size or bytes(data[: len(MAGIC)]) != MAGIC:

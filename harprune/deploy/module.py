@@ -79,7 +79,7 @@ class _Affine(nn.Module):
 
 class _Flatten(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1)[:, :, None, None]
+        return x.reshape(x.shape[0], -1, 1, 1)
 
 
 class _Sum(nn.Module):

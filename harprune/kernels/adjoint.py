@@ -71,31 +71,34 @@ class _Walk:
         if total is None:
             return None
         if step.rectify:
+            if total.whole not in self._makers:  # it is another map's too, to be read as it is
+                total = self._append(RowStep("scale", step.shape, total), step.out.whole)
             step.signs_out = Bits(step.out.whole)
-            if (
-                total.whole not in self._makers
-            ):  # some other map's gradient too, to be read as it is
-                self._make(RowStep("scale", step.shape, total), step.out.whole, adds=False)
-                total = self._gradients[step.out.whole]
             self._makers[total.whole].signs_in = step.signs_out
         self._makers.pop(total.whole, None)
         return Part(total.whole, total.channel + step.out.channel)
 
-    def _make(self, step: RowStep, to: Map, *, adds: bool = True) -> None:
+    def _make(self, step: RowStep, to: Map) -> None:
         """Let `step` make a part of the gradient to the map `to`."""
+        before = self._gradients.get(to)
+        if before is not None and step.kind in ("convolve", "scale"):
+            step.other, before = before, None
+        made = self._append(step, to)
+        if before is not None:
+            self._gradients[to] = before
+            self._add(to, made)
+
+    def _append(self, step: RowStep, to: Map) -> Part:
+        """Let `step` make the gradient to the map `to`, in a map of its own."""
         made = Map(to.shape, to.pitch, self.lanes)
         step.out, step.sums = Part(made), made
         if step.kind == "convolve":
             down, _ = taps_and_phases(step.node.window, 0)
             reach(step.source.whole, made, -down, step.taps)
         self.steps.append(step)
-        before = self._gradients.get(to) if adds else None
-        if before is not None and step.kind not in ("convolve", "scale"):
-            self._add(to, Part(made))
-            return
-        step.other = before
-        self._gradients[to] = Part(made)
         self._makers[made] = step
+        self._gradients[to] = Part(made)
+        return self._gradients[to]
 
     def _add(self, to: Map, part: Part) -> None:
         """Add the gradient of another map, or a part of it, to the one of `to`."""

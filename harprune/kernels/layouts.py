@@ -11,6 +11,7 @@ import numpy as np
 from harprune.kernels.graph import Convolution, Graph
 from harprune.kernels.lists import Pattern
 from harprune.kernels.native import LANES, Kernels
+from harprune.kernels.rowsteps import NotInRows
 
 BUSY = 0.5
 """Share of multiply-adds from which blocks are as fast as rows, for whole blocks."""
@@ -66,20 +67,27 @@ class Layouts(ABC, Generic[Stage]):
     def for_few(self) -> list[Stage]:
         """What runs on less than a block of images."""
         rows = self._rows(self.graph)
-        return [rows] if rows is not None else self.for_blocks
+        return [self._in_blocks if rows is None else rows]
 
     @cached_property
     def for_blocks(self) -> list[Stage]:
         """What runs on 16 images or more."""
         large, small = self.graph.parted(0 if self.is_busy else self._first_small)
+        if not small.nodes:  # then `large` may lack what the graph gives out twice
+            return self.for_few
         rows = self._rows(large) if large.nodes else None
         if rows is None:
-            return [self._loaded(self.graph, self.in_blocks(self.graph))]
-        return [rows, self._loaded(small, self.in_blocks(small))] if small.nodes else [rows]
+            return [self._in_blocks]
+        return [rows, self._loaded(small, self.in_blocks(small))]
+
+    @cached_property
+    def _in_blocks(self) -> Stage:
+        """The whole graph in blocks."""
+        return self._loaded(self.graph, self.in_blocks(self.graph))
 
     @abstractmethod
     def in_rows(self, graph: Graph) -> Stage:
-        """`graph`, a part of the whole, in rows; ValueError where its maps do not go in rows."""
+        """`graph`, a part of the whole, in rows; `NotInRows` where its maps do not go in rows."""
 
     @abstractmethod
     def in_blocks(self, graph: Graph) -> Stage:
@@ -92,9 +100,10 @@ class Layouts(ABC, Generic[Stage]):
 
     def _rows(self, graph: Graph) -> Stage | None:
         try:
-            return self._loaded(graph, self.in_rows(graph))
-        except ValueError:
+            made = self.in_rows(graph)
+        except NotInRows:
             return None
+        return self._loaded(graph, made)
 
     def _loaded(self, graph: Graph, made: Stage) -> Stage:
         names = {node.name for node in graph.nodes if isinstance(node, Convolution)}

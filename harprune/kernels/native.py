@@ -137,7 +137,7 @@ class Kernels:
         parts: int,
         meeting: np.ndarray,
     ) -> None:
-        """Run row steps as thread `part` of `parts` that share them and `meeting`, two zeros."""
+        """Run row steps as thread `part` of `parts` that share them and `meeting`, three zeros."""
         self._library.harprune_run_rows(
             self._table,
             _address(steps),

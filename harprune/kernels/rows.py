@@ -29,6 +29,7 @@ from harprune.kernels.native import (
 from harprune.kernels.rowsteps import (
     SUMS,
     Map,
+    NotInRows,
     RowPlan,
     RowStep,
     as_bits,
@@ -58,7 +59,7 @@ class RowExecutable:
         threads: how many groups of 8 images run at once; they share the steps of a lone group.
 
     Raises:
-        ValueError: a node is not for these kernels; `runtime.Executable` takes it.
+        NotInRows: a map is too large or a node not for rows; `runtime.Executable` takes it.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class RowGradient:
     """A graph with weights, forwards and back to its inputs; the arguments are `RowExecutable`'s.
 
     Raises:
-        ValueError: a node is not for these kernels; `runtime.Executable` takes it.
+        NotInRows: a map is too large or a node not for rows; `runtime.Executable` takes it.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class RowGradient:
         given = (graph, kernels, patterns, vectors, threads, self._record_bytes)
         self._forward, self._backward = _Program(forward, *given), _Program(backward, *given)
         self._spare: list[np.ndarray] = []
+        self._choosing = Lock()
 
     def load(self, name: str, kept: np.ndarray) -> None:
         """Take the values of the kept weights of layer `name`, in ascending position."""
@@ -150,9 +152,10 @@ class RowGradient:
         self._spare.append(records.bits)
 
     def _bits(self, images: int) -> np.ndarray:
-        for position, spare in enumerate(self._spare):
-            if len(spare) >= images:
-                return self._spare.pop(position)
+        with self._choosing:
+            for position, spare in enumerate(self._spare):
+                if len(spare) >= images:
+                    return self._spare.pop(position)
         return aligned((images, self._record_bytes))
 
 
@@ -205,20 +208,21 @@ class _Program:
 
     def load(self, name: str, kept: np.ndarray) -> None:
         """Take the values of the kept weights of layer `name`, in ascending position."""
-        self._lists[name].fill(kept)
+        if name in self._lists:  # a layer that no output reads has no way back
+            self._lists[name].fill(kept)
 
     def run(self, arrays: Sequence[np.ndarray]) -> None:
         """All steps for all images of `arrays`."""
         images = len(arrays[0])
         groups = -(-images // GROUP)
         parts = self.threads if groups == 1 and images * self._multiply_adds > TEAM else 1
-        meeting, shared = np.zeros(2, np.int64), self._free.get() if parts > 1 else None
+        meeting, shared = np.zeros(3, np.int64), self._free.get() if parts > 1 else None
 
         def one(number: int) -> None:
             group, part = divmod(number, parts)
-            addresses = [a[group * GROUP :].ctypes.data for a in arrays]
             arena = self._free.get() if shared is None else shared
             try:
+                addresses = [a[group * GROUP :].ctypes.data for a in arrays]
                 self.kernels.run_rows(
                     self._linked,
                     arena.ctypes.data,
@@ -228,15 +232,20 @@ class _Program:
                     parts,
                     meeting,
                 )
+            except BaseException:
+                meeting[-1] = 1  # or the others of a team would wait for this part
+                raise
             finally:
                 if shared is None:
                     self._free.put(arena)
 
         if shared is None:
             each(one, groups, self.threads)
-        else:
+            return
+        try:
             with _one_team:
                 each(one, parts, self.threads)
+        finally:
             self._free.put(shared)
 
     # Places ---------------------------------------------------------------------------------
@@ -253,7 +262,7 @@ class _Program:
                 segments.setdefault(held, set()).add(begin)
         for held, begins in segments.items():
             if held.image > LARGEST:
-                raise ValueError(f"a map takes {held.image} numbers in rows, over {LARGEST}")
+                raise NotInRows(f"a map takes {held.image} numbers in rows, over {LARGEST}")
             held.copies = self._steps[min(begins)].together if len(begins) == 1 else GROUP
         onto = {
             step.out.whole: step.other.whole

@@ -32,6 +32,10 @@ LONGEST = 4096
 """Numbers of a row that is pooled (ROW_LONGEST)."""
 
 
+class NotInRows(ValueError):
+    """A graph whose maps do not go in rows, which blocks may take."""
+
+
 @dataclass(eq=False)
 class Map:
     """A value in the arena: rows at a pitch, planes parted by `border` rows of zeros.
@@ -215,7 +219,7 @@ class RowPlan:
             case MaxPool() | MeanPool():
                 source = self._read(main.sources[0])
                 if source.shape.width > LONGEST:
-                    raise ValueError(f"a pooled row of {source.shape.width} exceeds {LONGEST}")
+                    raise NotInRows(f"a pooled row of {source.shape.width} exceeds {LONGEST}")
                 kind = "max_pool" if isinstance(main, MaxPool) else "mean_pool"
                 out = self._map(fused.out, self._pitch(shape.width))
                 step = RowStep(kind, shape, Part(source), Part(out), node=main)
@@ -227,7 +231,7 @@ class RowPlan:
                 self._concatenation(main)
                 return
             case _:
-                raise ValueError(f"rows do not run {type(main).__name__}; fold or replace it")
+                raise NotInRows(f"rows do not run {type(main).__name__}; fold or replace it")
         step.rectify = fused.rectify
         if fused.other is not None:
             step.other = Part(self._read(fused.other, pitch=step.out.whole.pitch))

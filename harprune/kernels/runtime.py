@@ -206,17 +206,18 @@ class Executable:
         gradients: Sequence[np.ndarray],
         normalise: Normalise | None = None,
     ) -> list[np.ndarray]:
-        """The gradients to the inputs, of those to the outputs; none while training."""
-        wanted = [v for v in self.plan.graph.inputs if v in self.plan.gradient_of]
-        results = [
-            np.empty((memory.images, *self.plan.graph.shapes[v]), self.plan.kernels.dtype)
-            for v in wanted
-        ]
-        first = len(self.plan.graph.inputs) + len(self.plan.graph.outputs)
-        self._run(
-            self._backward, self.plan.backward, [*gradients, *results], first, memory, normalise
-        )
-        return results
+        """The gradients to those inputs whose gradient the plan was made for, in their order."""
+        plan, graph = self.plan, self.plan.graph
+        nothing = np.empty((memory.images, 0), plan.kernels.dtype)
+        found = {}
+        for value in graph.inputs:
+            if value in plan.gradients:  # zero where no output reads it
+                make = np.empty if value in plan.gradient_of else np.zeros
+                found[value] = make((memory.images, *graph.shapes[value]), plan.kernels.dtype)
+        arrays = [*gradients, *(found.get(value, nothing) for value in graph.inputs)]
+        first = len(graph.inputs) + len(graph.outputs)
+        self._run(self._backward, plan.backward, arrays, first, memory, normalise)
+        return list(found.values())
 
     def release(self, memory: Memory) -> None:
         """Let a later batch use `memory`."""

@@ -153,18 +153,18 @@ def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation
         ValueError: whatever the recipe, the data or the weights refuse; a model without weights.
     """
     checks.check(recipe)
-    is_file = recipe.model.name.endswith(".hpn")
-    if recipe.model.weights is None and not is_file:
+    held = build.exported(recipe.model) if build.is_exported(recipe.model.name) else None
+    if recipe.model.weights is None and held is None:
         raise ValueError(
             f"model.weights is missing: name the weights of {recipe.model.name}, or give as the "
             "model a file that `harprune export` made"
         )
     engine = build.fabric(recipe.execution)
     dataset = build.load_data(recipe.data)
-    if is_file:
-        model = build.exported(recipe.model, dataset)
-    else:
+    if held is None:
         model = build.network(recipe.model, dataset, recipe.seed)
+    else:
+        model = build.in_torch(held, recipe.model.name, dataset)
     model, section = model.to(engine.device), recipe.attack
     return evaluate(
         model,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from harprune.deploy import artifact
 from harprune.deploy.module import Module
+from harprune.deploy.network import Network
 from harprune.methods.admm import ADMM
 from harprune.methods.base import Budget, Limit, Method
 from harprune.methods.bcs import BCS
@@ -128,6 +129,11 @@ def load_data(section: recipes.Data) -> Dataset:
 
 def network(section: recipes.Model, dataset: Dataset, seed: int) -> nn.Module:
     """The plain network of a recipe, its initial weights a function of the seed."""
+    if is_exported(section.name):
+        raise ValueError(
+            f"model.name = {section.name!r} is an exported network, pruned for good; "
+            "`harprune evaluate` takes it, everything else its run"
+        )
     channels = dataset.train.images[torch.tensor([0])].shape[1]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -144,27 +150,42 @@ def network(section: recipes.Model, dataset: Dataset, seed: int) -> nn.Module:
     return model
 
 
-def exported(section: recipes.Model, dataset: Dataset) -> nn.Module:
-    """The network of an exported file, in torch, with weights and normalisation of its own.
+def is_exported(name: str) -> bool:
+    """Whether a model's name is that of a file that `harprune export` made, or looks like one."""
+    return Path(name).suffix.lower() == ".hpn" or artifact.recognised(name)
+
+
+def exported(section: recipes.Model) -> Network:
+    """The network of an exported file, with weights and normalisation of its own.
 
     Raises:
-        ValueError: the file is none, its network takes other images or names too few classes, or
-            the recipe says what the file says.
+        ValueError: the file is none, or the recipe says what the file says.
     """
     for name in ("width", "mean", "std", "weights"):
         if getattr(section, name) is not None:
             raise ValueError(
                 f"model.{name} is given, but {section.name} holds a whole network; leave it out"
             )
-    made = artifact.load(section.name)
-    channels = dataset.train.images[torch.tensor([0])].shape[1]
+    return artifact.load(section.name)
+
+
+def in_torch(made: Network, name: str, dataset: Dataset) -> nn.Module:
+    """An exported network, of the file `name`, for the images of `dataset`.
+
+    Raises:
+        ValueError: it takes other images, or names too few classes.
+    """
+    channels, height, width = dataset.test.images[torch.tensor([0])].shape[1:]
     if made.input_shape[0] != channels or made.output_shape[0] < dataset.num_classes:
         raise ValueError(
-            f"{section.name} makes {made.output_shape[0]} logits of {made.input_shape[0]} "
-            f"channels, but the data have {dataset.num_classes} classes and {channels} channels; "
+            f"{name} makes {made.output_shape[0]} logits of {made.input_shape[0]} channels, but "
+            f"the data have {dataset.num_classes} classes and {channels} channels; "
             "name the data it was trained for"
         )
-    return Module(made).eval()
+    try:
+        return Module(made.resized(height, width)).eval()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def load_network_weights(model: nn.Module, path: str, density: float | None = None) -> None:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from harprune.kernels import graph as g
 from harprune.kernels import native
 from harprune.kernels.forward import Forward
-from harprune.kernels.gradient import Gradient
+from harprune.kernels.gradient import Gradient, Pass
 from harprune.kernels.graph import Graph, Shape
 from harprune.kernels.lists import NEARLY_DENSE, Pattern
 from harprune.kernels.plan import Plan
@@ -90,7 +90,9 @@ class _Region(nn.Module):
     def shaped(self, outputs: list[np.ndarray]) -> tuple[Tensor, ...]:
         """Outputs as tensors: maps, or vectors without their unit axes."""
         tensors = [torch.from_numpy(y) for y in outputs]
-        return tuple(y.flatten(1) if n == 2 else y for y, n in zip(tensors, self._axes))
+        return tuple(
+            y.flatten(1) if n == 2 else y for y, n in zip(tensors, self._axes, strict=True)
+        )
 
 
 class FunctionRegion(_Region):
@@ -180,7 +182,7 @@ class _Function(torch.autograd.Function):
         return None, *(torch.from_numpy(x).view(s) for x, s in zip(results, ctx.shapes))
 
 
-def _taken(ctx) -> Memory:
+def _taken(ctx) -> Memory | Pass:
     if ctx.memory is None:
         raise RuntimeError("a region on the kernels can be differentiated only once")
     return ctx.memory

@@ -48,10 +48,13 @@ def split(network: fx.GraphModule, x: Tensor, role: Role) -> bool:
     partitioner = CapabilityBasedPartitioner(
         network, Supported(), allows_single_node_partition=True
     )
+    proposed, supported = partitioner.propose_partitions(), Supported()
+    for part in proposed:
+        # Whatever is said of it, the partitioner draws a slice in with what it slices.
+        for node in [n for n in part.nodes if not supported.is_node_supported(modules, n)]:
+            part.remove_node(node)
     worthwhile = [
-        part
-        for part in partitioner.propose_partitions()
-        if any(_is_weighted(node, modules, role) for node in part.nodes)
+        part for part in proposed if any(_is_weighted(node, modules, role) for node in part.nodes)
     ]
     partitioner.fuse_partitions(worthwhile)
     network.recompile()

@@ -185,7 +185,8 @@ def poolings(draw):
     else:
         size = draw(st.integers(1, 3)), draw(st.integers(1, 3))
         window = Window(size, (draw(st.integers(1, 3)), 2), (size[0] // 2, size[1] // 2))
-        sides = tuple(n + draw(st.integers(0, 20)) for n in size)
+        # Often no larger than the window, where a fast path takes the whole map.
+        sides = tuple(n + draw(st.integers(0, 20) | st.just(0)) for n in size)
     kind = draw(st.sampled_from([g.MaxPool, g.MeanPool]))
     fields = {} if kind is g.MaxPool else {"full_area": draw(st.booleans())}
     return kind((0,), 1, window=window, **fields), sides
@@ -361,13 +362,53 @@ def in_double(weights, vectors):
     return [{name: a.astype(np.float64) for name, a in of.items()} for of in (weights, vectors)]
 
 
-def test_rows_give_no_gradient_to_an_input_that_no_output_reads():
-    graph = Graph([Shape(3, 4, 4)] * 3, [g.Rectifier((0,), 2)], [0, 1], [2])
-    executable = RowGradient(graph, native.best(), {}, {})
+@pytest.mark.parametrize("kind", BACKWARDS)
+@pytest.mark.parametrize("read", [0, 1])
+def test_an_input_that_no_output_reads_gets_no_gradient(kind, read):
+    graph = Graph([Shape(3, 4, 4)] * 3, [g.Rectifier((read,), 2)], [0, 1], [2])
+    executable = loaded(graph, native.best(), {}, {}, kind=kind)
     x = np.ones((2, 3, 4, 4), np.float32)
     (y,), records = executable.forward([x, x])
-    first, second = executable.backward(records, [y])
-    assert np.array_equal(first, x) and not second.any()
+    gradients = executable.backward(records, [y])
+    assert np.array_equal(gradients[read], x) and not gradients[1 - read].any()
+
+
+@pytest.mark.parametrize("kind", [*BACKWARDS, RowExecutable])
+def test_a_layer_that_no_output_reads_does_not_matter(kind):
+    layers = [g.Convolution((0,), 1 + n, name=f"conv{n}", window=Window((1, 1))) for n in range(2)]
+    graph = Graph([Shape(3, 4, 4), Shape(2, 4, 4), Shape(2, 4, 4)], layers, [0], [1])
+    weights = {layer.name: np.ones((2, 3, 1, 1), np.float32) for layer in layers}
+    executable = loaded(graph, native.best(), weights, {}, kind=kind)
+    x = np.ones((2, 3, 4, 4), np.float32)
+    if kind is RowExecutable:
+        assert np.all(executable.forward([x])[0] == 3)
+        return
+    (y,), records = executable.forward([x])
+    assert np.all(y == 3)
+    assert np.all(executable.backward(records, [y])[0] == 6)
+
+
+def test_a_team_that_one_thread_leaves_goes_home_and_can_be_called_again(monkeypatch):
+    monkeypatch.setattr("harprune.kernels.rows.TEAM", 0)
+    rng = np.random.default_rng(4)
+    graph, weights, vectors = branching(rng, np.float32)
+    inputs = [rng.standard_normal((3, 6, 9, 7), dtype=np.float32) for _ in range(2)]
+    executable = loaded(graph, native.best(), weights, vectors, 2, RowExecutable)
+    wanted = executable.forward(inputs)
+    run = native.Kernels.run_rows
+
+    def failing(self, steps, arena, external, images, part, parts, meeting):
+        if part == 0:
+            raise KeyboardInterrupt
+        run(self, steps, arena, external, images, part, parts, meeting)
+
+    for _ in range(3):  # as often as there are arenas, and once more
+        with monkeypatch.context() as patched:
+            patched.setattr(native.Kernels, "run_rows", failing)
+            with pytest.raises(KeyboardInterrupt):
+                executable.forward(inputs)
+    for y, want in zip(executable.forward(inputs), wanted):
+        assert np.array_equal(y, want)
 
 
 @pytest.mark.parametrize("team", [0, 2**40])

@@ -28,6 +28,11 @@ def load():
     return Dataset("stripes", from_arrays(x[:72], y[:72]), from_arrays(x[72:], y[72:]), 4,
                    ("a", "b", "c", "d"))
 
+def larger():
+    x, y = images()
+    x = torch.nn.functional.pad(x, (2, 2, 2, 2))
+    return Dataset("larger", from_arrays(x, y), from_arrays(x, y), 4, ("a", "b", "c", "d"))
+
 def too_bright():
     from harprune.training.splits import Split
     x, y = images()

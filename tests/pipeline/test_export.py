@@ -105,8 +105,30 @@ def test_evaluating_an_exported_network_refuses_what_it_holds_itself(command, fi
     other = command(*arguments[:-1], "digits").refusal
     assert other.startswith("tiny.hpn makes 4 logits of 1 channels, but the data have 10 classes")
     assert "none.hpn cannot be read" in command(*arguments[:2], "none.hpn", *arguments[3:]).refusal
+    Path("garbled.hpn").write_text("no network")
+    unread = command("evaluate", "--model", "garbled.hpn", "--data", "nowhere:load").refusal
+    assert unread.startswith("garbled.hpn")
+    Path("tiny.hpn").rename("renamed")
+    renamed = command("evaluate", "--model", "./renamed", "--data", "digits").refusal
+    assert renamed.startswith("./renamed makes 4 logits")
+    pruned = command("run", "tiny.toml", "--set", "model.name=renamed", "--out", "r").refusal
+    assert pruned.startswith("model.name = 'renamed' is an exported network, pruned for good")
     without = command("evaluate", "--model", "small_cnn", *arguments[3:]).refusal
     assert without.startswith("model.weights is missing: name the weights of small_cnn, or give")
+
+
+def test_an_exported_network_that_flattens_a_map_is_attacked(command, here):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 10)
+    )
+    harprune.export(model, "flat.hpn", torch.rand(2, 1, 8, 8))
+    said = command("evaluate", "--model", "flat.hpn", "--data", "digits", "--attack", "fgsm")
+    assert said.code == 0, said.err
+    module = "stripes_of_tests:larger"
+    other = command("evaluate", "--model", "flat.hpn", "--data", module).refusal
+    assert other.startswith("flat.hpn: images of 12 x 12 do not fit this network")
+    assert other.endswith("give 8 x 8")
 
 
 def test_other_weights_need_a_model_and_data(command, finished):

@@ -113,3 +113,73 @@ def test_what_is_no_batch_of_images_is_broadcast():
     model, x = Placed().double(), torch.rand(40, 3, 7, 7, dtype=torch.float64)
     assert torch.allclose(twin(model).current()(x), model(x), rtol=1e-12, atol=1e-14)
     assert torch.allclose(training_twin(model)(x), model(x), rtol=1e-12, atol=1e-14)
+
+
+class Sliced(nn.Module):
+    """Slices a map that the kernels make; a flattened map as an exported network once had it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Conv2d(50, 3, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))[:, :2]
+        return self.linear(x.flatten(1)[:, :, None, None]).flatten(1)
+
+
+def test_torch_slices_a_map():
+    torch.manual_seed(0)
+    model = Sliced().double()
+    x = torch.rand(20, 3, 7, 7, dtype=torch.float64, requires_grad=True)
+    for trained in (twin(model).current(), training_twin(model)):
+        expected, logits = model(x), trained(x)
+        assert torch.allclose(logits, expected, rtol=1e-12, atol=1e-14)
+        wanted, got = (torch.autograd.grad(z.square().sum(), x)[0] for z in (expected, logits))
+        assert torch.allclose(got, wanted, rtol=1e-9, atol=1e-12)
+
+
+class Twice(nn.Module):
+    """A map that leaves a region twice, once through what does nothing."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.conv, self.second = nn.Conv2d(3, 4, 3), second
+
+    def forward(self, x):
+        x = F.adaptive_avg_pool2d(torch.relu(self.conv(x)), 1)
+        return (torch.sin(x).flatten(1) + torch.cos(self.second(x)).flatten(1)).exp()
+
+
+@pytest.mark.parametrize("second", [nn.Identity(), nn.Flatten()], ids=repr)
+@pytest.mark.parametrize("images", [5, 20])
+def test_a_map_may_leave_a_region_twice(second, images):
+    torch.manual_seed(0)
+    model = Twice(second).double()
+    with torch.no_grad():
+        model.conv.weight[torch.rand_like(model.conv.weight) < 0.8] = 0.0
+    x = torch.rand(images, 3, 9, 9, dtype=torch.float64, requires_grad=True)
+    function, expected = twin(model).current(), model(x)
+    assert torch.allclose(function(x.detach()), expected, rtol=1e-12, atol=1e-14)
+    wanted, got = (torch.autograd.grad(z.square().sum(), x)[0] for z in (expected, function(x)))
+    assert torch.allclose(got, wanted, rtol=1e-9, atol=1e-12)
+
+
+class Reading(nn.Module):
+    """Joins what is computed from an image to the image itself, whose gradient nobody wants."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.conv = nn.Parameter(torch.rand(3, 1, 1)), nn.Conv2d(6, 4, 3)
+
+    def forward(self, x):
+        return self.conv(torch.cat([x, torch.sin(x * self.scale)], 1)).flatten(1)
+
+
+def test_of_two_maps_read_the_second_alone_may_want_a_gradient():
+    torch.manual_seed(0)
+    model, x = Reading().double(), torch.rand(5, 3, 7, 7, dtype=torch.float64)
+    expected, logits = model(x), training_twin(model)(x)
+    wanted, got = (
+        torch.autograd.grad(z.square().sum(), model.scale)[0] for z in (expected, logits)
+    )
+    assert torch.allclose(got, wanted, rtol=1e-9, atol=1e-12)

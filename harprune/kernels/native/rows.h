@@ -88,6 +88,7 @@ struct row_step {
 /* Where threads that share one image's steps wait for each other. */
 struct meeting {
     int64_t arrived, round;
+    int64_t left; /* not zero: one of them will not come, so nobody waits any more */
 };
 
 #endif
