@@ -44,8 +44,9 @@ from harprune.kernels import native
 from harprune.methods.base import Budget
 from harprune.methods.harp import HARP
 from harprune.models import create_model
-from harprune.pipeline import build
-from harprune.pipeline.build import ALLOCATIONS, OnTwin
+from harprune.pipeline import machinery
+from harprune.pipeline.hardening import OnTwin
+from harprune.pipeline.pruning import ALLOCATIONS
 from harprune.pipeline.recipe import Finetune, Prune
 from harprune.robustness.attacks import PGD
 from harprune.robustness.objectives import PGDAT
@@ -233,7 +234,7 @@ def ours(
         compared = {n: layer.parameter for n, layer in prunable_layers(model).items()}
     function = twin(model, dtype=variant.attack_dtype, execution=variant.execution)
     trained = training_twin(model, execution=variant.execution) or model
-    optimiser = build.optimiser(groups, SECTIONS[variant.stage])
+    optimiser = machinery.optimiser(groups, SECTIONS[variant.stage])
 
     def take(steps: int) -> float:
         losses, attack = [], OnTwin(PGD(Linf(EPSILON), steps, STEP), function)
@@ -278,7 +279,7 @@ def literal(subject: Subject, stage: str, x: Tensor, y: Tensor) -> Step:
     else:
         groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
         compared = {n: layer.layer.weight for n, layer in layers.items()}
-    optimiser = build.optimiser(groups, SECTIONS[stage])
+    optimiser = machinery.optimiser(groups, SECTIONS[stage])
 
     def take(steps: int) -> float:
         torch.manual_seed(step_seed(0, 0))

@@ -449,7 +449,7 @@ def data(
 @app.command(epilog="Example: harprune recipe > mine.toml")
 def recipe() -> None:
     """Print every key of a recipe with its meaning and default, as a TOML file to start from."""
-    from harprune.pipeline.build import method_notes
+    from harprune.pipeline.pruning import method_notes
     from harprune.pipeline.recipe import describe
 
     typer.echo("\n".join(describe(notes={"method": method_notes()})))

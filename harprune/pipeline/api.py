@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from harprune.pipeline import build, checks, stages
-from harprune.pipeline.build import Materials
+from harprune.pipeline import checks, hardening, machinery, pruning, stages, supply
 from harprune.pipeline.console import Console
 from harprune.pipeline.recipe import Recipe, make_recipe
 from harprune.pipeline.run import Run
+from harprune.pipeline.supply import Materials
 from harprune.robustness import evaluation
 from harprune.robustness.evaluation import Evaluation
 from harprune.robustness.threat import Linf, Threat
@@ -89,10 +89,10 @@ def prune(
     place = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out))
     with place as folder, Run(folder, recipe, command="harprune.prune") as run:
         console = Console(run.folder / "log.txt", quiet=quiet)
-        shop = stages.Workshop(run, materials, build.fabric(recipe.execution), console)
+        shop = stages.Workshop(run, materials, machinery.fabric(recipe.execution), console)
         stages.run_until(shop)
         pruned = stages.load_network(shop, "finetune").cpu().eval()
-        return Pruned(pruned, build.budget(recipe, materials.example).audit(pruned))
+        return Pruned(pruned, pruning.budget(recipe, materials.example).audit(pruned))
 
 
 def evaluate(
@@ -129,7 +129,7 @@ def evaluate(
             stages.Floats(split.images),
             split.labels,
             {
-                each: build.attack(each, threat, seed=seed, batch_size=batch_size)
+                each: hardening.attack(each, threat, seed=seed, batch_size=batch_size)
                 for each in attacks
             },
             seed=seed,
@@ -153,24 +153,24 @@ def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation
         ValueError: whatever the recipe, the data or the weights refuse; a model without weights.
     """
     checks.check(recipe)
-    held = build.exported(recipe.model) if build.is_exported(recipe.model.name) else None
+    held = supply.exported(recipe.model) if supply.is_exported(recipe.model.name) else None
     if recipe.model.weights is None and held is None:
         raise ValueError(
             f"model.weights is missing: name the weights of {recipe.model.name}, or give as the "
             "model a file that `harprune export` made"
         )
-    engine = build.fabric(recipe.execution)
-    dataset = build.load_data(recipe.data)
+    engine = machinery.fabric(recipe.execution)
+    dataset = supply.load_data(recipe.data)
     if held is None:
-        model = build.network(recipe.model, dataset, recipe.seed)
+        model = supply.network(recipe.model, dataset, recipe.seed)
     else:
-        model = build.in_torch(held, recipe.model.name, dataset)
+        model = supply.in_torch(held, recipe.model.name, dataset)
     model, section = model.to(engine.device), recipe.attack
     return evaluate(
         model,
         dataset.test,
         attacks=section.attacks,
-        threat=build.threat(recipe),
+        threat=hardening.threat(recipe),
         size=section.size,
         seed=section.seed,
         batch_size=section.batch_size,

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harprune.pipeline import build
-from harprune.pipeline.build import Materials
+from harprune.pipeline import hardening, pruning
 from harprune.pipeline.recipe import Recipe
+from harprune.pipeline.supply import Materials
 from harprune.robustness.attacks import eval_mode
 from harprune.training.schedules import make_schedule
 from harprune.training.splits import Split
@@ -23,25 +23,27 @@ def check(recipe: Recipe, *, weights_follow: bool = False) -> None:
     Raises:
         ValueError: an unknown name, or a value that its owner does not take.
     """
-    build.method(recipe)
-    build.sharpness(recipe)
-    build.allocate(recipe.budget.allocation)
+    pruning.method(recipe)
+    pruning.sharpness(recipe)
+    pruning.allocate(recipe.budget.allocation)
     if recipe.parity.epsilon and recipe.threat.norm != "linf":
         raise ValueError(
             f"parity.epsilon is a radius of linf, but threat.norm = {recipe.threat.norm!r}; "
             "set one of them otherwise"
         )
-    bound = build.threat(recipe)
+    bound = hardening.threat(recipe)
     for name in recipe.attack.attacks:
-        build.attack(name, bound)
+        hardening.attack(name, bound)
     for stage in (recipe.pretrain, recipe.prune, recipe.finetune):
-        build.objective(recipe, stage.objective or recipe.objective, None)
+        hardening.objective(recipe, stage.objective or recipe.objective, None)
         make_schedule(stage.schedule, epochs=stage.epochs, offset=recipe.parity.cosine_offset)
     for stage in (recipe.pretrain, recipe.finetune):
-        build.perturbation(recipe, stage)
+        hardening.perturbation(recipe, stage)
     for stage in (recipe.prune, recipe.finetune):
         if soft := stage.distillation:
-            build.distilled(recipe, stage.objective or recipe.objective, None, soft, lambda x: x)
+            hardening.distilled(
+                recipe, stage.objective or recipe.objective, None, soft, lambda x: x
+            )
     weights = recipe.model.weights
     if weights is None and recipe.model.weights_density is not None:
         raise ValueError(
@@ -76,11 +78,11 @@ def rehearse(recipe: Recipe, supply: Materials) -> None:
                 f"{name}.batch_size = {section.batch_size} exceeds the {len(supply.train)} "
                 "training images; lower it"
             )
-    model, limit = supply.network(), build.budget(recipe, supply.example)
+    model, limit = supply.network(), pruning.budget(recipe, supply.example)
     _require_logits(model, supply)
     limit.allocate(model, limit.density)
     limit.counts(model, dict.fromkeys(limit.layers(model), limit.density))
-    build.method(recipe).check(model, limit)
+    pruning.method(recipe).check(model, limit)
 
 
 def _require_pixels(split: Split | None, what: str) -> None:

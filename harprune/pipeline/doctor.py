@@ -9,7 +9,7 @@ import torch
 
 from harprune.kernels import native
 from harprune.models.registry import list_models
-from harprune.pipeline.build import METHODS, PLUG_INS
+from harprune.pipeline.pruning import METHODS, PLUG_INS
 from harprune.training.data import data_folder, list_datasets
 
 _REQUIRED = ("numpy", "safetensors", "lightning-fabric", "pyautoattack", "scikit-learn")

@@ -27,7 +27,7 @@ from harprune.deploy.network import Network
 from harprune.deploy.runtime import load
 from harprune.deploy.shrink import Shrinkage, shrink
 from harprune.files import replacing
-from harprune.pipeline import build
+from harprune.pipeline import supply
 from harprune.pipeline.recipe import Recipe, make_recipe
 from harprune.sparsity import masks
 from harprune.sparsity.audit import Audit, audit
@@ -262,9 +262,9 @@ def export_recipe(
     Raises:
         ValueError: the file does not fit the network, and whatever `export` refuses.
     """
-    dataset = build.load_data(recipe.data)
+    dataset = supply.load_data(recipe.data)
     given = recipe.model.model_copy(update={"weights": str(weights)})
-    model = build.network(given, dataset, recipe.seed)
+    model = supply.network(given, dataset, recipe.seed)
     train, _ = split_validation(dataset.train, recipe.data.validation, recipe.seed)
     # From all over the split: the images of a folder stand in the order of their classes.
     some = torch.linspace(0, len(train) - 1, min(_CALIBRATION, len(train))).long()

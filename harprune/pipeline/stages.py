@@ -18,12 +18,12 @@ from torch.nn.utils import parametrize
 
 from harprune.files import to_json, write
 from harprune.methods.base import Budget, Method
-from harprune.pipeline import build, checks
-from harprune.pipeline.build import Materials
+from harprune.pipeline import checks, hardening, machinery, pruning, supply
 from harprune.pipeline.console import Console
 from harprune.pipeline.course import Course
 from harprune.pipeline.recipe import Distillation, Recipe
 from harprune.pipeline.run import STAGES, Run
+from harprune.pipeline.supply import Materials
 from harprune.reporting.report import write_report
 from harprune.reporting.tables import results_table
 from harprune.robustness import evaluation
@@ -66,9 +66,9 @@ def open_workshop(run: Run) -> Workshop:
     Raises:
         ValueError: data, weights or network that are missing or do not fit each other.
     """
-    engine = build.fabric(run.recipe.execution)
+    engine = machinery.fabric(run.recipe.execution)
     console = Console(run.folder / "log.txt" if run.leader else None, quiet=not run.leader)
-    materials = build.materials(run.recipe)
+    materials = supply.materials(run.recipe)
     checks.rehearse(run.recipe, materials)
     return Workshop(run, materials, engine, console)
 
@@ -97,7 +97,7 @@ def pretrain(shop: Workshop) -> None:
     history: list[dict] = []
     if not shop.materials.given and shop.recipe.pretrain.epochs:
         history = learn_weights(shop, "pretrain", model, prunable_layers(model))
-    clean, robust = validate(shop, model, build.twin(shop.recipe, model))
+    clean, robust = validate(shop, model, hardening.twin(shop.recipe, model))
     shop.console.say(f"dense network: {_percent(clean, robust)} on validation images")
     _finish(shop, "pretrain", checkpoint.pack("model", model.state_dict()), history, clean, robust)
 
@@ -107,14 +107,17 @@ def prune(shop: Workshop) -> None:
     if shop.run.artifact("prune").exists():
         return
     model = load_network(shop, "pretrain")
-    method, budget = build.method(shop.recipe), build.budget(shop.recipe, shop.materials.example)
+    method, budget = (
+        pruning.method(shop.recipe),
+        pruning.budget(shop.recipe, shop.materials.example),
+    )
     torch.manual_seed(shop.seed("prune"))
     method.attach(model, budget)
     _show_sample(shop, method, model)
     history: list[dict] = []
     if shop.recipe.prune.epochs and (groups := method.trainable(model)):
         soft = shop.recipe.prune.distillation
-        sharpness = build.sharpness(shop.recipe)
+        sharpness = pruning.sharpness(shop.recipe)
         nearby = None if sharpness is None else partial(sharpness.nearby, model)
         history = learn(
             shop, "prune", model, groups, method=method, distillation=soft, nearby=nearby
@@ -126,7 +129,7 @@ def prune(shop: Workshop) -> None:
     shop.console.say(f"pruned: {counts.kept} of {counts.total} {counts.denominator} kept")
     _alarm(shop, model, counts)
     _write_audit(shop, counts, budget)
-    clean, robust = validate(shop, model, build.twin(shop.recipe, model))
+    clean, robust = validate(shop, model, hardening.twin(shop.recipe, model))
     shop.console.say(f"pruned network: {_percent(clean, robust)} on validation images")
     tensors |= checkpoint.pack("model", model.state_dict())
     _finish(shop, "prune", tensors, history, clean, robust)
@@ -137,13 +140,13 @@ def _show_sample(shop: Workshop, method: Method, model: nn.Module) -> None:
     sample, section = method.sample, shop.recipe.prune
     if sample is None:
         return
-    batches = build.batches(
+    batches = machinery.batches(
         shop.materials.train, shop.recipe, section, shop.engine, shop.seed("prune"), shared=False
     )
     images = islice(batches.epoch(0), sample.batches)
     if sample.attacked:
         objective = section.objective or shop.recipe.objective
-        attack = build.training_attack(shop.recipe, objective, _attacked(shop, model))
+        attack = hardening.training_attack(shop.recipe, objective, _attacked(shop, model))
         images = ((attack(model, x, y), y) for x, y in images)
     with eval_mode(model):
         method.observe(model, images)
@@ -169,7 +172,7 @@ def finetune(shop: Workshop) -> None:
     """Train the kept weights under fixed masks -> finetuned.safetensors."""
     if shop.run.artifact("finetune").exists():
         return
-    model, budget = load_network(shop, "prune"), build.budget(shop.recipe, shop.materials.example)
+    model, budget = load_network(shop, "prune"), pruning.budget(shop.recipe, shop.materials.example)
     kept = checkpoint.unpack("mask", checkpoint.load(shop.run.artifact("prune"))[0])
     for name, layer in budget.layers(model).items():
         masks.fix(layer, kept[name].to(shop.engine.device))
@@ -182,7 +185,7 @@ def finetune(shop: Workshop) -> None:
     masks.bake(model)
     counts = budget.audit(model)
     _write_audit(shop, counts, budget)
-    clean, robust = validate(shop, model, build.twin(shop.recipe, model))
+    clean, robust = validate(shop, model, hardening.twin(shop.recipe, model))
     shop.console.say(f"finetuned network: {_percent(clean, robust)} on validation images")
     tensors = checkpoint.pack("model", model.state_dict()) | checkpoint.pack("mask", kept)
     _finish(shop, "finetune", tensors, history, clean, robust)
@@ -193,9 +196,9 @@ def attack(shop: Workshop) -> None:
     section, test = shop.recipe.attack, shop.materials.test
     if test is None or not section.attacks or not shop.run.leader:
         return
-    bound = build.threat(shop.recipe)
+    bound = hardening.threat(shop.recipe)
     attacks = {
-        name: build.attack(name, bound, seed=section.seed, batch_size=section.batch_size)
+        name: hardening.attack(name, bound, seed=section.seed, batch_size=section.batch_size)
         for name in section.attacks
     }
     index = evaluation.subset(test.labels, section.size, section.seed)
@@ -203,7 +206,7 @@ def attack(shop: Workshop) -> None:
         if name == "dense" and not section.dense:
             continue
         model = load_network(shop, stage)
-        fast = build.twin(shop.recipe, model) if shop.recipe.execution.twin else None
+        fast = hardening.twin(shop.recipe, model) if shop.recipe.execution.twin else None
         with shop.console.bar(f"attack {name}", len(index)) as bar:
             result = evaluation.evaluate(
                 model,
@@ -250,7 +253,7 @@ def learn_weights(
     `layers` are those of its weights, as they were found before compaction.
     """
     section, nearby = getattr(shop.recipe, stage), None
-    if (awp := build.perturbation(shop.recipe, section)) is not None:
+    if (awp := hardening.perturbation(shop.recipe, section)) is not None:
         nearby = partial(awp.nearby, [layer.parameter for layer in layers.values()])
     groups = [{"params": list(model.parameters())}]
     return learn(
@@ -284,18 +287,18 @@ def learn(
     wanted = section.objective or shop.recipe.objective
     attacked, teacher = _attacked(shop, model), None
     if distillation is not None:
-        objective = build.distilled(shop.recipe, wanted, attacked, distillation, _teacher(shop))
+        objective = hardening.distilled(shop.recipe, wanted, attacked, distillation, _teacher(shop))
     else:
         teacher = load_network(shop, "pretrain").eval() if wanted.name == "pwoa" else None
-        objective = build.objective(shop.recipe, wanted, attacked, teacher)
+        objective = hardening.objective(shop.recipe, wanted, attacked, teacher)
     if nearby is not None:
-        objective = build.attacked_once(objective)
-    optimiser = build.optimiser(groups, section)
-    batches = build.batches(
+        objective = hardening.attacked_once(objective)
+    optimiser = machinery.optimiser(groups, section)
+    batches = machinery.batches(
         shop.materials.train, shop.recipe, section, shop.engine, shop.seed(stage)
     )
     course = Course(shop.run, stage, model, optimiser, objective, method, len(batches), average)
-    fast = build.twin(shop.recipe, course.network)
+    fast = hardening.twin(shop.recipe, course.network)
     if method is not None:
         method.begin(section.epochs, len(batches))
     if course.restore():
@@ -313,7 +316,7 @@ def learn(
         def point(progress: float) -> AbstractContextManager | None:
             context = None if nearby is None else nearby(progress)
             if context is not None:
-                course.passes += section.batch_size * build.passes_again(objective)
+                course.passes += section.batch_size * hardening.passes_again(objective)
             return context
 
         def after_epoch(epoch: int) -> bool:
@@ -401,7 +404,7 @@ def _judge(
 ) -> tuple[float, float, float]:
     """Clean accuracy, PGD accuracy and mean PGD loss on the same images of `split` each time."""
     section = shop.recipe.validation
-    attack = build.attack(f"pgd-{section.steps}", build.threat(shop.recipe))
+    attack = hardening.attack(f"pgd-{section.steps}", hardening.threat(shop.recipe))
     index = evaluation.subset(split.labels, section.size, shop.recipe.seed)
     function = model if fast is None else fast.current()
     hits, loss = torch.zeros(2, dtype=torch.int64), 0.0
@@ -429,7 +432,7 @@ def _outcome(model: nn.Module, x: Tensor, y: Tensor) -> tuple[int, float]:
 def load_network(shop: Workshop, stage: str) -> nn.Module:
     """The plain network that `stage` left, strictly loaded."""
     model = shop.materials.network()
-    build.load_artifact(model, shop.run.artifact(stage))
+    supply.load_artifact(model, shop.run.artifact(stage))
     return model.to(shop.engine.device)
 
 
@@ -451,7 +454,7 @@ def _attacked(shop: Workshop, model: nn.Module) -> Twin | None:
     if not shop.recipe.execution.twin:
         return None
     low = shop.recipe.execution.attack_precision == "bf16"
-    return build.twin(shop.recipe, model, dtype=torch.bfloat16 if low else None)
+    return hardening.twin(shop.recipe, model, dtype=torch.bfloat16 if low else None)
 
 
 def _teacher(shop: Workshop) -> nn.Module:

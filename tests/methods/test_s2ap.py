@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from harprune.methods.base import Budget
 from harprune.methods.hydra import HYDRA
 from harprune.methods.s2ap import S2AP
-from harprune.pipeline import build, checks
+from harprune.pipeline import checks, hardening, pruning
 from harprune.pipeline.recipe import make_recipe
 from harprune.robustness.attacks import PGD
 from harprune.robustness.objectives import PGDAT
@@ -108,7 +108,7 @@ def test_both_passes_meet_the_same_adversarial_images_found_once():
         attacks.append(x)
         return PGD(Linf(0.1), 1)(model, x, y)
 
-    objective = build.attacked_once(PGDAT(attack))
+    objective = hardening.attacked_once(PGDAT(attack))
     model = scored()
 
     def loss(model, x, y):
@@ -146,6 +146,6 @@ def test_options_reach_the_method_and_the_plug_in():
     content = {"method": {"name": "harp+s2ap", "gamma": 0.3, "radius": 0.05, "warm_up": 0.5}}
     recipe = make_recipe(content)
     checks.check(recipe)
-    assert build.method(recipe).gamma == 0.3
-    assert build.sharpness(recipe) == S2AP(0.05, 0.5)
-    assert build.sharpness(make_recipe({})) is None
+    assert pruning.method(recipe).gamma == 0.3
+    assert pruning.sharpness(recipe) == S2AP(0.05, 0.5)
+    assert pruning.sharpness(make_recipe({})) is None

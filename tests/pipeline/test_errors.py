@@ -19,9 +19,9 @@ from torch import nn
 import harprune
 from harprune.files import write
 from harprune.models import create_model
-from harprune.pipeline.build import load_network_weights
 from harprune.pipeline.recipe import read_recipe
 from harprune.pipeline.run import Run
+from harprune.pipeline.supply import load_network_weights
 from harprune.training import checkpoint
 
 from .conftest import contents
@@ -101,7 +101,7 @@ def test_a_wrong_recipe_is_one_line(command, here, setting, text, monkeypatch):
     def loaded(*_, **__):
         raise AssertionError("data were loaded")
 
-    monkeypatch.setattr("harprune.pipeline.build.load_dataset", loaded)
+    monkeypatch.setattr("harprune.pipeline.supply.load_dataset", loaded)
     assert run_with(command, setting).refusal.startswith(text)
     assert not Path("new").exists()
 

@@ -12,7 +12,7 @@ import pytest
 from harprune.methods.base import Method
 from harprune.methods.flying_bird import FlyingBird
 from harprune.methods.snip import SNIP
-from harprune.pipeline import build, checks
+from harprune.pipeline import checks, supply
 from harprune.pipeline.recipe import make_recipe, read_recipe
 from harprune.pipeline.run import Run
 from harprune.pipeline.stages import open_workshop, run_until
@@ -85,7 +85,7 @@ def test_a_sample_is_shown_once_in_eval_mode_and_attacked_where_asked(
     setting = f"method.adversarial={str(adversarial).lower()}"
     ran(here / "run", "method.name=snip", "method.batches=2", setting)
     ((first, second),) = shown
-    clean = build.materials(read_recipe("tiny.toml")).train.images
+    clean = supply.materials(read_recipe("tiny.toml")).train.images
     for x, y in (first, second):
         assert len(x) == len(y) == 20
         nearest = (clean[None] - x[:, None]).abs().flatten(2).amax(2).amin(1)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harprune.pipeline import build, checks
+from harprune.pipeline import checks, pruning
 from harprune.pipeline.compare import cells_of
 from harprune.pipeline.recipe import Recipe, as_toml, changes, describe, make_recipe, read_recipe
 
@@ -146,7 +146,7 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
 
 
 def test_the_description_is_itself_the_default_recipe():
-    text = "\n".join(describe(notes={"method": build.method_notes()}))
+    text = "\n".join(describe(notes={"method": pruning.method_notes()}))
     assert make_recipe(tomllib.loads(text)) == Recipe()
     assert "# gamma = 0.01  # harp" in text
     assert "# train_batch_norm = false  # harp, hydra" in text
@@ -220,7 +220,7 @@ def test_the_check_refuses_what_a_later_stage_would(content, text):
 
 
 def test_the_check_lets_every_known_name_pass():
-    for method in build.METHODS:
-        for allocation in build.ALLOCATIONS:
+    for method in pruning.METHODS:
+        for allocation in pruning.ALLOCATIONS:
             content = {"method": {"name": method}, "budget": {"allocation": allocation}}
             checks.check(make_recipe(content))

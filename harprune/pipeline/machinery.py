@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a recipe trains: device and processes, batches, optimiser."""
+
+import atexit
+import gc
+import os
+
+import torch
+from lightning_fabric import Fabric
+
+from harprune.pipeline import recipe as recipes
+from harprune.pipeline.recipe import Recipe
+from harprune.training.augmentation import default_augmentation
+from harprune.training.batches import Batches
+from harprune.training.splits import Split
+
+
+def fabric(section: recipes.Execution) -> Fabric:
+    """The engine: device, precision, and data-parallel processes under `torchrun`."""
+    if section.threads is not None:
+        torch.set_num_threads(section.threads)
+    if section.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "execution.device = 'cuda', but torch sees no GPU; `harprune doctor` says why"
+        )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    engine = Fabric(
+        accelerator=section.device,
+        devices=local,
+        num_nodes=processes // local,
+        strategy="ddp" if processes > 1 else "auto",
+        precision=section.precision,
+    )
+    engine.launch()
+    if processes > 1:
+        atexit.register(_part)
+    return engine
+
+
+def _part() -> None:
+    """Leave the group of processes, and end its threads: a live one may abort the process."""
+    if torch.distributed.is_initialized():
+        gc.collect()  # wrappers that hold the group lie in cycles
+        torch.distributed.destroy_process_group()
+
+
+def batches(
+    split: Split,
+    recipe: Recipe,
+    section: recipes.Training,
+    engine: Fabric,
+    seed: int,
+    *,
+    shared: bool = True,
+) -> Batches:
+    """The training batches of a stage, shared among the processes or whole for each of them."""
+    augment = None
+    if recipe.data.augmentation == "default":
+        augment = default_augmentation(recipe.data.name, split.shape[-1])
+    return Batches(
+        split,
+        section.batch_size,
+        seed=seed,
+        augment=augment,
+        drop_last=True,
+        device=engine.device,
+        rank=engine.global_rank if shared else 0,
+        world=engine.world_size if shared else 1,
+    )
+
+
+def optimiser(groups: list[dict], section: recipes.Training) -> torch.optim.Optimizer:
+    """The optimiser of a stage over parameter groups, which may set their own weight decay."""
+    if section.optimiser == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=section.learning_rate, weight_decay=section.weight_decay
+        )
+    return torch.optim.SGD(
+        groups,
+        lr=section.learning_rate,
+        momentum=section.momentum,
+        weight_decay=section.weight_decay,
+    )

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a recipe prunes: method with plug-ins, budget and allocation."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from harprune.methods.admm import ADMM
+from harprune.methods.base import Budget, Limit, Method
+from harprune.methods.bcs import BCS
+from harprune.methods.flying_bird import FlyingBird
+from harprune.methods.grasp import GraSP
+from harprune.methods.harp import HARP
+from harprune.methods.hydra import HYDRA
+from harprune.methods.li20 import Li20
+from harprune.methods.mad import MAD
+from harprune.methods.oneshot import Magnitude, Random
+from harprune.methods.robust_bird import RobustBird
+from harprune.methods.rst import RST
+from harprune.methods.s2ap import S2AP
+from harprune.methods.snip import SNIP
+from harprune.methods.synflow import SynFlow
+from harprune.methods.twinrep import TwinRep
+from harprune.pipeline.recipe import Recipe
+from harprune.sparsity import allocation, costs
+from harprune.sparsity.granularity import Granularity
+from harprune.user_code import current_directory_importable, user_function
+
+METHODS: dict[str, type[Method]] = {
+    "harp": HARP,
+    "hydra": HYDRA,
+    "magnitude": Magnitude,
+    "random": Random,
+    "snip": SNIP,
+    "grasp": GraSP,
+    "synflow": SynFlow,
+    "li20": Li20,
+    "rst": RST,
+    "twinrep": TwinRep,
+    "flying-bird": FlyingBird,
+    "robust-bird": RobustBird,
+    "admm": ADMM,
+    "mad": MAD,
+    "bcs": BCS,
+}
+
+
+PLUG_INS = {"s2ap": S2AP}
+"""What a method's name may be followed by, as in `harp+s2ap`."""
+
+
+_WITHOUT_SCORES = {kind for kind in METHODS.values() if kind not in (HARP, HYDRA, RST)}
+
+
+ALLOCATIONS: dict[str, allocation.Allocation] = {
+    "uniform": allocation.uniform,
+    "erk": allocation.erk,
+    "lamp": allocation.lamp,
+    "igq": allocation.igq,
+    "global": allocation.global_magnitude,
+}
+
+
+def method_notes() -> list[str]:
+    """The options of every method with their defaults, a line each."""
+    homes: dict[str, list[str]] = {}
+    for name, kind in (METHODS | PLUG_INS).items():
+        for option in (f for f in fields(kind) if f.init):
+            default = "" if option.default is None else str(option.default).lower()
+            homes.setdefault(f"{option.name} = {default}".strip(), []).append(name)
+    return [f"{option}  # {', '.join(names)}" for option, names in homes.items()]
+
+
+def method(recipe: Recipe) -> Method:
+    """The pruning method with its options.
+
+    Raises:
+        ValueError: an unknown method or option (the nearest is named), or a bad value.
+    """
+    parity = recipe.parity
+    kind, plug_ins = _kinds(recipe)
+    known = _options(kind)
+    wanted = {
+        "train_batch_norm": parity.batch_norm_affine,
+        "decay_scores": parity.score_decay,
+        "decay_densities": parity.density_decay,
+    }
+    options = {name: True for name, on in wanted.items() if on and name in known}
+    if parity.start_density and "start_density" in known:
+        options["start_density"] = 0.1
+    everyone = known.union(*map(_options, plug_ins))
+    for name in recipe.method.options:
+        if name not in everyone:
+            near = get_close_matches(name, sorted(everyone), n=1, cutoff=0.0)
+            hint = f"; the nearest known is 'method.{near[0]}'" if near else ""
+            raise ValueError(f"unknown key 'method.{name}' of {recipe.method.name}{hint}")
+    return _made(kind, {**options, **_given(recipe, kind)})
+
+
+def sharpness(recipe: Recipe) -> S2AP | None:
+    """The plug-in S2AP with its options, where the method's name asks for it.
+
+    Raises:
+        ValueError: a bad value, or a training without scores or without a second pass.
+    """
+    kind, plug_ins = _kinds(recipe)
+    if S2AP not in plug_ins:
+        return None
+    if kind in _WITHOUT_SCORES or not getattr(method(recipe), "learn_scores", True):
+        raise ValueError(
+            f"method.name = {recipe.method.name!r}: s2ap perturbs scores, and this method trains "
+            "none; leave it out"
+        )
+    if (recipe.prune.objective or recipe.objective).name == "free":
+        raise ValueError(
+            "objective.name = 'free' moves its images in every pass, and s2ap needs a second pass "
+            "over the same; choose another objective"
+        )
+    return _made(S2AP, _given(recipe, S2AP))
+
+
+def _kinds(recipe: Recipe) -> tuple[type[Method], list[type]]:
+    """The classes behind `NAME+PLUG_IN`."""
+    name, *extra = recipe.method.name.split("+")
+    kind = METHODS.get(name) or _own_kind(name)
+    for each in extra:
+        if each not in PLUG_INS:
+            raise ValueError(
+                f"method.name = {recipe.method.name!r}: {each!r} is no plug-in; choose one of "
+                f"{', '.join(PLUG_INS)}"
+            )
+    return kind, [PLUG_INS[each] for each in extra]
+
+
+def _own_kind(name: str) -> type[Method]:
+    """The user's own method that `module:Class` names."""
+    if ":" not in name:
+        raise ValueError(
+            f"method.name = {name!r} is unknown; choose one of {', '.join(METHODS)}, or give your "
+            "own as module:Class"
+        )
+    with current_directory_importable():
+        kind = user_function(name, "method.name")
+    if not (isinstance(kind, type) and issubclass(kind, Method) and is_dataclass(kind)):
+        raise ValueError(
+            f"method.name = {name!r} must be a dataclass derived from harprune.methods.base.Method"
+        )
+    return kind
+
+
+def _options(kind: type) -> set[str]:
+    return {f.name for f in fields(kind) if f.init}
+
+
+def _given(recipe: Recipe, kind: type) -> dict:
+    """The recipe's options that are `kind`'s."""
+    return {n: value for n, value in recipe.method.options.items() if n in _options(kind)}
+
+
+def _made(kind: type, options: Mapping):
+    """`kind` with typed options; a wrong one is named as the recipe has it."""
+    try:
+        return TypeAdapter(kind).validate_python(dict(options))
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        where = ".".join(["method", *map(str, fault["loc"])])
+        given = f" = {fault['input']!r}" if fault["loc"] else ""
+        raise ValueError(f"{where}{given}: {fault['msg'].removeprefix('Value error, ')}") from None
+
+
+def budget(recipe: Recipe, example: Tensor) -> Budget:
+    """What may be kept; `example` is one image, for a budget in multiply-adds."""
+    section = recipe.budget
+
+    def multiply_adds(model: nn.Module, layers: Mapping) -> dict[str, int]:
+        return costs.multiply_add_prices(model, layers, example.to(_device(model)))
+
+    def mixed(model: nn.Module, layers: Mapping) -> dict[str, int]:
+        images = example.to(_device(model))
+        return costs.mixed_prices(model, layers, images, section.multiply_add_share)
+
+    choices = {"multiply-adds": {"prices": multiply_adds}, "mixed": {"prices": mixed}}
+    prices = choices.get(section.cost, {})
+    bound = section.multiply_adds
+    return Budget(
+        density=section.density,
+        allocation=allocate(section.allocation),
+        granularity=Granularity(section.granularity),
+        include=section.include,
+        exclude=section.exclude,
+        floor=section.floor,
+        limit=None if bound is None else Limit(bound, multiply_adds),
+        **prices,
+    )
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def allocate(name: str) -> allocation.Allocation:
+    """An allocation by name, or from a JSON file."""
+    if name in ALLOCATIONS:
+        return ALLOCATIONS[name]
+    if not name.endswith(".json"):
+        raise ValueError(
+            f"budget.allocation = {name!r} is unknown; choose one of {', '.join(ALLOCATIONS)}, "
+            "or a .json file of densities"
+        )
+    return allocation.read_allocation(name)
