@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # The table of results/cifar10-small.md: one dense network, then HARP, HYDRA and one-shot ERK/LAMP at
-# 1 % of its weights, each attacked on 1,000 test images. About an hour and a half on two cores
-# (two runs at a time, one thread each); interrupted, the same command goes on.
+# 1 % of its weights, each attacked on 1,000 test images. After the dense network each chain takes some ten
+# minutes of one thread (docs/log.md), two of them at a time; interrupted, the same command goes on.
 set -eu
 cd "$(dirname "$0")/.."
 harprune="${HARPRUNE:-harprune}"

@@ -64,8 +64,8 @@ for arch in ${ARCHS:-resnet18 vgg16-bn}; do
     "$harprune" report "${finished[@]}" --out "results/headline-$arch.md" --baseline harp \
         --title "CIFAR-10, $arch, 1 % and 0.1 % of the weights" \
         --note "Made by bench/headline.sh. The dense network: fast adversarial training at epsilon 8/255, 12 epochs. \
-Every pruned one: PGD-7 adversarial training for eight epochs more, of which HARP prunes in six and trains \
-the network meanwhile, HYDRA prunes in two, and one-shot pruning finetunes in all. Epochs selected on 1,000 of 2,500 held-out \
-training images; 1,000 test images attacked. A configuration that is missing was refused, because its mask cuts \
+Every pruned one: PGD-7 adversarial training for eight epochs more. HARP spends six on pruning and, beyond its paper, \
+trains the network meanwhile (train_weights); HYDRA prunes in two; one-shot pruning finetunes in all eight. Epochs \
+selected by PGD on held-out training images, 500 for the dense network and 1,000 for the pruned ones; 1,000 test images attacked. A configuration that is missing was refused, because its mask cuts \
 the logits off from the image."
 done

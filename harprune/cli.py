@@ -19,8 +19,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help=(
-        "Prune adversarially robust networks to 1 % of their weights, and prove that they stay "
-        "robust.\n\nEvery command can be repeated safely: what is done is not done again, what "
+        "Prune adversarially robust networks to 1 % of their weights, and measure how robust they "
+        "still are.\n\nEvery command can be repeated safely: what is done is not done again, what "
         "was interrupted goes on."
     ),
     epilog=(
@@ -35,7 +35,7 @@ Model = Annotated[
     str,
     typer.Option(
         help="Network: a name that `harprune doctor` lists, module:function of yours, "
-        "torchvision:NAME or timm:NAME; to `evaluate` also a file of `harprune export`."
+        "torchvision:NAME or timm:NAME."
     ),
 ]
 DataName = Annotated[

@@ -5,8 +5,12 @@ Learns, per layer, how many connections stay (density) and which (scores) by
 
     min over r, S of   L_robust(theta * M(S, g(r)))  +  gamma * max(cost(g(r)) / target - 1, 0)
 
-with theta fixed. gamma grows by the step of `gamma` each epoch, so robustness comes first and the
-budget after it, and stops growing for good once an epoch ends within the budget.
+with theta fixed (unless `train_weights`). gamma grows by the step of `gamma` each epoch, so that
+robustness comes first and the budget after it, and stops growing for good once an epoch ends within
+the budget.
+
+A density that one step throws to 1 would stay there, for the sigmoid's slope is then zero and no
+penalty moves it: so none is let above 0.99 of its range, where densities also start at most.
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +32,7 @@ from harprune.methods.base import (
 )
 from harprune.sparsity import masks
 from harprune.sparsity.costs import Cost
-from harprune.sparsity.density import Density, LearnedDensity
+from harprune.sparsity.density import LARGEST_LOGIT, Density, LearnedDensity
 
 _NEWTON_STEPS = 50
 
@@ -128,10 +132,15 @@ class HARP(Method):
         return self.weight * self.hardware_loss(model) if self.learn_densities else 0.0
 
     def step_ended(self, model: nn.Module, step: int) -> None:
-        """Where the budget is enforced, move the densities back into it."""
-        if not (self._enforced and self.learn_densities):
+        """Keep densities where they can be learned and, where it is enforced, within the budget."""
+        if not self.learn_densities:
             return
         logits = _logits(model)
+        with torch.no_grad():
+            for logit in logits:
+                logit.clamp_(max=LARGEST_LOGIT)
+        if not self._enforced:
+            return
         # Newton's method. Where layers are nearly dense the cost is concave in r and a whole step
         # would throw them far below the budget; hence no logit moves by more than 1 at a time.
         for _ in range(_NEWTON_STEPS):

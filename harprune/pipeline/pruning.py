@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a recipe prunes: method with plug-ins, budget and allocation."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from enum import Enum
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -48,13 +50,10 @@ METHODS: dict[str, type[Method]] = {
     "bcs": BCS,
 }
 
-
 PLUG_INS = {"s2ap": S2AP}
 """What a method's name may be followed by, as in `harp+s2ap`."""
 
-
 _WITHOUT_SCORES = {kind for kind in METHODS.values() if kind not in (HARP, HYDRA, RST)}
-
 
 ALLOCATIONS: dict[str, allocation.Allocation] = {
     "uniform": allocation.uniform,
@@ -70,7 +69,8 @@ def method_notes() -> list[str]:
     homes: dict[str, list[str]] = {}
     for name, kind in (METHODS | PLUG_INS).items():
         for option in (f for f in fields(kind) if f.init):
-            default = "" if option.default is None else str(option.default).lower()
+            held = option.default.value if isinstance(option.default, Enum) else option.default
+            default = "" if held is None else json.dumps(held)
             homes.setdefault(f"{option.name} = {default}".strip(), []).append(name)
     return [f"{option}  # {', '.join(names)}" for option, names in homes.items()]
 

@@ -187,7 +187,7 @@ class Pretrain(WeightTraining):
 
 
 class Prune(Distilled):
-    """The method's own training: scores and densities in HARP."""
+    """The method's own training: in HARP of scores and densities, and if it says so of weights."""
 
     epochs: int = Field(20, ge=0)
     """Passes over the training images."""

@@ -38,8 +38,8 @@ _TEMPORARY = re.compile(
     r"|\.\w+\.(toml|jsonl?|progress|best|safetensors|npz|md|html|svg)\.[a-z0-9_]{8}"
 )
 _PLACES = (".*", "attack/*/.*", "report/.*", "report/plots/.*")
-# What of an environment a number may depend on.
-_DECISIVE = ("commit", "python", "versions", "machine")
+# What of an environment a number may depend on, and what was asked for.
+_DECISIVE = ("commit", "python", "versions", "machine", "command")
 _ARTIFACTS = {"pretrain": "dense", "prune": "pruned", "finetune": "finetuned"}
 
 
@@ -104,7 +104,7 @@ class Run:
         write(record, json.dumps(resolved, indent=1) + "\n")
 
     def _note_change(self, now: dict[str, Any]) -> None:
-        """Add to environment.json under which other code, versions or machine the run goes on."""
+        """Add to environment.json what the run goes on with: other code, machine or command."""
         if (self.attack("finetuned") / "evaluation.json").exists():
             return  # nothing is left to compute
         path = self.folder / "environment.json"

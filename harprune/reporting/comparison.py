@@ -430,7 +430,8 @@ def _sections(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> It
         yield Section("Flags and failed checks", _warnings_table(comparison["warnings"]))
     script = comparison["command"]
     if not comparison["makes_runs"]:
-        commands = [run["environment"].get("command") for run in comparison["runs"]]
+        held = [run["environment"] for run in comparison["runs"]]
+        commands = [e.get("command") for run in held for e in (run, *run.get("continued", []))]
         script = "\n".join([*dict.fromkeys(filter(None, commands)), script])
     yield Section("How this was made", _made_table(comparison), code=script)
 

@@ -7,6 +7,10 @@ from math import log
 import torch
 from torch import Tensor, nn
 
+_LARGEST = 0.99
+LARGEST_LOGIT = log(_LARGEST / (1.0 - _LARGEST))
+"""Where a learned density starts at most; far above it the gradient of the sigmoid vanishes."""
+
 
 class Density(nn.Module, ABC):
     """A scalar in (0, 1]; call it for its value. Layers are tied by sharing one object."""
@@ -48,7 +52,7 @@ class LearnedDensity(Density):
                 f"density {value:g} must lie above its floor {floor:g} and not above 1; "
                 "lower the floor or raise the start density"
             )
-        level = min((value - floor) / (1.0 - floor), 0.99)
+        level = min((value - floor) / (1.0 - floor), _LARGEST)
         self.floor = floor
         self.logit = nn.Parameter(torch.tensor(log(level / (1.0 - level))))
 

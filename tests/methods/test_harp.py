@@ -87,6 +87,22 @@ def test_the_network_itself_is_trained_only_where_asked():
         assert len([p for g in groups for p in g["params"]]) == len(decayed) + 6
 
 
+def test_a_density_thrown_to_one_comes_back():
+    model, budget = small(), Budget(0.01)
+    method = HARP(gamma=1.0)
+    method.attach(model, budget)
+    logits = [mask.density.logit for _, mask in masks.installed(model).values()]
+    optimiser = torch.optim.SGD(logits, lr=0.1)
+    with torch.no_grad():
+        logits[0].fill_(200.0)
+    for step in range(200):
+        optimiser.zero_grad()
+        method.penalty(model).backward()
+        optimiser.step()
+        method.step_ended(model, step)
+    assert method.budget_met(model)
+
+
 def hold_hardware_loss(method, monkeypatch, losses):
     remaining = iter(losses)
     current = {}
