@@ -92,6 +92,7 @@ class Course:
             name: getattr(self, name) for name in ("step", "loss_sum", "passes", "history", "best")
         }
         values |= {"optimiser": plain, "method": self.method.state_dict() if self.method else {}}
+        self.run.note_change()
         checkpoint.save(self.run.progress(self.stage), tensors, values)
 
     def _require_best(self, best: list | None) -> None:

@@ -61,6 +61,7 @@ class Run:
         self.folder = Path(folder)
         self.recipe = recipe
         self.leader = int(os.environ.get("RANK", "0")) == 0
+        self._going_on: dict[str, Any] = {}
         if not self.leader:
             return
         if self.folder.exists() and not self.folder.is_dir():
@@ -94,7 +95,7 @@ class Run:
                     f"{self.folder} holds a run of another recipe ({'; '.join(differing[:3])}"
                     f"{'; ...' if len(differing) > 3 else ''}); choose another --out"
                 )
-            self._note_change(environment_of(command))
+            self._going_on = environment_of(command)
             return
         given = self.recipe.model_dump(mode="json", exclude_unset=True)
         source = source or "\n".join(as_toml(given)) + "\n"
@@ -103,16 +104,21 @@ class Run:
         write(self.folder / "environment.json", environment + "\n")
         write(record, json.dumps(resolved, indent=1) + "\n")
 
-    def _note_change(self, now: dict[str, Any]) -> None:
-        """Add to environment.json what the run goes on with: other code, machine or command."""
-        if (self.attack("finetuned") / "evaluation.json").exists():
-            return  # nothing is left to compute
+    def note_change(self) -> None:
+        """Add to environment.json what the run goes on with: other code, machine or command.
+
+        For whoever is about to write what was computed: a command that fails before leaves no
+        trace.
+        """
+        if not self._going_on:
+            return
         path = self.folder / "environment.json"
         held = _read_json(path) if path.exists() else {}
         last = [held, *held.get("continued", [])][-1]
-        if any(last.get(key) != now[key] for key in _DECISIVE):
-            changed = {**held, "continued": [*held.get("continued", []), now]}
-            write(path, json.dumps(changed, indent=1) + "\n")
+        if any(last.get(key) != self._going_on[key] for key in _DECISIVE):
+            continued = [*held.get("continued", []), self._going_on]
+            write(path, json.dumps({**held, "continued": continued}, indent=1) + "\n")
+        self._going_on = {}
 
     def _tidy(self) -> None:
         """Remove what killed processes left: half-written files, progress of finished stages."""
@@ -152,6 +158,7 @@ class Run:
     def finish(self, stage: str, tensors: Mapping, values: Mapping[str, Any]) -> None:
         """Write a stage's artifact, then drop what was kept to resume it."""
         if self.leader:
+            self.note_change()
             checkpoint.save(self.artifact(stage), tensors, values)
             self._forget(stage)
 

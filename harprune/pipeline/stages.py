@@ -202,11 +202,14 @@ def attack(shop: Workshop) -> None:
         for name in section.attacks
     }
     index = evaluation.subset(test.labels, section.size, section.seed)
-    for name, stage in (("dense", "pretrain"), ("finetuned", "finetune")):
-        if name == "dense" and not section.dense:
-            continue
-        model = load_network(shop, stage)
+    wanted = {"dense": "pretrain"} if section.dense else {}
+    wanted |= {"finetuned": "finetune"}
+    # All are read before one is attacked: a damaged file should not be found after hours.
+    networks = {name: load_network(shop, stage) for name, stage in wanted.items()}
+    for name, model in networks.items():
         fast = hardening.twin(shop.recipe, model) if shop.recipe.execution.twin else None
+        if not (shop.run.attack(name) / "evaluation.json").exists():
+            shop.run.note_change()
         with shop.console.bar(f"attack {name}", len(index)) as bar:
             result = evaluation.evaluate(
                 model,

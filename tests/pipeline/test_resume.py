@@ -279,13 +279,11 @@ def test_a_run_continued_by_other_code_says_so(tmp_path, monkeypatch):
     recipe = make_recipe({}, source="a test")
     commits = iter(["first", "second", "second", "third"])
     monkeypatch.setattr("harprune.pipeline.run._commit", lambda: next(commits))
-    for moment in range(4):
+    for commit in ("first", "second", "second", "third"):
         with Run(tmp_path / "run", recipe) as run:
             run.progress("pretrain").touch()
-            if moment == 2:
-                done = run.attack("finetuned") / "evaluation.json"
-                done.parent.mkdir(parents=True)
-                done.touch()
+            if commit != "third":  # which computes nothing
+                run.note_change()
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["commit"] == "first"
     assert [e["commit"] for e in environment["continued"]] == ["second"]
