@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from types import MappingProxyType
 from typing import Any
 
@@ -466,7 +466,7 @@ def _rows_table(comparison: Mapping[str, Any]) -> Table:
             format_density(row["density"]) if row["configuration"] != DENSE else "100 % kept",
             ", ".join(map(str, row["seeds"])),
             *(_mean(row["measures"].get(name)) for name in measures),
-            " or ".join(format_kept(kept, row["total"]) for kept in dict.fromkeys(row["kept"])),
+            _kept(row),
         )
         for row in comparison["rows"]
     )
@@ -475,11 +475,16 @@ def _rows_table(comparison: Mapping[str, Any]) -> Table:
     return Table(header, rows)
 
 
+def _kept(row: Mapping[str, Any]) -> str:
+    least, most = min(row["kept"]), max(row["kept"])
+    return ("" if least == most else f"{least:,} to ") + format_kept(most, row["total"])
+
+
 _COST = (
     "Multiply-adds of one image, as a share of the dense network's; forward and backward passes of "
     "single images while pruning and finetuning; and, where it is known, the wall-clock time of "
-    "the run with its attacks and without a dense network that it shares, in minutes, which "
-    "depends on what else the machine did."
+    "the run with its attacks and without a dense network that it shares, in minutes, the median "
+    "over seeds, which depends on what else the machine did."
 )
 
 
@@ -504,7 +509,7 @@ def _shares(kept: Sequence[int], dense: int | None) -> str:
 
 def _minutes(seconds: Sequence[float | None]) -> str:
     known = [value for value in seconds if value is not None]
-    return f"{fmean(known) / 60:.1f}" if known else ABSENT
+    return f"{median(known) / 60:.1f}" if known else ABSENT
 
 
 def _mean(statistics: Mapping[str, Any] | None) -> str:

@@ -217,3 +217,19 @@ def test_a_command_that_makes_the_runs_stands_alone(six_runs, tmp_path):
     given = {"title": "t", "note": "", "command": "harprune compare GRID"}
     write_comparison(six_runs, out, **given, makes_runs=True)
     assert "```sh\nharprune compare GRID\n```" in out.read_text()
+
+
+def test_counts_that_differ_over_seeds_are_a_range_and_minutes_a_median(make_run, tmp_path):
+    runs = [make_run(str(seed), seed=seed) for seed in range(3)]
+    counts = []
+    for fewer, run in enumerate(runs):
+        audit = json.loads((run / "audit.json").read_text())
+        next(iter(audit["layers"].values()))["kept"] -= fewer
+        audit["kept"] -= fewer
+        (run / "audit.json").write_text(json.dumps(audit))
+        counts.append(audit["kept"])
+    out = tmp_path / "c.md"
+    write_comparison(runs, out, title="t", note="", command="c", seconds=[60.0, 120.0, 6000.0])
+    text = out.read_text()
+    assert f"| {counts[2]:,} to {counts[0]:,} / " in text
+    assert text.count("| 2.0 |") == 1
