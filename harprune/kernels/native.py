@@ -51,6 +51,11 @@ ROW_STEP = np.dtype(
 """`struct row_step` of rows.h."""
 DISPLACEMENT = np.dtype([(name, "i8") for name in ("vectors", "lanes", "mask")])
 """`struct displacement` of rows.h."""
+TEAM = np.dtype(
+    [(name, "i8") for name in ("ticket", "done", "parts", "image", "images")]
+    + [(name, "u8") for name in ("step", "arena", "external", "run")]
+)
+"""`struct team` of team.h."""
 
 LANES = 16
 KINDS = [
@@ -133,11 +138,9 @@ class Kernels:
         arena: int,
         external: np.ndarray,
         images: int,
-        part: int,
-        parts: int,
-        meeting: np.ndarray,
+        team: np.ndarray | None = None,
     ) -> None:
-        """Run row steps as thread `part` of `parts` that share them and `meeting`, three zeros."""
+        """Run row steps, alone or with those who `help` the same `team`, a TEAM."""
         self._library.harprune_run_rows(
             self._table,
             _address(steps),
@@ -145,10 +148,12 @@ class Kernels:
             arena,
             _address(external),
             images,
-            part,
-            parts,
-            _address(meeting),
+            None if team is None else _address(team),
         )
+
+    def help(self, team: np.ndarray, patience: float) -> None:
+        """Take parts of what others run with `team`, until there was nothing for `patience` s."""
+        self._library.harprune_help(_address(team), int(patience * 1e9))
 
     def gradient(
         self,
@@ -202,11 +207,13 @@ def _library() -> ctypes.CDLL | None:
         (pointer, integer, pointer, pointer) + (integer,) * 4 + (pointer,)
     )
     library.harprune_gradient.restype = None
-    library.harprune_run_rows.argtypes = (
-        (pointer, pointer, integer, pointer, pointer) + (integer,) * 3 + (pointer,)
-    )
+    library.harprune_run_rows.argtypes = (pointer, pointer, integer, pointer, pointer, integer)
+    library.harprune_run_rows.argtypes += (pointer,)
     library.harprune_run_rows.restype = None
-    for call, dtype in (("step", STEP), ("gradient", GRADIENT), ("row_step", ROW_STEP)):
+    library.harprune_help.argtypes = (pointer, integer)
+    library.harprune_help.restype = None
+    structs = (("step", STEP), ("gradient", GRADIENT), ("row_step", ROW_STEP), ("team", TEAM))
+    for call, dtype in structs:
         function = getattr(library, f"harprune_{call}_bytes")
         function.restype = integer
         if function() != dtype.itemsize:

@@ -7,6 +7,7 @@ it keeps a bit a number, what each ReLU let through, so that a pass stays in a c
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 from queue import SimpleQueue
@@ -39,11 +40,13 @@ from harprune.kernels.rowsteps import (
     whole,
 )
 from harprune.kernels.runtime import aligned, each
+from harprune.kernels.team import helped
 
 GROUP = SUMS
 """Images that go through the steps together, at most."""
-TEAM = 60_000_000
-"""Multiply-adds of a lone group from which threads share its steps; fewer do not wait for them."""
+SHARED, LONG = 4_000_000, 60_000_000
+"""Multiply-adds of a lone group from which threads share its steps, some 0.1 ms; and from which it
+is worth waking them for it, some 1.5 ms."""
 LARGEST = 2**28
 """Numbers of one image's map; offsets then fit 32 bits."""
 
@@ -215,38 +218,26 @@ class _Program:
         """All steps for all images of `arrays`."""
         images = len(arrays[0])
         groups = -(-images // GROUP)
-        parts = self.threads if groups == 1 and images * self._multiply_adds > TEAM else 1
-        meeting, shared = np.zeros(3, np.int64), self._free.get() if parts > 1 else None
+        work = images * self._multiply_adds
+        shared = groups == 1 and self.threads > 1 and work >= SHARED
+        team_of = helped(self.kernels, self.threads, work >= LONG) if shared else nullcontext()
+        with team_of as team:
 
-        def one(number: int) -> None:
-            group, part = divmod(number, parts)
-            arena = self._free.get() if shared is None else shared
-            try:
-                addresses = [a[group * GROUP :].ctypes.data for a in arrays]
-                self.kernels.run_rows(
-                    self._linked,
-                    arena.ctypes.data,
-                    np.array(addresses, np.uint64),
-                    min(GROUP, images - group * GROUP),
-                    part,
-                    parts,
-                    meeting,
-                )
-            except BaseException:
-                meeting[-1] = 1  # or the others of a team would wait for this part
-                raise
-            finally:
-                if shared is None:
+            def one(group: int) -> None:
+                arena = self._free.get()
+                try:
+                    addresses = [a[group * GROUP :].ctypes.data for a in arrays]
+                    self.kernels.run_rows(
+                        self._linked,
+                        arena.ctypes.data,
+                        np.array(addresses, np.uint64),
+                        min(GROUP, images - group * GROUP),
+                        team,
+                    )
+                finally:
                     self._free.put(arena)
 
-        if shared is None:
             each(one, groups, self.threads)
-            return
-        try:
-            with _one_team:
-                each(one, parts, self.threads)
-        finally:
-            self._free.put(shared)
 
     # Places ---------------------------------------------------------------------------------
 
@@ -385,7 +376,3 @@ def _row_list(step: RowStep, pattern: Pattern, width: int, lanes: int, dtype) ->
         next_filter = prod(size) if step.transposed else pattern.window
         order = order[:, None] + np.arange(width) * next_filter
     return List(starts, entries.astype(np.int32), order, width, np.empty(order.shape, dtype))
-
-
-_one_team = Lock()
-"""Threads that share steps wait for each other, so all of a team must be running."""

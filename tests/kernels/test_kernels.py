@@ -2,6 +2,7 @@
 """The kernels against torch and against the NumPy twin, on shapes drawn at random."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from harprune.kernels import graph as g
-from harprune.kernels import native
+from harprune.kernels import native, team
 from harprune.kernels.forward import Forward
 from harprune.kernels.gradient import Gradient
 from harprune.kernels.graph import Graph, Shape, Window
@@ -333,8 +334,7 @@ def test_any_number_of_threads_gives_the_same_bits(threads, kind):
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_every_kind_of_node_runs_in_rows_forwards_and_backwards(name, threads, monkeypatch):
-    monkeypatch.setattr("harprune.kernels.rows.TEAM", 0)
+def test_every_kind_of_node_runs_in_rows_forwards_and_backwards(name, threads, helpful):
     rng, kernels = np.random.default_rng(3), native.named(name)
     graph, weights, vectors = branching(rng, kernels.dtype)
     executable = loaded(graph, kernels, weights, vectors, threads, RowExecutable)
@@ -388,42 +388,72 @@ def test_a_layer_that_no_output_reads_does_not_matter(kind):
     assert np.all(executable.backward(records, [y])[0] == 6)
 
 
-def test_a_team_that_one_thread_leaves_goes_home_and_can_be_called_again(monkeypatch):
-    monkeypatch.setattr("harprune.kernels.rows.TEAM", 0)
+@pytest.fixture
+def helpful(monkeypatch):
+    """Helpers share the steps of the smallest network, and are woken for it."""
+    monkeypatch.setattr("harprune.kernels.rows.SHARED", 0)
+    monkeypatch.setattr("harprune.kernels.rows.LONG", 0)
+
+
+def test_an_interrupted_call_leaves_its_team_usable(helpful, monkeypatch):
     rng = np.random.default_rng(4)
     graph, weights, vectors = branching(rng, np.float32)
     inputs = [rng.standard_normal((3, 6, 9, 7), dtype=np.float32) for _ in range(2)]
     executable = loaded(graph, native.best(), weights, vectors, 2, RowExecutable)
     wanted = executable.forward(inputs)
-    run = native.Kernels.run_rows
 
-    def failing(self, steps, arena, external, images, part, parts, meeting):
-        if part == 0:
-            raise KeyboardInterrupt
-        run(self, steps, arena, external, images, part, parts, meeting)
+    def interrupted(*_):
+        raise KeyboardInterrupt
 
     for _ in range(3):  # as often as there are arenas, and once more
         with monkeypatch.context() as patched:
-            patched.setattr(native.Kernels, "run_rows", failing)
+            patched.setattr(native.Kernels, "run_rows", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 executable.forward(inputs)
     for y, want in zip(executable.forward(inputs), wanted):
         assert np.array_equal(y, want)
 
 
-@pytest.mark.parametrize("team", [0, 2**40])
-def test_rows_give_the_same_bits_on_any_number_of_threads(team, monkeypatch):
-    monkeypatch.setattr("harprune.kernels.rows.TEAM", team)
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_give_the_same_bits_on_any_number_of_threads(shared, request):
+    if shared:
+        request.getfixturevalue("helpful")
     rng = np.random.default_rng(4)
     graph, weights, vectors = branching(rng, np.float32)
     inputs = [rng.standard_normal((19, 6, 9, 7), dtype=np.float32) for _ in range(2)]
-    for images in (1, 19):
+    made = [loaded(graph, native.best(), weights, vectors, n, RowExecutable) for n in (1, 2, 3, 40)]
+    for images in (1, 8, 19):
         some = [x[:images] for x in inputs]
-        alone, *others = (
-            loaded(graph, native.best(), weights, vectors, threads, RowExecutable).forward(some)
-            for threads in (1, 2, 3)
-        )
-        assert all(np.array_equal(a, b) for o in others for a, b in zip(alone, o))
+        alone = made[0].forward(some)
+        for _ in range(20):  # helpers come early, late or not at all
+            for other in made[1:]:
+                assert all(map(np.array_equal, alone, other.forward(some)))
+
+
+def test_calls_from_several_threads_share_one_team(helpful):
+    rng = np.random.default_rng(5)
+    graph, weights, vectors = branching(rng, np.float32)
+    inputs = [rng.standard_normal((2, 6, 9, 7), dtype=np.float32) for _ in range(2)]
+    made = [loaded(graph, native.best(), weights, vectors, 2, RowExecutable) for _ in range(3)]
+    wanted = made[0].forward(inputs)
+    with ThreadPoolExecutor(3) as pool:
+        found = [pool.submit(made[n % 3].forward, inputs) for n in range(60)]
+    assert all(all(map(np.array_equal, wanted, each.result())) for each in found)
+
+
+def test_helpers_are_woken_for_what_is_long_or_soon_follows(monkeypatch):
+    woken = []
+    monkeypatch.setattr(native.Kernels, "help", lambda *_: woken.append(1))
+    monkeypatch.setattr(team, "PATIENCE", 10.0)
+    monkeypatch.setattr(team, "_team", team._Team())
+    monkeypatch.setattr(team._team, "last", -60.0)
+    for long, wanted in ((False, None), (False, 1), (True, 2)):
+        with team.helped(native.best(), 2, long) as state:
+            assert (state is None) == (wanted is None)
+        assert all(helper.result() is None for helper in team._team._helpers)
+        assert len(woken) == (wanted or 0)
+    with team.helped(native.best(), 2, True), team.helped(native.best(), 2, True) as second:
+        assert second is None
 
 
 @pytest.mark.parametrize("name", KERNELS)

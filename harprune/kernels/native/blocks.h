@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#include "rows.h"
+#include "team.h"
 
 #define LANES 16
 
@@ -91,8 +91,7 @@ struct kernels {
                                int64_t arena_stride, int64_t blocks, int64_t first, int64_t last,
                                void *result);
     void (*run_rows)(const struct row_step *steps, int64_t count, char *arena,
-                     char *const *external, int64_t images, int64_t part, int64_t parts,
-                     struct meeting *meeting);
+                     char *const *external, int64_t images, struct team *team);
 };
 
 #endif

@@ -33,11 +33,10 @@ void harprune_run(const struct kernels *k, const struct step *steps, int64_t cou
     k->run(steps, count, arena, kept, external, images);
 }
 
-/* One of `parts` threads that share the steps of the same images. */
+/* `team` may be NULL; else the caller is one of it. */
 void harprune_run_rows(const struct kernels *k, const struct row_step *steps, int64_t count,
-                       char *arena, char *const *external, int64_t images, int64_t part,
-                       int64_t parts, struct meeting *meeting) {
-    k->run_rows(steps, count, arena, external, images, part, parts, meeting);
+                       char *arena, char *const *external, int64_t images, struct team *team) {
+    k->run_rows(steps, count, arena, external, images, team);
 }
 
 /* `which`: 0 kept weights, 1 all weights, 2 all weights in bf16. */

@@ -85,10 +85,4 @@ struct row_step {
     int64_t winners;                 /* the same of what won each window */
 };
 
-/* Where threads that share one image's steps wait for each other. */
-struct meeting {
-    int64_t arrived, round;
-    int64_t left; /* not zero: one of them will not come, so nobody waits any more */
-};
-
 #endif

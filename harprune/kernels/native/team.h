@@ -1,0 +1,58 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Threads that share the steps of one image, or of a few.
+ *
+ * A turn is one step on images that go through it together. Whoever is there takes parts of it; the
+ * thread that calls waits for parts that are taken, never for a helper who may not be awake yet. A
+ * helper who comes late joins in the present turn.
+ */
+#ifndef HARPRUNE_TEAM_H
+#define HARPRUNE_TEAM_H
+
+#include "rows.h"
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+#define TEAM_PARTS 128 /* more than a turn has */
+
+typedef void (*team_run)(const struct row_step *step, char *arena, char *const *external,
+                         int64_t image, int64_t images, int64_t part, int64_t parts);
+
+struct team {
+    int64_t ticket; /* TEAM_PARTS * number of the turn + how many of its parts nobody has taken */
+    int64_t done;   /* parts of the turn that are finished */
+    int64_t parts;  /* of each turn */
+    /* The turn: */
+    int64_t image, images;
+    const struct row_step *step;
+    char *arena;
+    char *const *external;
+    team_run run;
+};
+
+/* What the turns that follow run on. */
+void team_begin(struct team *t, char *arena, char *const *external, team_run run);
+/* Take a part of the present turn and do it; 0 where none is left. */
+int team_take(struct team *t);
+/* Give the team a turn and come back when it is done. */
+void team_turn(struct team *t, const struct row_step *step, int64_t image, int64_t images);
+
+/* Numbers below 1e-38 count as zero, for they are a hundred times slower; returns what was before. */
+static inline unsigned flush_small(void) {
+#ifdef __SSE2__
+    const unsigned mode = _mm_getcsr();
+    _mm_setcsr(mode | 0x8040);
+    return mode;
+#else
+    return 0;
+#endif
+}
+static inline void restore_small(unsigned mode) {
+#ifdef __SSE2__
+    _mm_setcsr(mode);
+#else
+    (void)mode;
+#endif
+}
+
+#endif
