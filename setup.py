@@ -32,7 +32,7 @@ setup(
                 "-O3",
                 "-std=gnu11",
                 "-g0",
-                *os.environ.get("HARPRUNE_CFLAGS", "").split(),
+                *EXTRA,
             ],
             optional=True,
         )
