@@ -403,6 +403,10 @@ def compare(
         Path, typer.Option("--out", "-o", help="The folder of all runs: made, or continued.")
     ],
     jobs: Annotated[int, typer.Option(help="Runs at work at a time, each a process.")] = 1,
+    density: Annotated[
+        list[float],
+        typer.Option(help="Only this one of the grid's densities; may be given several times."),
+    ] = [],  # noqa: B006
     overrides: Set = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
@@ -415,7 +419,9 @@ def compare(
     from harprune.pipeline import compare
     from harprune.pipeline.run import command_line
 
-    found = compare.compare(grid, out, command=command_line(), jobs=jobs, overrides=overrides)
+    found = compare.compare(
+        grid, out, command=command_line(), jobs=jobs, overrides=overrides, densities=density
+    )
     if as_json:
         _print_json(found)
     else:

@@ -218,22 +218,33 @@ def compare(
     command: str,
     jobs: int = 1,
     overrides: Sequence[str] = (),
+    densities: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Run what is left of a grid, and write comparison.md, .json and plots of what is finished.
 
     Args:
         command: what makes this comparison again.
+        densities: those of the grid to which it is restricted; empty for all.
         jobs: processes at work at a time; each takes `execution.threads` of the recipe.
 
     Returns the comparison, with `failed`: why a cell is missing, by its name.
 
     Raises:
-        ValueError: see `cells_of`; a cell's folder holds a run of another recipe; or no cell was
-            finished.
+        ValueError: see `cells_of`; a density that the grid does not have; a cell's folder holds a
+            run of another recipe; or no cell was finished.
     """
     if jobs < 1:
         raise ValueError(f"jobs = {jobs} must be at least 1")
     grid, cells = read_grid(path), cells_of(path, out, overrides)
+    for density in densities:
+        if density not in grid.densities:
+            known = ", ".join(f"{known:g}" for known in grid.densities)
+            raise ValueError(f"--density {density:g} is none of {path}; choose among {known}")
+    cells = [
+        cell
+        for cell in cells
+        if not densities or cell.until == "pretrain" or cell.recipe.budget.density in densities
+    ]
     for cell in cells:
         _require_same_recipe(cell)
     out = Path(out)

@@ -105,6 +105,20 @@ def test_a_grid_runs_to_its_table_and_then_does_nothing(grid, command, here):
     assert artifacts(Path("out")) == before
 
 
+def test_a_part_of_a_grid_is_the_same_cells(grid, command, here):
+    text = GRID.replace("seeds = [0, 1]", "").replace("one-shot", "unused").replace("harp]", "one]")
+    grid.write_text(text[: text.index("[methods.unused]")].replace('baseline = "unused"', ""))
+    refused = command("compare", grid, "--out", "out", "--density", 0.25).refusal
+    assert refused == f"--density 0.25 is none of {grid}; choose among 0.3, 0.2"
+    assert command("compare", grid, "--out", "out", "--density", 0.3).code == 0
+    before = artifacts(Path("out"))
+    assert {path.split("/")[0] for path in before} == {"dense-seed0", "one-0.3-seed0"}
+    assert command("compare", grid, "--out", "out").code == 0
+    after = artifacts(Path("out"))
+    assert before.items() < after.items()
+    assert {path.split("/")[0] for path in after.keys() - before.keys()} == {"one-0.2-seed0"}
+
+
 def test_a_grid_that_has_changed_is_refused(grid, command, here):
     smaller(grid)
     assert command("compare", grid, "--out", "out").code == 0
