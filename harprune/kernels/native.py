@@ -52,7 +52,7 @@ ROW_STEP = np.dtype(
 DISPLACEMENT = np.dtype([(name, "i8") for name in ("vectors", "lanes", "mask")])
 """`struct displacement` of rows.h."""
 TEAM = np.dtype(
-    [(name, "i8") for name in ("ticket", "done", "parts", "image", "images")]
+    [(name, "i8") for name in ("ticket", "done", "parts", "processor", "image", "images")]
     + [(name, "u8") for name in ("step", "arena", "external", "run")]
 )
 """`struct team` of team.h."""

@@ -40,13 +40,15 @@ from harprune.kernels.rowsteps import (
     whole,
 )
 from harprune.kernels.runtime import aligned, each
-from harprune.kernels.team import helped
+from harprune.kernels.team import Pace, helped
 
 GROUP = SUMS
 """Images that go through the steps together, at most."""
-SHARED, LONG = 4_000_000, 60_000_000
-"""Multiply-adds of a lone group from which threads share its steps, some 0.1 ms; and from which it
-is worth waking them for it, some 1.5 ms."""
+HALF = 4
+"""Images that any step takes together, at most."""
+SHARED, HALVED, LONG = 4_000_000, 20_000_000, 60_000_000
+"""Multiply-adds of a lone group from which threads share its steps, some 0.1 ms; take one of its
+halves each; and are woken to share its steps, some 1.5 ms."""
 LARGEST = 2**28
 """Numbers of one image's map; offsets then fit 32 bits."""
 
@@ -195,6 +197,7 @@ class _Program:
         self._size = kernels.dtype.itemsize
         self._lists: dict[str, List] = {}
         self._tables: list[np.ndarray] = []  # that the steps point into
+        self._paces: dict[int, Pace] = {}  # by the images of a lone group
         nodes = [node for node in graph.nodes if isinstance(node, Convolution)]
         self._multiply_adds = sum(
             int(patterns[node.name].starts[-1]) * prod(graph.shapes[node.out][1:]) for node in nodes
@@ -217,21 +220,26 @@ class _Program:
     def run(self, arrays: Sequence[np.ndarray]) -> None:
         """All steps for all images of `arrays`."""
         images = len(arrays[0])
-        groups = -(-images // GROUP)
         work = images * self._multiply_adds
+        # Two threads on halves of a group have nothing to tell each other. A half is as many images
+        # as any step takes together, so that they run together as they would in the whole.
+        halved = self.threads > 1 and HALF < images <= GROUP and work >= HALVED
+        size = HALF if halved else GROUP
+        groups = -(-images // size)
         shared = groups == 1 and self.threads > 1 and work >= SHARED
-        team_of = helped(self.kernels, self.threads, work >= LONG) if shared else nullcontext()
-        with team_of as team:
+        pace = self._paces.setdefault(images, Pace()) if shared else None
+        given = (self.kernels, self.threads, work >= LONG, pace)
+        with helped(*given) if shared else nullcontext() as team:
 
             def one(group: int) -> None:
                 arena = self._free.get()
                 try:
-                    addresses = [a[group * GROUP :].ctypes.data for a in arrays]
+                    addresses = [a[group * size :].ctypes.data for a in arrays]
                     self.kernels.run_rows(
                         self._linked,
                         arena.ctypes.data,
                         np.array(addresses, np.uint64),
-                        min(GROUP, images - group * GROUP),
+                        min(size, images - group * size),
                         team,
                     )
                 finally:
@@ -267,8 +275,10 @@ class _Program:
         return place_maps(maps, self._size, reuse=True, onto=onto)
 
     def _together(self, written: Map) -> int:
-        """Images whose planes make four sums, enough to hide the latency of one."""
-        return max(1, 4 // (1 << (written.lines - 1).bit_length())) if written.vectors == 1 else 1
+        """Images whose planes make HALF sums, enough to hide the latency of one."""
+        if written.vectors > 1:
+            return 1
+        return max(1, HALF // (1 << (written.lines - 1).bit_length()))
 
     # Linking --------------------------------------------------------------------------------
 

@@ -391,8 +391,9 @@ def test_a_layer_that_no_output_reads_does_not_matter(kind):
 @pytest.fixture
 def helpful(monkeypatch):
     """Helpers share the steps of the smallest network, and are woken for it."""
-    monkeypatch.setattr("harprune.kernels.rows.SHARED", 0)
-    monkeypatch.setattr("harprune.kernels.rows.LONG", 0)
+    for bound in ("SHARED", "HALVED", "LONG"):
+        monkeypatch.setattr(f"harprune.kernels.rows.{bound}", 0)
+    monkeypatch.setattr(team.Pace, "shared", lambda _: True)
 
 
 def test_an_interrupted_call_leaves_its_team_usable(helpful, monkeypatch):
@@ -422,7 +423,7 @@ def test_rows_give_the_same_bits_on_any_number_of_threads(shared, request):
     graph, weights, vectors = branching(rng, np.float32)
     inputs = [rng.standard_normal((19, 6, 9, 7), dtype=np.float32) for _ in range(2)]
     made = [loaded(graph, native.best(), weights, vectors, n, RowExecutable) for n in (1, 2, 3, 40)]
-    for images in (1, 8, 19):
+    for images in (1, 3, 7, 8, 19):
         some = [x[:images] for x in inputs]
         alone = made[0].forward(some)
         for _ in range(20):  # helpers come early, late or not at all
@@ -441,19 +442,39 @@ def test_calls_from_several_threads_share_one_team(helpful):
     assert all(all(map(np.array_equal, wanted, each.result())) for each in found)
 
 
-def test_helpers_are_woken_for_what_is_long_or_soon_follows(monkeypatch):
+def test_helpers_are_woken_for_what_is_long_or_soon_follows(helpful, monkeypatch):
     woken = []
     monkeypatch.setattr(native.Kernels, "help", lambda *_: woken.append(1))
     monkeypatch.setattr(team, "PATIENCE", 10.0)
     monkeypatch.setattr(team, "_team", team._Team())
     monkeypatch.setattr(team._team, "last", -60.0)
+    given = (native.best(), 2)
     for long, wanted in ((False, None), (False, 1), (True, 2)):
-        with team.helped(native.best(), 2, long) as state:
+        with team.helped(*given, long, team.Pace()) as state:
             assert (state is None) == (wanted is None)
         assert all(helper.result() is None for helper in team._team._helpers)
         assert len(woken) == (wanted or 0)
-    with team.helped(native.best(), 2, True), team.helped(native.best(), 2, True) as second:
+    with team.helped(*given, True, team.Pace()), team.helped(*given, True, team.Pace()) as second:
         assert second is None
+
+
+@pytest.mark.parametrize("alone, shared", [(1.0, 0.6), (1.0, 1.6)])
+def test_the_faster_way_is_taken_and_the_other_tried_again(alone, shared):
+    pace, rng = team.Pace(), np.random.default_rng(0)
+
+    def calls(many):
+        for _ in range(many):
+            helpers = pace.shared()
+            taken.append(helpers)
+            pace.took(helpers, (shared if helpers else alone) * rng.uniform(1.0, 1.2))
+
+    taken = []
+    calls(10 * team.ROUND)
+    share = np.mean(np.array(taken[team.ROUND :]) == (shared < alone))
+    assert share == 1 - team.TRIAL / team.ROUND
+    alone, shared, taken = shared, alone, []
+    calls(10 * team.ROUND)
+    assert np.mean(np.array(taken[8 * team.ROUND :]) == (shared < alone)) > 0.9
 
 
 @pytest.mark.parametrize("name", KERNELS)

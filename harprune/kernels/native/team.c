@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
 #include "team.h"
 #include <time.h>
 #ifndef _WIN32
@@ -19,8 +20,17 @@ static void pause(int64_t turns) {
 #endif
 }
 
+static int64_t processor(void) {
+#ifdef __linux__
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
 void team_begin(struct team *t, char *arena, char *const *external, team_run run) {
     WRITE(t->arena, arena), WRITE(t->external, external), WRITE(t->run, run);
+    WRITE(t->processor, processor());
 }
 
 int team_take(struct team *t) {
@@ -57,12 +67,18 @@ static int64_t nanoseconds(void) {
     return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
 }
 
-/* Help until there was nothing to do for `patience` nanoseconds. */
+/* Help until there was nothing to do for `patience` nanoseconds. Schedulers leave two busy threads on
+ * one processor for long, where they would only wait for each other; who sleeps wakes on a free one. */
 void harprune_help(struct team *t, int64_t patience) {
+    const struct timespec nap = {0, 50000};
     const unsigned mode = flush_small();
     int64_t last = nanoseconds();
     for (int64_t turns = 1; turns % 64 || nanoseconds() - last < patience; turns++) {
-        if (team_take(t)) {
+        const int64_t here = processor();
+        if (here >= 0 && here == READ(t->processor)) {
+            nanosleep(&nap, 0);
+            turns |= 63; /* look at the time */
+        } else if (team_take(t)) {
             while (team_take(t));
             last = nanoseconds();
         }

@@ -22,6 +22,7 @@ struct team {
     int64_t ticket; /* TEAM_PARTS * number of the turn + how many of its parts nobody has taken */
     int64_t done;   /* parts of the turn that are finished */
     int64_t parts;  /* of each turn */
+    int64_t processor; /* on which the caller began, or -1 */
     /* The turn: */
     int64_t image, images;
     const struct row_step *step;
