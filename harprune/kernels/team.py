@@ -23,7 +23,7 @@ PARTS = 2
 """Parts of a step for each thread: who comes late finds some left."""
 LARGEST = 32
 """Threads of a team, at most."""
-ROUND, TRIAL = 256, 4
+ROUND, TRIAL = 256, 6
 """Of so many calls the first few go the way that is not known to be faster."""
 
 
@@ -61,7 +61,8 @@ def helped(kernels: Kernels, threads: int, long: bool, pace: Pace) -> Iterator[n
         team = _team.called(kernels, threads, long) if pace.shared() else None
         begun = perf_counter()
         yield team
-        pace.took(team is not None, perf_counter() - begun)
+        if team is None or _team.awake:
+            pace.took(team is not None, perf_counter() - begun)
     finally:
         _team.last = perf_counter()
         _only.release()
@@ -70,6 +71,7 @@ def helped(kernels: Kernels, threads: int, long: bool, pace: Pace) -> Iterator[n
 class _Team:
     def __init__(self):
         self.last = 0.0
+        self.awake = False  # all helpers, when they were called last
         self._state = np.zeros(1, TEAM)
         self._helpers: list[Future] = []
         self._pool = ThreadPoolExecutor(LARGEST, thread_name_prefix="harprune-team")
@@ -79,6 +81,7 @@ class _Team:
             return None
         helpers = min(threads, LARGEST) - 1
         self._helpers = [helper for helper in self._helpers if not helper.done()]
+        self.awake = len(self._helpers) >= helpers
         for _ in range(helpers - len(self._helpers)):
             self._helpers.append(self._pool.submit(kernels.help, self._state, PATIENCE))
         self._state["parts"] = PARTS * (helpers + 1)
