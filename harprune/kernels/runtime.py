@@ -6,6 +6,7 @@ so a result does not depend on the number of threads.
 """
 
 import mmap as mmap_module
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -356,3 +357,7 @@ def each(task: Callable[[int], None], many: int, threads: int) -> None:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="harprune")
+
+
+if hasattr(os, "register_at_fork"):  # threads do not follow into a child, which makes its own
+    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -7,6 +7,7 @@ another or is long; and nobody waits for one who is not awake yet. Threads whose
 cache may be slower together than one is alone, so both are tried now and then.
 """
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -54,7 +55,8 @@ def helped(kernels: Kernels, threads: int, long: bool, pace: Pace) -> Iterator[n
     None while another thread has the team, where it would come too late for a call not `long`, and
     where the caller is faster alone.
     """
-    if not _only.acquire(blocking=False):
+    only = _only
+    if not only.acquire(blocking=False):
         yield None
         return
     try:
@@ -65,7 +67,7 @@ def helped(kernels: Kernels, threads: int, long: bool, pace: Pace) -> Iterator[n
             pace.took(team is not None, perf_counter() - begun)
     finally:
         _team.last = perf_counter()
-        _only.release()
+        only.release()
 
 
 class _Team:
@@ -88,4 +90,11 @@ class _Team:
         return self._state
 
 
-_only, _team = Lock(), _Team()
+def _anew() -> None:
+    global _only, _team
+    _only, _team = Lock(), _Team()
+
+
+_anew()
+if hasattr(os, "register_at_fork"):  # threads do not follow into a child
+    os.register_at_fork(after_in_child=_anew)

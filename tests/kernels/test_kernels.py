@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels against torch and against the NumPy twin, on shapes drawn at random."""
 
+import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -440,6 +442,24 @@ def test_calls_from_several_threads_share_one_team(helpful):
     with ThreadPoolExecutor(3) as pool:
         found = [pool.submit(made[n % 3].forward, inputs) for n in range(60)]
     assert all(all(map(np.array_equal, wanted, each.result())) for each in found)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own(helpful):
+    rng = np.random.default_rng(6)
+    graph, weights, vectors = branching(rng, np.float32)
+    inputs = [rng.standard_normal((20, 6, 9, 7), dtype=np.float32) for _ in range(2)]
+    executable = loaded(graph, native.best(), weights, vectors, 2, RowExecutable)
+    sizes = (20, 8, 1, 1)
+    wanted = [executable.forward([x[:many] for x in inputs]) for many in sizes]
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # a child that waits for its parent's threads would wait for ever
+        found = [executable.forward([x[:many] for x in inputs]) for many in sizes]
+        same = all(all(map(np.array_equal, a, b)) for a, b in zip(found, wanted))
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_helpers_are_woken_for_what_is_long_or_soon_follows(helpful, monkeypatch):
