@@ -161,6 +161,13 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Keep per-image outcomes here, and resume.")
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="Outcomes that --out kept before: say on how many images these differ. Exit code "
+            "1 if on more than one in a hundred."
+        ),
+    ] = None,
     data_dir: Folder = None,
     norm: Norm = "linf",
     epsilon: Epsilon = "8/255",
@@ -186,6 +193,7 @@ def evaluate(
     """
     from harprune.pipeline.api import evaluate_recipe
     from harprune.pipeline.recipe import make_recipe
+    from harprune.robustness.evaluation import REPEATED, differing, load_evaluation
 
     content = {
         "name": f"{model}-evaluation",
@@ -196,14 +204,25 @@ def evaluate(
     }
     overrides = [*overrides, *_backend(execution)]
     recipe = make_recipe(content, overrides, source="harprune evaluate")
+    before = None if against is None else load_evaluation(against)
+    if before is not None and sorted(before.attacks) != sorted(attack):
+        raise ValueError(
+            f"{against} holds outcomes under {', '.join(before.attacks)}, not under "
+            f"{', '.join(attack)}; evaluate under the same attacks"
+        )
     result = evaluate_recipe(recipe, out)
+    changed = {} if before is None else differing(before, result)
     if as_json:
         record = asdict(result)
         del record["outcomes"]
-        _print_json(record)
+        _print_json(record if before is None else {**record, "differing": changed})
     else:
         for line in result.lines():
             typer.echo(line)
+        for name, count in changed.items():
+            typer.echo(f"{name}: {count} of {result.size} images differ from {against}")
+    if any(count > REPEATED * result.size for count in changed.values()):
+        raise typer.Exit(1)
 
 
 @app.command(

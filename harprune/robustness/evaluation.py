@@ -30,6 +30,9 @@ from harprune.robustness.threat import Threat
 WORST_CASE = "worst case"
 _RESERVED = ("clean", "index", "labels", "file", "progress", WORST_CASE)
 
+REPEATED = 0.01
+"""Fraction of images that may differ where an evaluation is repeated on another machine."""
+
 Progress = Callable[[int, int, str], None]
 """(images done under this attack, images in all, attack and accuracy so far) -> None."""
 
@@ -576,3 +579,13 @@ def paired(a: Evaluation, b: Evaluation, name: str = WORST_CASE) -> Comparison:
         only_second=only_second,
         size=a.size,
     )
+
+
+def differing(a: Evaluation, b: Evaluation) -> dict[str, int]:
+    """Images that are right in one evaluation alone: clean, and under each attack of the first.
+
+    Raises:
+        ValueError: the two are not of the same images, or the second lacks an attack.
+    """
+    pairs = {name: paired(a, b, name) for name in ("clean", *a.attacks)}
+    return {name: pair.only_first + pair.only_second for name, pair in pairs.items()}

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -171,6 +172,34 @@ def test_evaluate_resumes_and_refuses_another_model(command, finished):
     assert contents(Path("e")) == before
     lines = evaluate("finetuned.safetensors").out.splitlines()
     assert lines[0].startswith("clean ") and lines[1].startswith("pgd-10 ")
+
+
+def test_evaluate_against_what_was_kept_before(command, finished):
+    def evaluate(weights: str, *more: object):
+        return command(
+            "evaluate", "--model", "small_cnn", "--set", "model.width=4", "--weights",
+            finished / weights, "--data", "stripes_of_tests:load", *more,
+        )  # fmt: skip
+
+    assert evaluate("finetuned.safetensors", "--attack", "fgsm", "--out", "e").code == 0
+    same = evaluate("finetuned.safetensors", "--attack", "fgsm", "--against", "e")
+    assert same.code == 0
+    assert same.out.splitlines()[-1] == "fgsm: 0 of 24 images differ from e"
+    folder, right = Path("e"), json.loads(Path("e/evaluation.json").read_text())
+    with np.load(folder / "outcomes.npz") as held:
+        arrays = dict(held)
+    arrays["fgsm"][0] = not arrays["fgsm"][0]  # one of 24 is more than one in a hundred
+    np.savez(folder / "outcomes.npz", **arrays)
+    other = evaluate("finetuned.safetensors", "--attack", "fgsm", "--against", "e", "--json")
+    assert other.code == 1
+    assert json.loads(other.out)["differing"] == {"clean": 0, "fgsm": 1}
+    assert json.loads(other.out)["clean"] == right["clean"]
+    attacks = evaluate("finetuned.safetensors", "--attack", "pgd-2", "--against", "e").refusal
+    assert attacks.startswith("e holds outcomes under fgsm, not under pgd-2")
+    fewer = evaluate("finetuned.safetensors", "--attack", "fgsm", "--against", "e", "--size", 12)
+    assert "evaluate both on the same subset" in fewer.refusal
+    absent = evaluate("finetuned.safetensors", "--attack", "fgsm", "--against", "nowhere")
+    assert absent.refusal.startswith("nowhere holds no finished evaluation")
 
 
 def test_evaluate_on_digits(command, here):
