@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # The tables of results/headline-ARCH.md: a dense ResNet-18 and a dense VGG-16-BN, and from each HARP, HYDRA
 # with uniform densities, one-shot ERK and one-shot LAMP at 1 % and 0.1 % of the weights, each attacked
-# on 1,000 test images of CIFAR-10. Interrupted, the same command goes on.
+# on 1,000 test images of CIFAR-10. Interrupted, the same command goes on. The dense networks, rounded to
+# float16, and the pruned ones are left in results/headline; a dense network that lies there is not
+# trained again.
 #
 #   bench/headline.sh                              # all of it
 #   ARCHS=resnet18 DENSITIES=0.01 bench/headline.sh    # the part worth a night
@@ -11,17 +13,17 @@
 # one-shot pruning eight of finetuning.
 #
 # Estimated from times of single steps on two cores of an AMD EPYC with AVX512-BF16, ResNet-18, in hours:
-#   dense       12 epochs of 14 minutes                                      2.8
+#   dense       9 epochs of 14 minutes                                       2.1
 #   at 1 %      an epoch of pruning takes 17 minutes (HARP, 5.5 CPU seconds a step), of finetuning
 #               8 (ERK, 2.5 CPU seconds) to 13 (LAMP): HARP 2.1, HYDRA 1.0, ERK 1.0, LAMP 1.7   5.8
 #               AutoAttack, 6 s for each of about 400 images that resist, or some more   2.0
-#               so far 11.6
+#               so far 9.9
 #   at 0.1 %    all four, AutoAttack included                                2.4
 #   dense       AutoAttack on 250 images, 100 s for each of some 110 that resist   1.5
 # VGG-16-BN takes about 0.6 of that. Attack steps have become a third faster since (docs/log.md).
 set -eu
 cd "$(dirname "$0")/.."
-export harprune="${HARPRUNE:-harprune}" runs="${RUNS:-runs/headline}"
+export harprune="${HARPRUNE:-harprune}" runs="${RUNS:-runs/headline}" networks=results/headline
 
 stages() { # folder stages... -- arguments of run: each stage timed; fails where one is refused
     local folder="$1" started
@@ -46,24 +48,28 @@ pruned() { # arch density configuration
         *) recipe=oneshot ;;
     esac
     stages "$runs/$name" prune finetune attack report -- "recipes/headline/$recipe.toml" \
-        --set "name=$name" --set "model.name=${1//-/_}" --set "model.weights=$runs/$1-dense/dense.safetensors" \
-        --set "budget.density=$2" --set "budget.allocation=$allocation"
+        --set "name=$name" --set "model.name=${1//-/_}" --set "model.weights=$networks/$1-dense.safetensors" \
+        --set "budget.density=$2" --set "budget.allocation=$allocation" &&
+        "$harprune" export "$runs/$name" --out "$networks/$name.hpn"
 }
 export -f stages pruned
 
 for arch in ${ARCHS:-resnet18 vgg16-bn}; do
-    stages "$runs/$arch-dense" pretrain -- "recipes/headline/$arch-dense.toml"
+    if [ ! -e "$networks/$arch-dense.safetensors" ]; then
+        stages "$runs/$arch-dense" pretrain -- "recipes/headline/$arch-dense.toml"
+        "${PYTHON:-python}" bench/halved.py "$runs/$arch-dense/dense.safetensors" "$networks/$arch-dense.safetensors"
+    fi
     for density in ${DENSITIES:-0.01 0.001}; do
         printf '%s\n' harp lamp erk hydra |
             xargs -P "${JOBS:-2}" -I CONFIGURATION bash -uc "pruned $arch $density CONFIGURATION || true"
     done
-    "$harprune" evaluate --model "${arch//-/_}" --weights "$runs/$arch-dense/dense.safetensors" --data cifar10 \
+    "$harprune" evaluate --model "${arch//-/_}" --weights "$networks/$arch-dense.safetensors" --data cifar10 \
         --size 250 --out "$runs/$arch-dense-attacked"
     finished=()
     for outcome in "$runs/$arch"-*/attack/finetuned/evaluation.json; do finished+=("${outcome%/attack/*}"); done
     "$harprune" report "${finished[@]}" --out "results/headline-$arch.md" --baseline harp \
         --title "CIFAR-10, $arch, 1 % and 0.1 % of the weights" \
-        --note "Made by bench/headline.sh. The dense network: fast adversarial training at epsilon 8/255, 12 epochs. \
+        --note "Made by bench/headline.sh. The dense network: fast adversarial training at epsilon 8/255, 9 epochs. \
 Every pruned one: PGD-7 adversarial training for eight epochs more. HARP spends six on pruning and, beyond its paper, \
 trains the network meanwhile (train_weights); HYDRA prunes in two; one-shot pruning finetunes in all eight. Epochs \
 selected by PGD on held-out training images, 500 for the dense network and 1,000 for the pruned ones; 1,000 test images attacked. A configuration that is missing was refused, because its mask cuts \
