@@ -25,7 +25,8 @@ def load(path: str | Path, threads: int = 1) -> "Engine":
     """The network of a file, ready to run.
 
     Args:
-        threads: how many blocks of 16 images run at once; results do not depend on it.
+        threads: how many share the work; results do not depend on it. Blocks of 16 images run side
+            by side, and of few images each layer is shared out where that is faster.
 
     Raises:
         ValueError: no such file, or one that is damaged or wrong; or no compiled kernels.
@@ -37,7 +38,7 @@ class Engine:
     """A network that runs; a call from images to logits.
 
     Args:
-        threads: how many blocks, or groups of images, run at once.
+        threads: how many share the work, as in `load`.
         kernels: the instruction set; None takes the fastest there is.
 
     Runners are made once for each size of image, and their memory is used again. Calls from several
