@@ -4,7 +4,7 @@
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from harprune.pipeline import checks, hardening, machinery, pruning, stages, supply
 from harprune.pipeline.console import Console
 from harprune.pipeline.recipe import Recipe, make_recipe
-from harprune.pipeline.run import Run
+from harprune.pipeline.run import Run, lock
 from harprune.pipeline.supply import Materials
 from harprune.robustness import evaluation
 from harprune.robustness.evaluation import Evaluation
@@ -115,7 +115,8 @@ def evaluate(
         attacks: fgsm, pgd-STEPS, cw-STEPS, apgd-ce, apgd-dlr, autoattack.
         threat: Linf(8/255) if absent.
         size: number of images, drawn by `seed`; all if absent.
-        out: a folder for per-image outcomes, from which an interrupted evaluation goes on.
+        out: a folder for per-image outcomes, from which an interrupted evaluation goes on; refused
+            while another process works in it.
         execution: whether attacks run on the sparse kernels; verdicts are always the model's own.
     """
     threat = threat or Linf(8 / 255)
@@ -123,7 +124,7 @@ def evaluate(
     device = next(model.parameters()).device
     index = evaluation.subset(split.labels, size, seed)
     fast = twin(model, execution=execution)
-    with Console(quiet=quiet).bar(f"attack {name}", len(index)) as bar:
+    with _kept_in(out), Console(quiet=quiet).bar(f"attack {name}", len(index)) as bar:
         return evaluation.evaluate(
             model,
             stages.Floats(split.images),
@@ -178,6 +179,13 @@ def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation
         execution=Execution(recipe.execution.backend),
         name=recipe.name,
     )
+
+
+def _kept_in(out: str | Path | None) -> AbstractContextManager:
+    if out is None:
+        return nullcontext()
+    Path(out).mkdir(parents=True, exist_ok=True)
+    return lock(Path(out))
 
 
 def _materials(model: nn.Module, train: Images, validation: Images) -> Materials:

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pydantic import ValidationError
 
@@ -67,7 +67,7 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file, not a run folder; choose another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder / ".lock")
+        self._lock = lock(self.folder)
         try:
             self._adopt(source, command)
             self._tidy()
@@ -227,6 +227,28 @@ def _commit() -> str | None:
     return (commit + ("+" if changed.returncode else "")) if tracked else None
 
 
+def lock(folder: Path) -> TextIO:
+    """An existing folder for this process alone, until what is returned is closed.
+
+    Raises:
+        ValueError: another process works in it.
+    """
+    file = open(folder / ".lock", "a+")  # noqa: SIM115 - the open file *is* the lock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise ValueError(
+            f"{folder} {IN_USE} {holder}; wait for it or choose another --out"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
 def in_use(folder: Path) -> bool:
     """Whether a process works in a run folder."""
     path = folder / ".lock"
@@ -238,23 +260,6 @@ def in_use(folder: Path) -> bool:
         except BlockingIOError:
             return True
     return False
-
-
-def _lock(path: Path):
-    file = open(path, "a+")  # noqa: SIM115 - the open file *is* the lock, released at exit
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise ValueError(
-            f"{path.parent} {IN_USE} {holder}; wait for it or choose another --out"
-        ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
 
 
 def _read_json(path: Path) -> dict:

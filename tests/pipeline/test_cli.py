@@ -16,6 +16,7 @@ import torch
 
 from harprune.kernels import native
 from harprune.pipeline.recipe import Recipe, make_recipe, read_recipe
+from harprune.pipeline.run import lock
 from harprune.reporting.records import read_run
 from harprune.training import checkpoint
 
@@ -170,6 +171,9 @@ def test_evaluate_resumes_and_refuses_another_model(command, finished):
     refusal = evaluate("dense.safetensors", "--out", "e").refusal
     assert refusal.startswith("e holds an evaluation whose model differs")
     assert contents(Path("e")) == before
+    with lock(Path("e")):
+        occupied = evaluate("finetuned.safetensors", "--out", "e").refusal
+    assert occupied.startswith(f"e is in use by process {os.getpid()}")
     lines = evaluate("finetuned.safetensors").out.splitlines()
     assert lines[0].startswith("clean ") and lines[1].startswith("pgd-10 ")
 
