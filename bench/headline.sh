@@ -13,11 +13,11 @@
 # one-shot pruning eight of finetuning.
 #
 # Estimated from times of single steps on two cores of an AMD EPYC with AVX512-BF16, ResNet-18, in hours:
-#   dense       9 epochs of 14 minutes                                       2.1
+#   dense       8 epochs of 15 minutes                                       2.0
 #   at 1 %      an epoch of pruning takes 17 minutes (HARP, 5.5 CPU seconds a step), of finetuning
 #               8 (ERK, 2.5 CPU seconds) to 13 (LAMP): HARP 2.1, HYDRA 1.0, ERK 1.0, LAMP 1.7   5.8
 #               AutoAttack, 6 s for each of about 400 images that resist, or some more   2.0
-#               so far 9.9
+#               so far 9.8
 #   at 0.1 %    all four, AutoAttack included                                2.4
 #   dense       AutoAttack on 250 images, 100 s for each of some 110 that resist   1.5
 # VGG-16-BN takes about 0.6 of that. Attack steps have become a third faster since (docs/log.md).
@@ -69,7 +69,7 @@ for arch in ${ARCHS:-resnet18 vgg16-bn}; do
     for outcome in "$runs/$arch"-*/attack/finetuned/evaluation.json; do finished+=("${outcome%/attack/*}"); done
     "$harprune" report "${finished[@]}" --out "results/headline-$arch.md" --baseline harp \
         --title "CIFAR-10, $arch, 1 % and 0.1 % of the weights" \
-        --note "Made by bench/headline.sh. The dense network: fast adversarial training at epsilon 8/255, 9 epochs. \
+        --note "Made by bench/headline.sh. The dense network: fast adversarial training at epsilon 8/255, 8 epochs. \
 Every pruned one: PGD-7 adversarial training for eight epochs more. HARP spends six on pruning and, beyond its paper, \
 trains the network meanwhile (train_weights); HYDRA prunes in two; one-shot pruning finetunes in all eight. Epochs \
 selected by PGD on held-out training images, 500 for the dense network and 1,000 for the pruned ones; 1,000 test images attacked. A configuration that is missing was refused, because its mask cuts \
