@@ -30,7 +30,7 @@ STEP = np.dtype(
 GRADIENT = np.dtype(
     [("in", _PLACE), ("out", _PLACE), ("height", "i8"), ("width", "i8")]
     + [("starts", "u8"), ("offsets", "u8")]
-    + [(name, "i8") for name in ("per_group", "window")]
+    + [(name, "i8") for name in ("band", "per_group", "window")]
 )
 """`struct gradient` of blocks.h."""
 _ROWS = [(name, "i8") for name in ("at", "plane", "pitch", "image", "copies")]

@@ -166,10 +166,13 @@ class Executable:
             kept.width,
             kept.reaches,
         )
-        read = step.source.buffer
-        bytes_of_row = read.shape.channels * read.strides.row * self._size
-        stride = step.source.skip[0]
-        row["band"] = max(1, int(_CACHE / bytes_of_row - 2) // stride)
+        row["band"] = self._band(step.source)
+
+    def _band(self, read: View) -> int:
+        """Rows of a convolution's output whose input the cache holds."""
+        buffer = read.buffer
+        bytes_of_row = buffer.shape.channels * buffer.strides.row * self._size
+        return max(1, int(_CACHE / bytes_of_row - 2) // read.skip[0])
 
     def _link_pool(self, row: np.void, step: Step) -> None:
         back = step.kind.endswith("back")
@@ -286,6 +289,7 @@ class Executable:
         row = task[0]
         row["in"], row["out"] = source.place(self._size), gradient.place(self._size)
         row["height"], row["width"] = gradient.buffer.shape[1:]
+        row["band"] = self._band(source)
         strides = source.buffer.strides
         kept, starts = self._forward_lists[name], pattern.starts
         if which == KEPT and kept.width == 1:

@@ -13,6 +13,7 @@
 
 #include <stdint.h>
 
+#include "small.h"
 #include "team.h"
 
 #define LANES 16
@@ -74,6 +75,7 @@ struct gradient {
     int64_t height, width;
     const int64_t *starts; /* kept weights: the list of the forward step */
     const int32_t *offsets;
+    int64_t band;          /* rows that all filters pass over before the next rows */
     int64_t per_group, window; /* all weights: filters, and offsets, of one group */
 };
 

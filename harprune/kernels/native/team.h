@@ -9,9 +9,7 @@
 #define HARPRUNE_TEAM_H
 
 #include "rows.h"
-#ifdef __SSE2__
-#include <immintrin.h>
-#endif
+#include "small.h"
 
 #define TEAM_PARTS 128 /* more than a turn has */
 
@@ -37,23 +35,5 @@ void team_begin(struct team *t, char *arena, char *const *external, team_run run
 int team_take(struct team *t);
 /* Give the team a turn and come back when it is done. */
 void team_turn(struct team *t, const struct row_step *step, int64_t image, int64_t images);
-
-/* Numbers below 1e-38 count as zero, for they are a hundred times slower; returns what was before. */
-static inline unsigned flush_small(void) {
-#ifdef __SSE2__
-    const unsigned mode = _mm_getcsr();
-    _mm_setcsr(mode | 0x8040);
-    return mode;
-#else
-    return 0;
-#endif
-}
-static inline void restore_small(unsigned mode) {
-#ifdef __SSE2__
-    _mm_setcsr(mode);
-#else
-    (void)mode;
-#endif
-}
 
 #endif
