@@ -174,7 +174,8 @@ def evaluate(
     attack: Annotated[
         list[str],
         typer.Option(
-            help="fgsm, pgd-STEPS, cw-STEPS, apgd-ce, apgd-dlr or autoattack; repeat for several."
+            help="fgsm, pgd-STEPS, cw-STEPS, apgd-ce, apgd-dlr or autoattack; repeat for several. "
+            "none for clean accuracy alone."
         ),
     ] = ["autoattack"],  # noqa: B006
     size: Annotated[
@@ -195,6 +196,7 @@ def evaluate(
     from harprune.pipeline.recipe import make_recipe
     from harprune.robustness.evaluation import REPEATED, differing, load_evaluation
 
+    attack = [] if attack == ["none"] else attack
     content = {
         "name": f"{model}-evaluation",
         "data": {"name": data, **({"folder": str(data_dir)} if data_dir else {})},
@@ -207,8 +209,8 @@ def evaluate(
     before = None if against is None else load_evaluation(against)
     if before is not None and sorted(before.attacks) != sorted(attack):
         raise ValueError(
-            f"{against} holds outcomes under {', '.join(before.attacks)}, not under "
-            f"{', '.join(attack)}; evaluate under the same attacks"
+            f"{against} holds outcomes under {', '.join(before.attacks) or 'no attack'}, not under "
+            f"{', '.join(attack) or 'none'}; evaluate under the same attacks"
         )
     result = evaluate_recipe(recipe, out)
     changed = {} if before is None else differing(before, result)

@@ -200,10 +200,29 @@ def test_evaluate_against_what_was_kept_before(command, finished):
     assert json.loads(other.out)["clean"] == right["clean"]
     attacks = evaluate("finetuned.safetensors", "--attack", "pgd-2", "--against", "e").refusal
     assert attacks.startswith("e holds outcomes under fgsm, not under pgd-2")
+    unattacked = evaluate("finetuned.safetensors", "--attack", "none", "--against", "e").refusal
+    assert unattacked.startswith("e holds outcomes under fgsm, not under none")
     fewer = evaluate("finetuned.safetensors", "--attack", "fgsm", "--against", "e", "--size", 12)
     assert "evaluate both on the same subset" in fewer.refusal
     absent = evaluate("finetuned.safetensors", "--attack", "fgsm", "--against", "nowhere")
     assert absent.refusal.startswith("nowhere holds no finished evaluation")
+
+
+def test_evaluate_clean_images_alone(command, finished):
+    def evaluate(*more: object):
+        return command(
+            "evaluate", "--model", "small_cnn", "--set", "model.width=4", "--weights",
+            finished / "finetuned.safetensors", "--data", "stripes_of_tests:load",
+            "--attack", "none", *more,
+        )  # fmt: skip
+
+    said = evaluate("--out", "clean")
+    assert said.code == 0 and said.out.startswith("clean ")
+    assert json.loads(Path("clean/evaluation.json").read_text())["attacks"] == {}
+    again = evaluate("--against", "clean")
+    assert again.code == 0
+    assert again.out.splitlines()[-1] == "clean: 0 of 24 images differ from clean"
+    assert "'none'" in evaluate("--attack", "fgsm").refusal
 
 
 def test_evaluate_on_digits(command, here):
