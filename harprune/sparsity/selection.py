@@ -41,6 +41,26 @@ def keep_top(scores: Tensor, count: int) -> Tensor:
     return mask.view_as(scores).to(scores.dtype)
 
 
+def keep_top_at(scores: Tensor, density: Tensor) -> Tensor:
+    """`keep_top` at `density`, a scalar tensor; on an accelerator the host waits for nothing.
+
+    There a score that is not a number is not refused: the loss that follows is none either.
+    """
+    size = scores.numel()
+    if _on_host(scores):
+        return keep_top(scores, kept_count(float(density.detach()), size))
+    removed = torch.floor((1.0 - density.detach().double()) * size + 1e-9)
+    order = scores.detach().abs().flatten().argsort(descending=True, stable=True)
+    ranks = torch.arange(size, device=scores.device)
+    mask = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    mask.view(-1)[order] = (ranks < (size - removed).clamp_min(1)).to(scores.dtype)
+    return mask
+
+
+def _on_host(scores: Tensor) -> bool:
+    return scores.device.type == "cpu"
+
+
 def top_among(scores: Tensor, among: Tensor, count: int) -> Tensor:
     """The boolean mask of the `count` highest `scores`, sign included, where `among`."""
     index = among.flatten().nonzero().flatten()
@@ -61,7 +81,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx, scores: Tensor, density: Tensor) -> Tensor:
         ctx.save_for_backward(scores)
         ctx.density = (density.shape, density.dtype)
-        return keep_top(scores, kept_count(float(density.detach()), scores.numel()))
+        return keep_top_at(scores, density)
 
     @staticmethod
     @once_differentiable

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
@@ -15,7 +16,7 @@ from harprune.models import create_model
 from harprune.robustness.attacks import PGD
 from harprune.robustness.objectives import PGDAT
 from harprune.robustness.threat import Linf
-from harprune.sparsity import allocation, masks
+from harprune.sparsity import allocation, masks, selection
 from harprune.sparsity.audit import audit
 from harprune.sparsity.execution import twin
 from tests.oracles.literal_harp import (
@@ -284,3 +285,21 @@ def test_densities_start_at_ten_times_the_target_or_where_told():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         HARP(**options)
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_step_on_an_accelerator_asks_for_no_value(on_host, monkeypatch):
+    # A fake tensor has no values: whoever asks for one, as the selection on the host does, fails.
+    monkeypatch.setattr(selection, "_on_host", lambda scores: on_host)
+    objective, method = PGDAT(PGD(Linf(EPSILON), STEPS, STEP)), HARP()
+    with FakeTensorMode():
+        model = small()
+        method.attach(model, Budget(0.1, allocation=allocation.erk))
+        x, y = torch.empty(4, 3, 8, 8), torch.empty(4, dtype=torch.int64)
+        if on_host:
+            with pytest.raises(DataDependentOutputException):
+                objective(model, x, y)
+        else:
+            with parametrize.cached():
+                (objective(model, x, y) + method.penalty(model)).backward()
+            assert all(m.scores.grad is not None for _, m in masks.installed(model).values())

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harprune.sparsity.selection import keep_top, kept_count, top_fraction
+from harprune.sparsity import selection
+from harprune.sparsity.selection import keep_top, keep_top_at, kept_count, top_fraction
 
 
 def naive_keep(scores, count):
@@ -37,6 +38,20 @@ def test_the_mask_has_the_shape_and_type_of_the_scores():
 )  # fmt: skip
 def test_counts_round_the_number_removed_down(density, units, kept):
     assert kept_count(density, units) == kept
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(-4, 4), min_size=1, max_size=60),
+    st.floats(2**-10, 1.0, width=32),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_an_accelerator_keeps_what_the_host_keeps(values, density, dtype):
+    scores, density = torch.tensor(values, dtype=torch.float32), torch.tensor(density, dtype=dtype)
+    on_host = keep_top_at(scores, density)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_on_host", lambda scores: False)
+        assert torch.equal(keep_top_at(scores, density), on_host)
 
 
 def test_gradients_go_straight_through_to_scores_and_density():
