@@ -68,6 +68,10 @@ Backend = Annotated[
     Literal["auto", "dense", "sparse"] | None,
     typer.Option(help="Run masked networks on the sparse CPU kernels, or in torch alone."),
 ]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"] | None,
+    typer.Option(help="Where everything runs; an accelerator if there is one when absent."),
+]
 Stage = Literal["pretrain", "prune", "finetune", "attack", "report"]
 
 bench = typer.Typer(no_args_is_help=True, help="Time what was deployed, side by side with others.")
@@ -91,6 +95,7 @@ def run(
     overrides: Set = [],  # noqa: B006 - typer copies it
     until: Annotated[Stage, typer.Option(help="Stop when this stage is done.")] = "report",
     execution: Backend = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Run a recipe through all stages: pretrain, prune, finetune, attack, report.
@@ -99,7 +104,7 @@ def run(
     """
     from harprune.pipeline.recipe import read_recipe
 
-    resolved = read_recipe(recipe, [*overrides, *_backend(execution)])
+    resolved = read_recipe(recipe, [*overrides, *_machine(execution, device)])
     source = recipe.read_text(encoding="utf-8-sig")
     _run(resolved, out, source=source, until=until, as_json=as_json)
 
@@ -123,6 +128,7 @@ def prune(
     seed: Annotated[int, typer.Option(help="Decides all randomness.")] = 0,
     overrides: Set = [],  # noqa: B006
     execution: Backend = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Prune *your* robust network, without writing a recipe.
@@ -143,7 +149,7 @@ def prune(
         "prune": {"epochs": prune_epochs},
         "finetune": {"epochs": finetune_epochs},
     }
-    overrides = [*overrides, *_backend(execution)]
+    overrides = [*overrides, *_machine(execution, device)]
     resolved = make_recipe(content, overrides, source="harprune prune")
     _run(resolved, out, as_json=as_json)
 
@@ -185,6 +191,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Images attacked at a time.")] = 250,
     overrides: Set = [],  # noqa: B006
     execution: Backend = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Measure clean accuracy and robustness of a network on test images.
@@ -204,7 +211,7 @@ def evaluate(
         "threat": {"norm": norm, "epsilon": epsilon},
         "attack": {"attacks": attack, "size": size, "seed": seed, "batch_size": batch_size},
     }
-    overrides = [*overrides, *_backend(execution)]
+    overrides = [*overrides, *_machine(execution, device)]
     recipe = make_recipe(content, overrides, source="harprune evaluate")
     before = None if against is None else load_evaluation(against)
     if before is not None and sorted(before.attacks) != sorted(attack):
@@ -336,8 +343,10 @@ def bench_deploy(
         typer.echo(f"ratio: times the speed of {found[0]['reference']}, in the same round")
 
 
-def _backend(execution: str | None) -> list[str]:
-    return [] if execution is None else [f'execution.backend="{execution}"']
+def _machine(execution: str | None, device: str | None) -> list[str]:
+    """What a command's own options say of `execution`, as `--set` would."""
+    said = {"backend": execution, "device": device}
+    return [f'execution.{key}="{value}"' for key, value in said.items() if value is not None]
 
 
 @app.command(

@@ -225,6 +225,17 @@ def test_evaluate_clean_images_alone(command, finished):
     assert "'none'" in evaluate("--attack", "fgsm").refusal
 
 
+def test_device_and_execution_are_the_recipes(command, here):
+    Path("d.toml").write_text("pretrain.epochs = 0\n")
+    given = ("--until", "pretrain", "--execution", "dense", "--device", "cpu")
+    assert command("run", "d.toml", "--out", "d", *given).code == 0
+    held = json.loads(Path("d/recipe.json").read_text())["execution"]
+    assert (held["backend"], held["device"]) == ("dense", "cpu")
+    if not torch.cuda.is_available():
+        refused = command("run", "d.toml", "--out", "g", "--device", "cuda").refusal
+        assert "torch sees no GPU" in refused
+
+
 def test_evaluate_on_digits(command, here):
     Path("d.toml").write_text("validation.size = 20\npretrain.epochs = 0\nmodel.width = 4\n")
     assert command("run", "d.toml", "--out", "d", "--until", "pretrain").code == 0
