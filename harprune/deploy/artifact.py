@@ -46,7 +46,7 @@ _WINDOW = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
 
 
 class Values(Enum):
-    """How the values of kept weights are stored; biases and the like are always float32."""
+    """How the values of kept weights are stored; FLOAT16 also stores biases and the like so."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -60,8 +60,9 @@ class Values(Enum):
 def save(path: str | Path, network: Network, *, values: Values = Values.FLOAT32) -> None:
     """Write `network` to `path`: the old file or the new one, never half.
 
-    FLOAT32 keeps every bit. FLOAT16 rounds weights to halves times a power of two for each layer,
-    INT8 to whole multiples of a step for each filter; a weight that rounds to zero goes.
+    FLOAT32 keeps every bit. FLOAT16 rounds weights and vectors to halves times a power of two for
+    each of them, INT8 weights to whole multiples of a step for each filter; a weight that rounds to
+    zero goes.
     """
     payload = _Payload()
     header = {
@@ -151,9 +152,26 @@ def _node_as_json(node: Node, network: Network, values: Values, payload: _Payloa
             fields["groups"] = node.groups
         fields["weights"] = _weights_as_json(node.name, network, values, payload)
     for vector in vector_names(node):
-        section = payload.add(network.vectors[vector].astype("<f4", copy=False))
-        fields[vector.rpartition("/")[2]] = section
+        stored, *exponent = _vector_as_stored(network.vectors[vector], values)
+        fields[vector.rpartition("/")[2]] = [*payload.add(stored), *exponent]
     return fields
+
+
+def _vector_as_stored(vector: np.ndarray, values: Values) -> tuple:
+    """The numbers to store, and for halves the exponent behind them."""
+    if values is not Values.FLOAT16:
+        return (vector.astype("<f4", copy=False),)
+    exponent = _exponent(np.abs(vector))
+    return _halves(vector, exponent), exponent
+
+
+def _exponent(sizes: np.ndarray) -> int:
+    """Of halves: the largest lies just within their range, the smallest as far as can be."""
+    return int(np.frexp(sizes.max(initial=0))[1]) - 15
+
+
+def _halves(numbers: np.ndarray, exponent: int) -> np.ndarray:
+    return np.ldexp(numbers, -exponent).astype("<f2")
 
 
 def _weights_as_json(name: str, network: Network, values: Values, payload: _Payload) -> dict:
@@ -193,8 +211,7 @@ class _Scaling:
     def of(cls, weights: np.ndarray, pattern: Pattern, values: Values) -> "_Scaling":
         sizes = np.abs(weights)
         if values is Values.FLOAT16:
-            # The largest lies just within the range of a half, the smallest as far as can be.
-            return cls(exponent=int(np.frexp(sizes.max(initial=0))[1]) - 15)
+            return cls(exponent=_exponent(sizes))
         if values is Values.INT8:
             largest = np.zeros(pattern.filters, np.float32)
             np.maximum.at(largest, pattern.filter_and_place[0], sizes)
@@ -204,7 +221,7 @@ class _Scaling:
     def rounded(self, weights: np.ndarray, pattern: Pattern) -> np.ndarray:
         """The numbers to store."""
         if self.exponent is not None:
-            return np.ldexp(weights, -self.exponent).astype("<f2")
+            return _halves(weights, self.exponent)
         if self.steps is not None:
             steps = _for_each_weight(self.steps, pattern).astype(np.float64)
             multiples = np.divide(weights, steps, out=np.zeros(len(steps)), where=steps > 0)
@@ -290,6 +307,8 @@ class _Sections:
 
 
 _MISSING = object()
+_EXPONENTS = (-170, 120)
+"""Least and largest of halves."""
 
 
 class _Fields:
@@ -322,6 +341,12 @@ class _Fields:
 
     def section(self, name: str) -> tuple[int, int]:
         return self.integers(name, 2, 0, 2**63 - 1)
+
+    def section_of_halves(self, name: str) -> tuple[tuple[int, int], int]:
+        """Its place, and the exponent that stands behind it."""
+        found = self.integers(name, 3, -(2**63), 2**63 - 1)
+        self._within(name, min(found[:2]), 0, 2**63 - 1)
+        return found[:2], self._within(name, found[2], *_EXPONENTS)
 
     def finish(self) -> None:
         if self._left:
@@ -384,13 +409,21 @@ class _Reader:
         if kind is g.Convolution:
             self._read_weights(node, filters, _Fields(fields.take("weights", dict), fields.what))
         for vector in vector_names(node):
-            place = fields.section(vector.rpartition("/")[2])
             if vector in self.vectors:
                 raise ValueError(f"{fields.what} has the name of an earlier one")
-            self.vectors[vector] = _native(self._sections.take(place, np.dtype("<f4"), vector))
+            self.vectors[vector] = self._read_vector(fields, vector)
         fields.finish()
         graph.value(shape)
         graph.nodes.append(node)
+
+    def _read_vector(self, fields: _Fields, vector: str) -> np.ndarray:
+        name = vector.rpartition("/")[2]
+        if self._coding is not Values.FLOAT16:
+            return _native(self._sections.take(fields.section(name), np.dtype("<f4"), vector))
+        place, exponent = fields.section_of_halves(name)
+        stored = self._sections.take(place, np.dtype("<f2"), vector)
+        with np.errstate(all="ignore"):  # as for weights
+            return np.ldexp(stored.astype(np.float32), exponent)
 
     def _read_weights(self, node: g.Convolution, filters: int, fields: _Fields) -> None:
         channels = self.graph.shapes[node.sources[0]].channels // node.groups
@@ -427,7 +460,7 @@ class _Reader:
 
     def _read_scaling(self, fields: _Fields, filters: int) -> _Scaling:
         if self._coding is Values.FLOAT16:
-            return _Scaling(exponent=fields.integer("exponent", -170, 120))
+            return _Scaling(exponent=fields.integer("exponent", *_EXPONENTS))
         if self._coding is Values.INT8:
             steps = self._sections.take(fields.section("steps"), np.dtype("<f4"), "steps")
             if len(steps) != filters or not (np.isfinite(steps) & (steps >= 0)).all():

@@ -19,8 +19,13 @@ def read(content: bytes) -> tuple[dict, dict[str, list[float]]]:
     for node in header["nodes"]:
         sources = [shapes[s] for s in node["from"]]
         for vector in {"bias", "scale", "shift"} & node.keys():
-            at, size = node[vector]
-            numbers[f"{node['name']}/{vector}"] = _floats(payload[at : at + size], "f", 4)
+            at, size, *exponent = node[vector]
+            stored = payload[at : at + size]
+            if header["values"] == "float16":
+                found = [v * 2.0 ** exponent[0] for v in _floats(stored, "e", 2)]
+            else:
+                found = _floats(stored, "f", 4)
+            numbers[f"{node['name']}/{vector}"] = found
         if node["op"] == "convolution":
             channels = sources[0][0] // node.get("groups", 1)
             window = channels * node["size"][0] * node["size"][1]

@@ -15,6 +15,8 @@
 #define LARGEST_LAYER INT32_MAX
 #define LARGEST_EXTENT (1 << 16)
 #define LARGEST_WINNER 256
+#define LEAST_EXPONENT (-170) /* of halves */
+#define LARGEST_EXPONENT 120
 
 enum coding { FLOAT32, FLOAT16, INT8 };
 static const int64_t BYTES[] = {4, 2, 1};
@@ -80,10 +82,8 @@ static void finish(struct reader *r, const struct json *object) {
 
 /* Sections ----------------------------------------------------------------------------------- */
 
-static struct section section(struct reader *r, struct json *object, const char *name,
-                              int64_t item) {
-    int64_t place[2];
-    integers(r, needed(r, object, name, ARRAY), 2, 0, INT64_MAX, place);
+static struct section placed(struct reader *r, const char *name, const int64_t place[2],
+                             int64_t item) {
     const int64_t gap = -r->end & 7;
     if (gap > r->size - r->end || place[0] != r->end + gap || place[1] > r->size - place[0] ||
         place[1] % item)
@@ -94,6 +94,21 @@ static struct section section(struct reader *r, struct json *object, const char 
     return (struct section){r->payload + place[0], place[1]};
 }
 
+static struct section section(struct reader *r, struct json *object, const char *name,
+                              int64_t item) {
+    int64_t place[2];
+    integers(r, needed(r, object, name, ARRAY), 2, 0, INT64_MAX, place);
+    return placed(r, name, place, item);
+}
+
+static float half(uint16_t bits) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                       : exponent     ? ldexpf((float)(fraction | 1024), exponent - 25)
+                                      : ldexpf((float)fraction, -24);
+    return bits >> 15 ? -size : size;
+}
+
 /* `count` finite numbers. */
 static float *floats(struct reader *r, struct json *object, const char *name, int64_t count) {
     const struct section s = section(r, object, name, 4);
@@ -102,6 +117,25 @@ static float *floats(struct reader *r, struct json *object, const char *name, in
     memcpy(numbers, s.bytes, (size_t)s.size);
     for (int64_t i = 0; i < count; i++)
         if (!isfinite(numbers[i])) fail(r->work, "'%s' of %s is not finite", name, r->what);
+    return numbers;
+}
+
+/* The same where they may be halves, with an exponent behind their place. */
+static float *vector(struct reader *r, struct json *object, const char *name, int64_t count) {
+    int64_t place[3];
+    if (r->coding != FLOAT16) return floats(r, object, name, count);
+    integers(r, needed(r, object, name, ARRAY), 3, INT64_MIN, INT64_MAX, place);
+    if (place[0] < 0 || place[1] < 0 || place[2] < LEAST_EXPONENT || place[2] > LARGEST_EXPONENT)
+        fail(r->work, "'%s' of %s lies nowhere, or has a wrong exponent", name, r->what);
+    const struct section s = placed(r, name, place, 2);
+    if (s.size / 2 != count) fail(r->work, "'%s' of %s has a wrong length", name, r->what);
+    float *numbers = take(r->work, count, sizeof *numbers);
+    for (int64_t i = 0; i < count; i++) {
+        uint16_t bits;
+        memcpy(&bits, s.bytes + 2 * i, sizeof bits);
+        numbers[i] = ldexpf(half(bits), (int)place[2]);
+        if (!isfinite(numbers[i])) fail(r->work, "'%s' of %s is not finite", name, r->what);
+    }
     return numbers;
 }
 
@@ -223,14 +257,6 @@ static int64_t *positions(struct reader *r, struct json *fields, int64_t kept, i
     return found;
 }
 
-static float half(uint16_t bits) {
-    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
-                       : exponent     ? ldexpf((float)(fraction | 1024), exponent - 25)
-                                      : ldexpf((float)fraction, -24);
-    return bits >> 15 ? -size : size;
-}
-
 static float stored(const struct reader *r, const unsigned char *bytes, int64_t i) {
     float number;
     uint16_t bits;
@@ -251,7 +277,8 @@ static void read_weights(struct reader *r, struct node *n, struct json *fields) 
     if (!whole) n->index = positions(r, fields, n->kept, size);
     int exponent = 0;
     const float *steps = 0;
-    if (r->coding == FLOAT16) exponent = (int)integer(r, fields, "exponent", -170, 120);
+    if (r->coding == FLOAT16)
+        exponent = (int)integer(r, fields, "exponent", LEAST_EXPONENT, LARGEST_EXPONENT);
     if (r->coding == INT8) steps = floats(r, fields, "steps", n->filters);
     for (int64_t i = 0; steps && i < n->filters; i++)
         if (steps[i] < 0) fail(r->work, "a step of %s is negative", r->what);
@@ -333,14 +360,14 @@ static void read_node(struct reader *r, int64_t number, struct json *fields) {
     net->shapes[number + 1] = shape;
     if (n->op == CONVOLUTION) {
         read_weights(r, n, needed(r, fields, "weights", OBJECT));
-        if (field(r, fields, "bias", ARRAY)) n->shift = floats(r, fields, "bias", n->filters);
+        if (field(r, fields, "bias", ARRAY)) n->shift = vector(r, fields, "bias", n->filters);
         int64_t *border = net->borders[n->from[0]];
         for (int i = 0; i < 2; i++)
             if (w->padding[i] > border[i]) border[i] = w->padding[i];
     }
     if (n->op == AFFINE) {
-        n->scale = floats(r, fields, "scale", shape.channels);
-        n->shift = floats(r, fields, "shift", shape.channels);
+        n->scale = vector(r, fields, "scale", shape.channels);
+        n->shift = vector(r, fields, "shift", shape.channels);
     }
     finish(r, fields);
 }
