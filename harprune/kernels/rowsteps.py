@@ -46,6 +46,8 @@ class Map:
         lanes: numbers of a vector.
         border: rows that readers reach above and below.
         margin: numbers that readers reach beyond the ends of a plane, besides.
+        parted: of a split map, the stride and the sides of what was split. Where these are no
+            multiples, some phases have a row or column less, and what lies there stays zero.
     """
 
     shape: Shape
@@ -53,6 +55,7 @@ class Map:
     lanes: int
     border: int = 0
     margin: int = 0
+    parted: tuple[int, ...] = ()
     copies: int = 1
     at: int = -1
 
@@ -112,7 +115,7 @@ class Map:
         """Maps that agree in this may take each other's place: zeros then stay zero."""
         channels, *sides = self.shape
         copies = (self.copies, channels) if self.copies > 1 else ()
-        return (*sides, self.pitch, self.border, self.margin, *copies)
+        return (*sides, self.pitch, self.border, self.margin, *self.parted, *copies)
 
     def place(self, number_bytes: int) -> tuple[int, ...]:
         """The fields of `struct rows`."""
@@ -278,6 +281,7 @@ class RowPlan:
             planes = channels * stride[0] * stride[1]
             shape = Shape(planes, -(-height // stride[0]), -(-width // stride[1]))
             split = self._laid[value, stride, pitch] = Map(shape, pitch, self.lanes)
+            split.parted = (*stride, height, width)
             step = RowStep("split", source.shape, Part(source), Part(split), stride=stride)
             self.steps.append(step)
         return self._laid[value, stride, pitch]

@@ -665,6 +665,39 @@ def test_memory_used_again_leaves_no_trace(kind):
         assert all(np.array_equal(a, b) for a, b in zip(*results))
 
 
+@pytest.mark.parametrize("side", [7, 9, 15, 17, 31, 33])
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_phases_of_odd_sides_stay_zero_where_they_end(name, side):
+    """conv(max_pool(x)) + a convolution of stride two: where the pool was, the phases come next."""
+    kernels, rng, graph = native.named(name), np.random.default_rng(3), Graph()
+    half, three = Window((3, 3), (2, 2), (1, 1)), Window((3, 3), (1, 1), (1, 1))
+    small = Shape(6, *half.over(side, side))
+    x, (pooled, a, b, total) = (
+        graph.value(Shape(6, side, side)),
+        [graph.value(small) for _ in "1234"],
+    )
+    graph.nodes = [
+        g.MaxPool((x,), pooled, half),
+        g.Convolution((pooled,), a, "a", three, bias=False),
+        g.Convolution((x,), b, "b", half, bias=False),
+        g.Sum((a, b), total),
+    ]
+    graph.inputs, graph.outputs = [x], [total]
+    weights = {
+        n: rng.standard_normal((6, 6, 3, 3)) * (rng.random((6, 6, 3, 3)) < 0.3) for n in "ab"
+    }
+    weights = {n: w.astype(kernels.dtype) for n, w in weights.items()}
+    inputs = [rng.standard_normal((3, 6, side, side)).astype(kernels.dtype)]
+    (wanted,), memory = (blocks := loaded(graph, kernels, weights, {})).forward(inputs)
+    (to_x,) = blocks.backward(memory, [wanted])
+    rows = loaded(graph, kernels, weights, {}, kind=RowGradient)
+    for _ in range(2):
+        (found,), records = rows.forward(inputs)
+        assert near(found, wanted, tolerance(kernels))
+        assert near(rows.backward(records, [wanted])[0], to_x, tolerance(kernels))
+        rows.release(records)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_gradients_to_all_weights_over_rows_longer_than_a_span(name):
     layer = {
