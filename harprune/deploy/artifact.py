@@ -85,7 +85,7 @@ def save(path: str | Path, network: Network, *, values: Values = Values.FLOAT32)
 
 
 def load(path: str | Path) -> Network:
-    """Read a network back; float32 values stay in the file, which is mapped into memory.
+    """Read a network back. It holds copies: what becomes of the file later does not matter.
 
     Raises:
         ValueError: no such file, not an artifact, of a newer version, truncated, altered, or made
@@ -476,5 +476,5 @@ def _window(fields: _Fields) -> Window:
 
 
 def _native(numbers: np.ndarray) -> np.ndarray:
-    """In the byte order of this machine, which on nearly every one is the file's."""
-    return numbers.astype(np.float32, copy=False)
+    """In the byte order of this machine, and out of the file, which may change once checked."""
+    return numbers.astype(np.float32)

@@ -233,12 +233,21 @@ def _compared(runner: Runner, x: np.ndarray, expected: np.ndarray, tolerance: fl
     """The largest difference; one image alone must give what it gives among others.
 
     Raises:
-        ValueError: it is larger than `tolerance`.
+        ValueError: it is larger than `tolerance`, or there are logits that are not finite.
     """
+    if not np.isfinite(expected).all():
+        raise ValueError(
+            "the network's logits are not finite; its weights have diverged, train it again"
+        )
     found = np.concatenate([runner(x[:1]), runner(x[1:])])
-    scale = np.abs(expected).max()
-    difference = float(np.abs(found - expected).max() / scale) if scale > 0 else 0.0
-    if found.shape != expected.shape or not difference <= tolerance:
+    if found.shape != expected.shape:
+        raise ValueError(
+            f"the written network gives {found.shape} where the given one gives {expected.shape}; "
+            "nothing was kept: choose another format"
+        )
+    scale = float(np.abs(expected).max()) or 1.0
+    difference = float(np.abs(found - expected).max() / scale)
+    if not difference <= tolerance:
         raise ValueError(
             f"the written network differs from the given one by {difference:.1e} of the largest "
             f"logit, more than {tolerance:g}; nothing was kept: choose other values or format"

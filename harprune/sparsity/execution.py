@@ -11,6 +11,8 @@ tolerance, and gradients to the input flow through it.
 `training_twin` is a model in training mode on the kernels, with gradients to its parameters.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 
 import torch
@@ -22,7 +24,7 @@ from harprune.kernels import graph as kernel_nodes
 from harprune.kernels import native
 from harprune.sparsity.bridge import FunctionRegion, Held, TrainingRegion, kernels_for
 from harprune.sparsity.masks import FixedMask, KeptWeights
-from harprune.sparsity.regions import split
+from harprune.sparsity.regions import split, traced
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -100,7 +102,8 @@ def frozen(model: nn.Module) -> fx.GraphModule | None:
     Its convolutions, linear layers and batch norms are `Frozen` modules, which `read` fills.
     """
     try:
-        network = fx.symbolic_trace(model)
+        with _in_eval_mode(model):
+            network = traced(model)
     except Exception:  # whatever the model's own control flow raises on fx's proxies
         return None
     modules = dict(network.named_modules())
@@ -116,6 +119,18 @@ def frozen(model: nn.Module) -> fx.GraphModule | None:
     network.delete_all_unused_submodules()
     network.recompile()
     return network
+
+
+@contextmanager
+def _in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for model in models for m in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _freeze(network: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module]) -> None:
@@ -299,21 +314,19 @@ class TrainingTwin(nn.Module):
         return self.model(x) if network is None else network(x)
 
     def _split(self, x: Tensor) -> fx.GraphModule | None:
-        network = fx.symbolic_trace(self.model)
+        network = traced(self.model)
+        frozen_norms = {m for m in self.model.modules() if _is_frozen_norm(m) and not m.training}
+
+        def role(module: nn.Module) -> type[kernel_nodes.Node] | None:
+            return None if module in frozen_norms else role_of_layer(module)
+
         # Shapes come from a run in eval mode: one image must not move batch-norm statistics.
-        modes = [(m, m.training) for m in self.model.modules()]
-        self.model.eval()
-        network.eval()
-        try:
-            found = split(network, x[:1].detach(), role_of_layer)
-        finally:
-            for module, mode in modes:
-                module.training = mode
-        if not found:
-            return None
+        with _in_eval_mode(self.model, network):
+            if not split(network, x[:1].detach(), role):
+                return None
         for name, region in list(network.named_children()):
             if name.startswith("fused_"):
-                setattr(network, name, TrainingRegion(region, role_of_layer, held))
+                setattr(network, name, TrainingRegion(region, role, held))
         return network
 
 
@@ -331,7 +344,7 @@ def training_twin(
     if execution is Execution.DENSE or native.best() is None or not on_cpu:
         return None
     try:
-        fx.symbolic_trace(model)
+        traced(model)
     except Exception:  # as in `twin`
         return None
     return TrainingTwin(model)

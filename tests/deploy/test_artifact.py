@@ -187,6 +187,21 @@ def test_every_truncation_is_noticed(small):
         load(path)
 
 
+@pytest.mark.parametrize("values", Values)
+def test_a_file_may_change_once_it_is_loaded(tmp_path, values):
+    network, path = drawn(4), tmp_path / "a.hpn"
+    save(path, network, values=values)
+    loaded, images = (
+        load(path),
+        np.random.default_rng(0).random((2, *network.input_shape), np.float32),
+    )
+    before = logits(loaded, images)
+    with path.open("r+b") as file:  # the same file, not another in its place
+        file.write(bytes(path.stat().st_size))
+        file.truncate(0)
+    assert np.array_equal(logits(loaded, images), before)
+
+
 def test_absent_files_and_folders_are_refused(tmp_path):
     for path in (tmp_path, tmp_path / "absent.hpn"):
         with pytest.raises(ValueError, match="cannot be read"):

@@ -40,6 +40,26 @@ def finetuned(run: Path) -> tuple[nn.Module, torch.Tensor]:
     return model.eval(), torch.rand(9, 1, 8, 8)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("format", Format)
+def test_a_network_that_diverged_is_refused(masked, tmp_path, value, format):
+    masks.bake(masked)
+    with torch.no_grad():
+        list(prunable_layers(masked).values())[-1].parameter[0, 0] = value
+    with pytest.raises(ValueError, match=r"not finite|infinite|NaN"):
+        harprune.export(masked, tmp_path / "a", IMAGES, format=format)
+    assert not (tmp_path / "a").exists()
+
+
+def test_other_logits_are_noticed_where_all_should_be_zero():
+    x = np.zeros((3, 1), np.float32)
+    assert module._compared(lambda x: np.zeros((len(x), 4)), x, np.zeros((3, 4)), 1e-4) == 0.0
+    with pytest.raises(ValueError, match="differs from the given one"):
+        module._compared(lambda x: np.full((len(x), 4), 5.0), x, np.zeros((3, 4)), 1e-4)
+    with pytest.raises(ValueError, match=r"gives \(3, 5\) where"):
+        module._compared(lambda x: np.zeros((len(x), 5)), x, np.zeros((3, 4)), 1e-4)
+
+
 def test_a_run_becomes_an_artifact(command, finished):
     said = command("export", finished, "--out", "tiny.hpn")
     assert said.code == 0 and said.err == ""

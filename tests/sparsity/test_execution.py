@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The twin computes what the model computes, and follows it."""
 
+import copy
+import operator
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from harprune.models import create_model, list_models
 from harprune.sparsity import masks
 from harprune.sparsity.density import GivenDensity
-from harprune.sparsity.execution import twin
+from harprune.sparsity.execution import training_twin, twin
 from harprune.sparsity.layers import prunable_layers
 
 SMALL = [n for n in list_models() if not n.startswith(("wrn", "resnet34", "resnet50", "vgg"))]
@@ -47,6 +51,80 @@ def test_the_twin_is_in_eval_mode_whatever_the_model_is_in():
     assert torch.equal(function(x), function(x))
     assert model[2].num_batches_tracked == 0
     assert torch.allclose(function(x), model.eval()(x), atol=1e-6)
+
+
+class Noisy(nn.Module):
+    """What it does in training mode stands in its forward, not in a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = F.dropout(self.linear(x), 0.5, self.training)
+        return x + 1 if self.training else x
+
+
+def test_the_twin_does_what_the_forward_does_in_eval_mode():
+    model, x = Noisy().train(), torch.rand(3, 4)
+    function = twin(model).current()
+    assert model.training and model.linear.training
+    assert torch.allclose(function(x), model.eval()(x), atol=1e-6)
+
+
+class InPlace(nn.Module):
+    """Tensors that are read before and after they are changed in place."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+        self.norm, self.rectify, self.change = nn.BatchNorm2d(4), nn.ReLU(inplace=True), change
+
+    def forward(self, x):
+        x = self.first(x)
+        before = self.second(x)
+        y = self.norm(self.second(self.change(self, x)))
+        return (before + y + x).mean((2, 3))
+
+
+CHANGES = {
+    "module": lambda model, x: model.rectify(x),
+    "relu_": lambda model, x: torch.relu_(x),
+    "method": lambda model, x: x.relu_(),
+    "inplace": lambda model, x: F.relu(x, inplace=True),
+    "positional": lambda model, x: F.relu(x, True),
+    "iadd": lambda model, x: operator.iadd(x, 1.0),
+    "add_": lambda model, x: x.add_(x),
+    "imul": lambda model, x: operator.imul(x, 2.0),
+    "hardtanh": lambda model, x: F.hardtanh_(x),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changes_in_place_are_seen_by_whoever_reads_later(change):
+    torch.manual_seed(0)
+    model, x = InPlace(change), torch.randn(16, 4, 8, 8)
+    with torch.no_grad():
+        model.first.weight[torch.rand(4, 4, 3, 3) < 0.8] = 0.0
+    trained, follower = training_twin(model), twin(model)
+    assert torch.allclose(trained(x), model.train()(x), atol=1e-5)
+    assert torch.allclose(follower.current()(x), model.eval()(x), atol=1e-5)
+
+
+def test_a_batch_norm_in_eval_mode_stays_as_it_is_while_others_train():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    )
+    stirred(model).float().train()[1].eval()
+    held = copy.deepcopy(model)
+    x = torch.rand(16, 3, 9, 9)
+    found, wanted = training_twin(model)(x), held(x)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    for a, b in zip(model.buffers(), held.buffers()):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert torch.equal(model[1].running_mean, held[1].running_mean)
+    assert not model[1].training and model[3].training
 
 
 def test_it_follows_the_weights_when_asked():
