@@ -27,6 +27,9 @@ from harprune.kernels.lists import Pattern
 MAGIC = b"\x89HPN\r\n\x1a\n"
 VERSION = 1
 LARGEST_HEADER = 2**22
+DEEPEST_HEADER = 100
+LARGEST_ORDER = 308
+"""Powers of ten that numbers of a header stay below."""
 ALIGNMENT = 8
 _PREAMBLE = struct.Struct("<8sIIQ32s32s")
 _UNSIGNED = 56
@@ -77,6 +80,7 @@ def save(path: str | Path, network: Network, *, values: Values = Values.FLOAT32)
     text += b" " * (-(_PREAMBLE.size + len(text)) % ALIGNMENT)
     if len(text) > LARGEST_HEADER:
         raise ValueError(f"a header of {len(text)} bytes exceeds {LARGEST_HEADER}; cut metadata")
+    _parsed(text.decode())  # metadata that no reader would take
     body = payload.bytes()
     signed = _PREAMBLE.pack(
         MAGIC, VERSION, len(text), len(body), hashlib.sha256(body).digest(), bytes(32)
@@ -269,7 +273,25 @@ def _parts(data: memoryview) -> tuple[dict, memoryview]:
         raise ValueError("the header's checksum does not match")
     if hashlib.sha256(data[start:]).digest() != payload_sum:
         raise ValueError("the payload's checksum does not match")
-    return json.loads(text.decode(), object_pairs_hook=_once, parse_constant=_refuse), data[start:]
+    return _parsed(text.decode()), data[start:]
+
+
+def _parsed(text: str) -> Any:
+    """The header as JSON; ValueError where it holds what a reader of it need not understand."""
+    found = json.loads(
+        text,
+        object_pairs_hook=_once,
+        parse_constant=_refuse,
+        parse_int=_whole,
+        parse_float=_real,
+    )
+    level, depth = [found], 0
+    while level := [v for v in level if isinstance(v, dict | list)]:
+        depth += 1
+        if depth > DEEPEST_HEADER:
+            raise ValueError(f"its header is nested deeper than {DEEPEST_HEADER}")
+        level = [v for held in level for v in (held.values() if isinstance(held, dict) else held)]
+    return found
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict:
@@ -281,6 +303,24 @@ def _once(pairs: list[tuple[str, Any]]) -> dict:
 
 def _refuse(word: str) -> None:
     raise ValueError(f"{word} in its header is no JSON")
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 20 or abs(int(digits)) >= 2**63:
+        raise ValueError(f"a number of its header, {digits[:24]}, is too large")
+    return int(digits)
+
+
+def _real(digits: str) -> float:
+    mantissa, _, exponent = digits.lower().partition("e")
+    whole, _, _ = mantissa.lstrip("-").partition(".")
+    figures = mantissa.replace("-", "").replace(".", "")
+    first = len(figures) - len(figures.lstrip("0"))  # that is not zero
+    power = int(exponent.lstrip("+-").lstrip("0")[:13] or 0)  # no header makes up for more
+    order = len(whole) - 1 - first + (-power if exponent.startswith("-") else power)
+    if first < len(figures) and order >= LARGEST_ORDER:
+        raise ValueError(f"a number of its header, {digits[:24]}, is too large")
+    return float(digits)
 
 
 class _Sections:

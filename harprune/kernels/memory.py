@@ -11,6 +11,8 @@ from harprune.kernels.lists import Strides
 from harprune.kernels.native import LANES
 
 ALIGNMENT = 64
+LARGEST = 2**31 - 1
+"""Numbers of a buffer; offsets in it then fit 32 bits."""
 
 
 @dataclass(eq=False)
@@ -125,7 +127,16 @@ def place_maps(
     With `reuse`, a buffer may take the place of one that no later step views, if both have the same
     `geometry`: what no step writes then stays zero. `onto` names buffers that are written position
     by position where another has just been read, and may take its place in that very step.
+
+    Raises:
+        ValueError: a buffer within which offsets exceed 32 bits.
     """
+    for buffer in {b for step in viewed for b in step}:
+        if buffer.numbers > LARGEST:
+            raise ValueError(
+                f"a map of {tuple(buffer.shape)} takes {buffer.numbers} numbers on the kernels, "
+                f"over {LARGEST}: run it in torch (execution 'dense')"
+            )
     last = {buffer: number for number, step in enumerate(viewed) for buffer in step}
     free: dict[tuple[int, ...], list[_Slot]] = {}
     slots: list[_Slot] = []

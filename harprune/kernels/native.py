@@ -194,10 +194,12 @@ def named(name: str) -> Kernels | None:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    found = sorted(Path(__file__).parent.glob("_blocks*.so"))
-    if not found:
+    # No Python in it, so the newest serves every version that this folder was installed for.
+    builds = Path(__file__).parent.glob("_blocks*.so")
+    newest = max(builds, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
         return None
-    library = ctypes.CDLL(str(found[0]))
+    library = ctypes.CDLL(str(newest))
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     library.harprune_kernels.argtypes = (ctypes.c_char_p,)
     library.harprune_kernels.restype = pointer
@@ -217,8 +219,9 @@ def _library() -> ctypes.CDLL | None:
         function = getattr(library, f"harprune_{call}_bytes")
         function.restype = integer
         if function() != dtype.itemsize:
-            raise ImportError(
-                f"{found[0].name} was built from another version of blocks.h; reinstall harprune"
+            raise ValueError(
+                f"{newest} was built from other sources than these; build it again: pip install "
+                "--no-deps -e . where they lie"
             )
     return library
 

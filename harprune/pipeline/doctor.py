@@ -53,7 +53,7 @@ def _kernels() -> str:
     try:
         kernels = native.best()
         reason = "not built"
-    except (ImportError, OSError) as error:
+    except (ValueError, OSError) as error:
         kernels, reason = None, f"cannot be loaded ({error})"
     if kernels is None:
         return (

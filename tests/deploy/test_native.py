@@ -216,6 +216,33 @@ def test_headers_made_to_hurt_are_refused_by_both(library, tmp_path, text):
     assert not agrees(library, signed(text, b""), tmp_path / "a.hpn")
 
 
+@pytest.mark.parametrize(
+    "metadata, read",
+    [
+        (b'{"a":9223372036854775807,"b":-9223372036854775807}', True),
+        (b'{"a":9223372036854775808}', False),
+        (b'{"a":-9223372036854775808}', False),
+        (b'{"a":' + b"9" * 5000 + b"}", False),
+        (b'{"a":9.999e307,"b":0.00001e312,"c":-1E-999,"d":0e999,"e":0.0e999}', True),
+        (b'{"a":1e308}', False),
+        (b'{"a":-0.001e311}', False),
+        (b'{"a":1e' + b"9" * 5000 + b"}", False),
+        (b'{"a":1e-' + b"9" * 5000 + b"}", True),
+        (b'{"a":' + b"1" * 308 + b".5}", True),
+        (b'{"a":' + b"1" * 309 + b".5}", False),
+        (b'{"a":' + b"[" * 98 + b"]" * 98 + b"}", True),
+        (b'{"a":' + b"[" * 99 + b"]" * 99 + b"}", False),
+    ],
+)
+def test_both_have_the_same_limits(library, tmp_path, metadata, read):
+    text = b'{"values":"float32","input":[3,8,8],"nodes":[{"op":"flatten","from":[0]}],"output":1,'
+    text += b'"classes":[],"metadata":' + metadata + b"}"
+    longer = text.replace(b"float32", b"float32\\u0000")
+    for header, wanted in ((text, read), (longer, False)):
+        header += b" " * (-(88 + len(header)) % 8)
+        assert agrees(library, signed(header, b""), tmp_path / "a.hpn") == wanted
+
+
 def test_what_is_no_file_is_refused(library, tmp_path):
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(ValueError, match="it cannot be read"):

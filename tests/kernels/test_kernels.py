@@ -2,9 +2,11 @@
 """The kernels against torch and against the NumPy twin, on shapes drawn at random."""
 
 import os
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -663,6 +665,32 @@ def test_memory_used_again_leaves_no_trace(kind):
             results.append([*outputs, *executable.backward(memory, outputs)])
             executable.release(memory)
         assert all(np.array_equal(a, b) for a, b in zip(*results))
+
+
+def test_a_map_whose_offsets_would_wrap_is_refused():
+    graph = Graph()
+    x, y = graph.value(Shape(32, 2048, 2046)), graph.value(Shape(1, 2048, 2046))
+    graph.nodes = [g.Convolution((x,), y, "a", Window((3, 3), (1, 1), (1, 1)), bias=False)]
+    graph.inputs, graph.outputs = [x], [y]
+    with pytest.raises(ValueError, match=r"\(32, 2048, 2046\) takes 2149580800 numbers .* 'dense'"):
+        Plan(graph, native.best())
+
+
+def test_the_newest_build_is_loaded(tmp_path, monkeypatch):
+    (built,) = Path(native.__file__).parent.glob("_blocks*.so")
+    for number, name in enumerate(("_blocks.a.so", "_blocks.c.so", "_blocks.b.so")):
+        shutil.copy(built, tmp_path / name)
+        os.utime(tmp_path / name, (number, number))
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    native._library.cache_clear()
+    try:
+        assert native._library()._name == str(tmp_path / "_blocks.b.so")
+        monkeypatch.setattr(native, "STEP", np.dtype("i8"))
+        native._library.cache_clear()
+        with pytest.raises(ValueError, match=r"_blocks\.b\.so was built from other sources"):
+            native._library()
+    finally:
+        native._library.cache_clear()
 
 
 @pytest.mark.parametrize("side", [7, 9, 15, 17, 31, 33])

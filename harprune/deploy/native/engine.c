@@ -78,9 +78,9 @@ static struct fused *open_step(struct fused *steps, const int64_t *made, const i
 /* One entry for each node; those that went into a later one are not alive. */
 static struct fused *fuse(struct hpn *h) {
     const struct network *n = &h->network;
-    struct fused *steps = take(&h->work, n->count + 1, sizeof *steps);
-    int64_t *made = take(&h->work, n->count + 1, sizeof *made);
-    int64_t *readers = take(&h->work, n->count + 1, sizeof *readers);
+    struct fused *steps = hpn_take(&h->work, n->count + 1, sizeof *steps);
+    int64_t *made = hpn_take(&h->work, n->count + 1, sizeof *made);
+    int64_t *readers = hpn_take(&h->work, n->count + 1, sizeof *readers);
     made[0] = -1;
     for (int64_t i = 0; i < n->count; i++)
         for (int64_t j = 0; j < n->nodes[i].reads; j++) readers[n->nodes[i].from[j]]++;
@@ -158,8 +158,8 @@ static void plan(struct hpn *h) {
     const struct fused *steps = fuse(h);
     int64_t most = n->count + 2;
     for (int64_t i = 0; i < n->count; i++) most += n->nodes[i].reads;
-    h->planned = take(&h->work, most, sizeof *h->planned);
-    h->buffers = take(&h->work, n->count + 1, sizeof *h->buffers);
+    h->planned = hpn_take(&h->work, most, sizeof *h->planned);
+    h->buffers = hpn_take(&h->work, n->count + 1, sizeof *h->buffers);
     for (int64_t i = 0; i <= n->count; i++)
         h->buffers[i] = (struct buffer){
             n->shapes[i], {n->borders[i][0], n->borders[i][1]}, 0, -1};
@@ -196,7 +196,7 @@ static int64_t slot_for(struct hpn *h, const struct buffer *b) {
 }
 
 static void place_maps(struct hpn *h) {
-    h->slots = take(&h->work, h->network.count + 1, sizeof *h->slots);
+    h->slots = hpn_take(&h->work, h->network.count + 1, sizeof *h->slots);
     for (int pass = 0; pass < 2; pass++)
         for (int64_t i = 0; i < h->count; i++) {
             struct planned *p = h->planned + i;
@@ -215,8 +215,8 @@ static void place_maps(struct hpn *h) {
         h->slots[i].at = bytes;
         bytes += b->shape.channels * plane_of(b) * NUMBER;
     }
-    h->arena = take(&h->work, bytes, 1);
-    h->winners = take(&h->work, h->winner_bytes, 1);
+    h->arena = hpn_take(&h->work, bytes, 1);
+    h->winners = hpn_take(&h->work, h->winner_bytes, 1);
 }
 
 static struct map place_of(const struct hpn *h, const struct view *v) {
@@ -242,7 +242,7 @@ static struct map place_of(const struct hpn *h, const struct view *v) {
 /* For each place of a filter, its offset from the output position's input. */
 static int32_t *window_offsets(struct hpn *h, const struct node *n, const struct buffer *read) {
     const struct window *w = &n->window;
-    int32_t *offsets = take(&h->work, n->per_filter, sizeof *offsets);
+    int32_t *offsets = hpn_take(&h->work, n->per_filter, sizeof *offsets);
     for (int64_t i = 0; i < n->per_filter; i++) {
         const int64_t k = i % w->size[1], l = i / w->size[1] % w->size[0];
         const int64_t channel = i / (w->size[0] * w->size[1]);
@@ -256,9 +256,9 @@ static int32_t *window_offsets(struct hpn *h, const struct node *n, const struct
 /* Four filters walk one list together, zeros included. */
 static struct list quads(struct hpn *h, const struct node *n, const int32_t *offsets) {
     const int64_t groups = n->filters / QUAD, window = n->per_filter;
-    int64_t *starts = take(&h->work, groups + 1, sizeof *starts);
-    int32_t *all = take(&h->work, groups * window, sizeof *all);
-    float *values = take(&h->work, n->filters * window, sizeof *values);
+    int64_t *starts = hpn_take(&h->work, groups + 1, sizeof *starts);
+    int32_t *all = hpn_take(&h->work, groups * window, sizeof *all);
+    float *values = hpn_take(&h->work, n->filters * window, sizeof *values);
     for (int64_t g = 0; g <= groups; g++) starts[g] = g * window;
     for (int64_t g = 0; g < groups; g++)
         memcpy(all + g * window, offsets, (size_t)window * sizeof *all);
@@ -288,7 +288,7 @@ static uint8_t *small_reach(struct hpn *h, const struct node *n, struct shape in
     const int64_t area = w->size[0] * w->size[1];
     if (out.height != out.width || (out.height != 2 && out.height != 4)) return 0;
     if (out.height * out.width > h->kernels->tile) return 0;
-    uint8_t *reach = take(&h->work, n->per_filter, sizeof *reach);
+    uint8_t *reach = hpn_take(&h->work, n->per_filter, sizeof *reach);
     for (int64_t i = 0; i < n->per_filter; i++) {
         const int64_t row = i % area / w->size[1], column = i % w->size[1];
         const int rows = side_reached(row * w->dilation[0] - w->padding[0], w->stride[0], in.height,
@@ -309,10 +309,10 @@ static struct list list_of(struct hpn *h, const struct node *n, const struct buf
     if (dense && n->groups == 1 && n->filters % QUAD == 0) return quads(h, n, offsets);
     const uint8_t *reach = small_reach(h, n, read->shape, out);
     const int64_t ranges = reach ? REACHES : 1, many = n->filters * ranges;
-    int64_t *starts = take(&h->work, many + 1, sizeof *starts);
-    int64_t *next = take(&h->work, many, sizeof *next);
-    int32_t *all = take(&h->work, n->kept, sizeof *all);
-    float *values = take(&h->work, n->kept, sizeof *values);
+    int64_t *starts = hpn_take(&h->work, many + 1, sizeof *starts);
+    int64_t *next = hpn_take(&h->work, many, sizeof *next);
+    int32_t *all = hpn_take(&h->work, n->kept, sizeof *all);
+    float *values = hpn_take(&h->work, n->kept, sizeof *values);
     const int64_t per_group = n->filters / n->groups;
     const int64_t channels = n->window.size[0] * n->window.size[1];
     /* Counted, and then put where their range goes on. */
@@ -367,7 +367,7 @@ static void link_step(struct hpn *h, const struct planned *p, struct step *s) {
 static void prepare(struct hpn *h) {
     const struct network *n = &h->network;
     const struct shape out = n->shapes[n->output];
-    if (out.height != 1 || out.width != 1) fail(&h->work, "the network makes a map, not logits");
+    if (out.height != 1 || out.width != 1) hpn_fail(&h->work, "the network makes a map, not logits");
     h->kernels = harprune_kernels("");
     plan(h);
     /* Nobody asks which of a window was the largest: all pools note it in the same place. */
@@ -377,9 +377,9 @@ static void prepare(struct hpn *h) {
         if (h->planned[i].kind == MAX_POOL && bytes > h->winner_bytes) h->winner_bytes = bytes;
     }
     place_maps(h);
-    h->steps = take(&h->work, h->count, sizeof *h->steps);
+    h->steps = hpn_take(&h->work, h->count, sizeof *h->steps);
     for (int64_t i = 0; i < h->count; i++) link_step(h, h->planned + i, h->steps + i);
-    h->classes = take(&h->work, out.channels, sizeof *h->classes);
+    h->classes = hpn_take(&h->work, out.channels, sizeof *h->classes);
     int64_t number = 0;
     for (const struct json *v = n->classes->first; v; v = v->next) h->classes[number++] = v->text;
 }
@@ -394,14 +394,14 @@ static int64_t read_file(struct hpn *h, const char *path) {
     if (h->file && (fseek(file, 0, SEEK_SET) || fread(h->file, 1, (size_t)size, file) != (size_t)size))
         size = -1;
     if (file) fclose(file);
-    if (!h->file || size < 0) fail(&h->work, "it cannot be read");
+    if (!h->file || size < 0) hpn_fail(&h->work, "it cannot be read");
     return size;
 }
 
 /* Leaves through `failed`; what it wrote is found in `h`. */
 static void open_into(struct hpn *h, const char *path) {
     const int64_t size = read_file(h, path);
-    read_network(&h->work, h->file, size, &h->network);
+    hpn_read_network(&h->work, h->file, size, &h->network);
     free(h->file); /* what is needed of it was copied */
     h->file = 0;
     prepare(h);
@@ -428,7 +428,7 @@ struct hpn *hpn_open(const char *path, char error[HPN_ERROR]) {
 void hpn_close(struct hpn *h) {
     if (!h) return;
     free(h->file);
-    give_back(&h->work);
+    hpn_give_back(&h->work);
     free(h);
 }
 

@@ -6,7 +6,8 @@
  *     if (network) hpn_run(network, images, 100, logits);
  *     hpn_close(network);
  *
- * Plain C11 for little-endian machines, without dependencies; compile it with the kernels:
+ * C11 as GCC and Clang have it, for little-endian machines, without dependencies; compile it with the
+ * kernels (a program in C++ may include this header):
  *
  *     cc -O3 program.c harprune/deploy/native/<all>.c harprune/kernels/native/<all>.c -lm
  *
@@ -18,6 +19,10 @@
 #include <stdint.h>
 
 #define HPN_ERROR 256 /* bytes of a message */
+
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 struct hpn;
 
@@ -37,5 +42,9 @@ const char *hpn_class_name(const struct hpn *network, int64_t number);
 
 /* The logits [count][classes] of images [count][channels][height][width] in [0, 1]. */
 void hpn_run(struct hpn *network, const float *images, int64_t count, float *logits);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -3,7 +3,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define DEEPEST 500
+#define DEEPEST 100
+#define LARGEST_ORDER 308 /* of a number; no number of a header has it */
+#define FAR (INT64_C(1) << 40) /* an exponent that no number of digits makes up for */
 
 struct parser {
     struct work *work;
@@ -11,7 +13,7 @@ struct parser {
     int depth;
 };
 
-_Noreturn static void bad(struct parser *p) { fail(p->work, "its header is no JSON"); }
+_Noreturn static void bad(struct parser *p) { hpn_fail(p->work, "its header is no JSON"); }
 
 static int peek(struct parser *p) { return p->at < p->end ? (unsigned char)*p->at : -1; }
 
@@ -33,30 +35,47 @@ static void word(struct parser *p, const char *expected) {
 
 static int is_digit(int c) { return c >= '0' && c <= '9'; }
 
+/* `order` becomes the power of ten of the first digit that is not zero. */
 static void number(struct parser *p, struct json *v) {
     const int negative = peek(p) == '-';
     uint64_t size = 0;
+    int64_t order = -1, exponent = 0, zeros = 0;
+    int too_large = 0, nonzero = 0;
     if (negative) p->at++;
     if (!is_digit(peek(p))) bad(p);
     const int zero = peek(p) == '0';
     for (int digits = 0; is_digit(peek(p)); digits++) {
         if (zero && digits) bad(p);
         const uint64_t digit = (uint64_t)(next(p) - '0');
-        size = size > (INT64_MAX - digit) / 10 ? INT64_MAX : 10 * size + digit;
+        too_large |= size > (INT64_MAX - digit) / 10;
+        size = too_large ? 0 : 10 * size + digit;
+        nonzero |= digit > 0;
+        order++;
     }
     v->type = INTEGER;
     v->integer = negative ? -(int64_t)size : (int64_t)size;
     if (peek(p) == '.') {
         v->type = REAL, p->at++;
         if (!is_digit(peek(p))) bad(p);
-        while (is_digit(peek(p))) p->at++;
+        if (!nonzero) order = -1;
+        while (is_digit(peek(p))) {
+            nonzero |= next(p) > '0';
+            if (!nonzero) zeros++;
+        }
     }
     if (peek(p) == 'e' || peek(p) == 'E') {
         v->type = REAL, p->at++;
+        const int below = peek(p) == '-';
         if (peek(p) == '+' || peek(p) == '-') p->at++;
         if (!is_digit(peek(p))) bad(p);
-        while (is_digit(peek(p))) p->at++;
+        while (is_digit(peek(p))) {
+            const int digit = next(p) - '0';
+            if (exponent < FAR) exponent = 10 * exponent + digit;
+        }
+        if (below) exponent = -exponent;
     }
+    if (v->type == INTEGER ? too_large : nonzero && order - zeros + exponent >= LARGEST_ORDER)
+        hpn_fail(p->work, "a number of its header is too large");
 }
 
 static uint32_t four_digits(struct parser *p) {
@@ -94,7 +113,7 @@ static const char *string(struct parser *p, int64_t *length) {
     const char *end = p->at;
     while (end < p->end && *end != '"') end += *end == '\\' ? 2 : 1;
     if (end >= p->end) bad(p);
-    char *text = take(p->work, end - p->at + 1, 1), *to = text;
+    char *text = hpn_take(p->work, end - p->at + 1, 1), *to = text;
     for (int c; (c = next(p)) != '"';) {
         if (c < 32) bad(p);
         if (c != '\\') {
@@ -134,13 +153,13 @@ static int by_key(const void *a, const void *b) {
 
 static void require_once(struct parser *p, const struct json *object) {
     if (object->length < 2) return;
-    struct json **fields = take(p->work, object->length, sizeof *fields);
+    struct json **fields = hpn_take(p->work, object->length, sizeof *fields);
     int64_t count = 0;
     for (struct json *v = object->first; v; v = v->next) fields[count++] = v;
     qsort(fields, (size_t)count, sizeof *fields, by_key);
     for (int64_t i = 1; i < count; i++)
         if (!by_key(fields + i - 1, fields + i))
-            fail(p->work, "a field stands twice in one object of its header");
+            hpn_fail(p->work, "a field stands twice in one object of its header");
 }
 
 static struct json *value(struct parser *p);
@@ -148,7 +167,7 @@ static struct json *value(struct parser *p);
 static void members(struct parser *p, struct json *v, const int close) {
     struct json **last = &v->first;
     p->at++;
-    if (++p->depth > DEEPEST) fail(p->work, "its header is nested too deep");
+    if (++p->depth > DEEPEST) hpn_fail(p->work, "its header is nested too deep");
     for (space(p); peek(p) != close; space(p)) {
         const char *key = 0;
         int64_t length = 0;
@@ -171,7 +190,7 @@ static void members(struct parser *p, struct json *v, const int close) {
 }
 
 static struct json *value(struct parser *p) {
-    struct json *v = take(p->work, 1, sizeof *v);
+    struct json *v = hpn_take(p->work, 1, sizeof *v);
     switch (peek(p)) {
         case '{': v->type = OBJECT; members(p, v, '}'); break;
         case '[': v->type = ARRAY; members(p, v, ']'); break;
@@ -201,7 +220,7 @@ static int is_utf8(const unsigned char *p, const unsigned char *end) {
     return 1;
 }
 
-struct json *parse_json(struct work *w, const char *text, int64_t length) {
+struct json *hpn_parse_json(struct work *w, const char *text, int64_t length) {
     struct parser p = {w, text, text + length, 0};
     if (!is_utf8((const unsigned char *)text, (const unsigned char *)text + length)) bad(&p);
     space(&p);

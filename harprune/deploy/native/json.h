@@ -9,7 +9,7 @@ enum type { NOTHING, BOOLEAN, INTEGER, REAL, STRING, ARRAY, OBJECT };
 
 struct json {
     enum type type;
-    int64_t integer;          /* of a BOOLEAN or INTEGER, the nearest where it is out of range */
+    int64_t integer;          /* of a BOOLEAN or INTEGER */
     const char *text;         /* of a STRING, UTF-8, followed by a zero */
     int64_t length;           /* bytes of `text`, or how many an ARRAY or OBJECT holds */
     const char *key;          /* in an OBJECT */
@@ -18,6 +18,6 @@ struct json {
     int used;                 /* for the reader */
 };
 
-struct json *parse_json(struct work *w, const char *text, int64_t length);
+struct json *hpn_parse_json(struct work *w, const char *text, int64_t length);
 
 #endif

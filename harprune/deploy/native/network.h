@@ -40,6 +40,6 @@ struct network {
 };
 
 /* The network in the `size` bytes of a file. Fails where anything in them is wrong. */
-void read_network(struct work *w, const unsigned char *file, int64_t size, struct network *n);
+void hpn_read_network(struct work *w, const unsigned char *file, int64_t size, struct network *n);
 
 #endif

@@ -54,7 +54,7 @@ static void feed(struct stream *s, const unsigned char *p, size_t size) {
     }
 }
 
-void sha256(const unsigned char *first, size_t first_size, const unsigned char *second,
+void hpn_sha256(const unsigned char *first, size_t first_size, const unsigned char *second,
             size_t second_size, unsigned char digest[32]) {
     struct stream s = {{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c,
                         0x1f83d9ab, 0x5be0cd19}, {0}, 0};

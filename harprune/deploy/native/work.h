@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 struct work {
-    jmp_buf failed; /* where `fail` goes */
+    jmp_buf failed; /* where `hpn_fail` goes */
     char *error;    /* HPN_ERROR bytes */
     struct block *held;
     char *spare; /* what is left of the last block for small things */
@@ -15,12 +15,12 @@ struct work {
 };
 
 /* Write one line to `error` and leave through `failed`. */
-_Noreturn void fail(struct work *w, const char *format, ...)
+_Noreturn void hpn_fail(struct work *w, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
 
 /* Zeroed memory on a cache line for `count` things of `size` bytes; fails where there is none. */
-void *take(struct work *w, int64_t count, int64_t size);
+void *hpn_take(struct work *w, int64_t count, int64_t size);
 
-void give_back(struct work *w);
+void hpn_give_back(struct work *w);
 
 #endif

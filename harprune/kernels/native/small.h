@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #endif
 
-/* Numbers below 1e-38 count as zero, for they are a hundred times slower; returns what was before. */
+/* Where a processor is slow on numbers below 1e-38 they count as zero; returns what was before. */
 static inline unsigned flush_small(void) {
 #ifdef __SSE2__
     const unsigned mode = _mm_getcsr();

@@ -28,12 +28,12 @@ static int64_t processor(void) {
 #endif
 }
 
-void team_begin(struct team *t, char *arena, char *const *external, team_run run) {
+void harprune_team_begin(struct team *t, char *arena, char *const *external, team_run run) {
     WRITE(t->arena, arena), WRITE(t->external, external), WRITE(t->run, run);
     WRITE(t->processor, processor());
 }
 
-int team_take(struct team *t) {
+int harprune_team_take(struct team *t) {
     int64_t ticket = __atomic_load_n(&t->ticket, __ATOMIC_ACQUIRE);
     const int64_t left = ticket % TEAM_PARTS, parts = READ(t->parts);
     if (!left) return 0;
@@ -51,12 +51,12 @@ int team_take(struct team *t) {
     return 1;
 }
 
-void team_turn(struct team *t, const struct row_step *step, int64_t image, int64_t images) {
+void harprune_team_turn(struct team *t, const struct row_step *step, int64_t image, int64_t images) {
     WRITE(t->done, 0);
     WRITE(t->step, step), WRITE(t->image, image), WRITE(t->images, images);
     const int64_t turn = READ(t->ticket) / TEAM_PARTS + 1;
     __atomic_store_n(&t->ticket, turn * TEAM_PARTS + t->parts, __ATOMIC_RELEASE);
-    while (team_take(t));
+    while (harprune_team_take(t));
     for (int64_t turns = 0; __atomic_load_n(&t->done, __ATOMIC_ACQUIRE) < t->parts; turns++)
         pause(turns);
 }
@@ -78,8 +78,8 @@ void harprune_help(struct team *t, int64_t patience) {
         if (here >= 0 && here == READ(t->processor)) {
             nanosleep(&nap, 0);
             turns |= 63; /* look at the time */
-        } else if (team_take(t)) {
-            while (team_take(t));
+        } else if (harprune_team_take(t)) {
+            while (harprune_team_take(t));
             last = nanoseconds();
         }
         pause(0);

@@ -30,10 +30,10 @@ struct team {
 };
 
 /* What the turns that follow run on. */
-void team_begin(struct team *t, char *arena, char *const *external, team_run run);
+void harprune_team_begin(struct team *t, char *arena, char *const *external, team_run run);
 /* Take a part of the present turn and do it; 0 where none is left. */
-int team_take(struct team *t);
+int harprune_team_take(struct team *t);
 /* Give the team a turn and come back when it is done. */
-void team_turn(struct team *t, const struct row_step *step, int64_t image, int64_t images);
+void harprune_team_turn(struct team *t, const struct row_step *step, int64_t image, int64_t images);
 
 #endif
