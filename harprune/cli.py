@@ -542,7 +542,8 @@ def _guarded() -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
             raise
-        return _fail(f"{error}; lower the batch_size and give the same command again", 2)
+        way = "lower the batch_size of this stage; where it has begun, choose another --out"
+        return _fail(f"{error}; {way}", 2)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     if code == _INTERRUPTED:

@@ -17,7 +17,7 @@ from harprune.pipeline.recipe import Recipe, make_recipe
 from harprune.pipeline.run import Run, lock
 from harprune.pipeline.supply import Materials
 from harprune.robustness import evaluation
-from harprune.robustness.evaluation import Evaluation
+from harprune.robustness.evaluation import Evaluation, model_digest
 from harprune.robustness.threat import Linf, Threat
 from harprune.sparsity.audit import Audit
 from harprune.sparsity.execution import Execution, twin
@@ -46,6 +46,7 @@ def prune(
     pretrain_epochs: int = 0,
     prune_epochs: int = 20,
     finetune_epochs: int = 100,
+    augmentation: str = "none",
     seed: int = 0,
     out: str | Path | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -61,6 +62,7 @@ def prune(
         threat: what to be robust against; Linf(8/255) if absent.
         method: one that `harprune doctor` lists, or module:Class of your own.
         pretrain_epochs: robust training before pruning; none for a network that is robust.
+        augmentation: of `train`, anew in each epoch: "crop_flip" for photographs, or "none".
         out: a folder in which the run is kept, and continued after an interruption.
         options: further recipe sections, as `{"finetune": {"learning_rate": 0.02}}`.
 
@@ -71,7 +73,7 @@ def prune(
     content = {
         "name": type(model).__name__,
         "seed": seed,
-        "data": {"name": "given in Python"},
+        "data": {"name": "given in Python", "augmentation": augmentation},
         "model": {"name": type(model).__name__},
         "threat": {"norm": "linf" if isinstance(threat, Linf) else "l2", "epsilon": threat.epsilon},
         "budget": {"density": density},
@@ -88,6 +90,7 @@ def prune(
     checks.rehearse(recipe, materials)
     place = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out))
     with place as folder, Run(folder, recipe, command="harprune.prune") as run:
+        run.require_same({**materials.digests(), "dense network": model_digest(model)})
         console = Console(run.folder / "log.txt", quiet=quiet)
         shop = stages.Workshop(run, materials, machinery.fabric(recipe.execution), console)
         stages.run_until(shop)

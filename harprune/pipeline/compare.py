@@ -144,17 +144,28 @@ def read_grid(path: str | Path) -> Grid:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def cells_of(path: str | Path, out: str | Path, overrides: Sequence[str] = ()) -> list[Cell]:
+def cells_of(
+    path: str | Path,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    densities: Sequence[float] = (),
+) -> list[Cell]:
     """The cells of the grid in a file, dense networks first, each with its checked recipe.
 
     Args:
         overrides: `section.key=value` for all cells.
+        densities: those of the grid to which it is restricted; empty for all.
 
     Raises:
-        ValueError: the grid, its base or one of the recipes is at fault.
+        ValueError: the grid, its base or one of the recipes is at fault; a density that the grid
+            does not have.
     """
     grid, out = read_grid(path), Path(out)
     _require_free_axes(overrides)
+    for density in densities:
+        if density not in grid.densities:
+            known = ", ".join(f"{known:g}" for known in grid.densities)
+            raise ValueError(f"--density {density:g} is none of {path}; choose among {known}")
     base = Path(path).parent / grid.base
     try:
         content = tomllib.loads(base.read_text(encoding="utf-8-sig"))
@@ -183,7 +194,7 @@ def cells_of(path: str | Path, out: str | Path, overrides: Sequence[str] = ()) -
         dense = None if given.model.weights else out / f"dense-seed{seed}"
         # The dense network of a seed is attacked once, in the first cell that starts from it.
         first = given.attack.dense
-        for density in grid.densities:
+        for density in [d for d in grid.densities if d in (densities or grid.densities)]:
             for label, keys in grid.methods.items():
                 own = overridden(_over(content, keys), overrides)
                 anew = make_recipe(own, source=f"{path}, {label}").pretrain.epochs == 0
@@ -224,27 +235,18 @@ def compare(
 
     Args:
         command: what makes this comparison again.
-        densities: those of the grid to which it is restricted; empty for all.
+        densities: as in `cells_of`.
         jobs: processes at work at a time; each takes `execution.threads` of the recipe.
 
     Returns the comparison, with `failed`: why a cell is missing, by its name.
 
     Raises:
-        ValueError: see `cells_of`; a density that the grid does not have; a cell's folder holds a
-            run of another recipe; or no cell was finished.
+        ValueError: see `cells_of`; a cell's folder holds a run of another recipe; or no cell was
+            finished.
     """
     if jobs < 1:
         raise ValueError(f"jobs = {jobs} must be at least 1")
-    grid, cells = read_grid(path), cells_of(path, out, overrides)
-    for density in densities:
-        if density not in grid.densities:
-            known = ", ".join(f"{known:g}" for known in grid.densities)
-            raise ValueError(f"--density {density:g} is none of {path}; choose among {known}")
-    cells = [
-        cell
-        for cell in cells
-        if not densities or cell.until == "pretrain" or cell.recipe.budget.density in densities
-    ]
+    grid, cells = read_grid(path), cells_of(path, out, overrides, densities)
     for cell in cells:
         _require_same_recipe(cell)
     out = Path(out)
@@ -253,7 +255,7 @@ def compare(
     points = [cell for cell in cells if cell.until == "report"]
     done = [cell for cell in points if cell.finished and cell.name not in failed]
     if not done:
-        name, why = next(iter(failed.items()))
+        name, why = next(iter(failed.items()), ("all of them", "see their logs"))
         raise ValueError(f"no cell was finished; the first, {name}: {why}")
     baseline = grid.baseline if grid.baseline in {cell.label for cell in done} else None
     seconds = _seconds(out / "times.jsonl")

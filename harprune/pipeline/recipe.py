@@ -45,8 +45,14 @@ class Data(Section):
     """Side in pixels to which the images of a folder are scaled and cropped."""
     validation: float | int = Field(0.1, gt=0)
     """Share (below 1) or number of training images held out to select epochs on."""
-    augmentation: Literal["default", "none"] = "default"
-    """The data set's usual augmentation, or none."""
+    augmentation: Literal["default", "crop_flip", "none"] = "default"
+    """The data set's usual augmentation: crop_flip, random crops and flips, for CIFAR, Tiny
+    ImageNet and folders, none for digits, clothes and images of your own."""
+
+    @field_validator("name")
+    @classmethod
+    def _as_known(cls, name: str) -> str:
+        return name if ":" in name else name.lower().replace("-", "_")
 
 
 class Model(Section):

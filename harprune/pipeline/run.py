@@ -89,20 +89,53 @@ class Run:
         resolved = self.recipe.model_dump(mode="json")
         record = self.folder / "recipe.json"
         if record.exists() and self.begun:
-            differing = list(changes(_completed(_read_json(record)), resolved))
+            found = list(changes(_completed(_read_json(record)), resolved))
+            differing = [change for change in found if self._has_begun(change)]
             if differing:
                 raise ValueError(
                     f"{self.folder} holds a run of another recipe ({'; '.join(differing[:3])}"
                     f"{'; ...' if len(differing) > 3 else ''}); choose another --out"
                 )
             self._going_on = environment_of(command)
+            if found:
+                self._write_recipe(source, resolved)
             return
+        self._write_recipe(source, resolved)
+        environment = json.dumps(environment_of(command), indent=1)
+        write(self.folder / "environment.json", environment + "\n")
+
+    def _write_recipe(self, source: str, resolved: dict) -> None:
         given = self.recipe.model_dump(mode="json", exclude_unset=True)
         source = source or "\n".join(as_toml(given)) + "\n"
         write(self.folder / "recipe.toml", source)
-        environment = json.dumps(environment_of(command), indent=1)
-        write(self.folder / "environment.json", environment + "\n")
-        write(record, json.dumps(resolved, indent=1) + "\n")
+        write(self.folder / "recipe.json", json.dumps(resolved, indent=1) + "\n")
+
+    def _has_begun(self, change: str) -> bool:
+        """Whether a change concerns what was computed; the keys of stages yet to come may vary."""
+        section = change.partition(".")[0]
+        if section == "attack":
+            return (self.folder / "attack").exists()
+        files = (self.artifact, self.progress, self.best)
+        return section not in STAGES or any(file(section).exists() for file in files)
+
+    def require_same(self, inputs: Mapping[str, str]) -> None:
+        """Keep what the run is made from, by digests; refuse to go on from anything else.
+
+        Raises:
+            ValueError: the run began with other images, or another dense network.
+        """
+        if not self.leader:
+            return
+        path = self.folder / "inputs.json"
+        held = _read_json(path) if path.exists() and self.begun else {}
+        for name, digest in inputs.items():
+            if held.get(name, digest) != digest:
+                raise ValueError(
+                    f"{self.folder} holds a run that began with another {name}; "
+                    "choose another --out"
+                )
+        if held != dict(inputs):
+            write(path, json.dumps(dict(inputs), indent=1) + "\n")
 
     def note_change(self) -> None:
         """Add to environment.json what the run goes on with: other code, machine or command.

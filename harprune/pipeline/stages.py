@@ -70,6 +70,7 @@ def open_workshop(run: Run) -> Workshop:
     console = Console(run.folder / "log.txt" if run.leader else None, quiet=not run.leader)
     materials = supply.materials(run.recipe)
     checks.rehearse(run.recipe, materials)
+    run.require_same(materials.digests())
     return Workshop(run, materials, engine, console)
 
 
@@ -159,8 +160,10 @@ def _alarm(shop: Workshop, model: nn.Module, counts: Audit) -> None:
             f"warning: {len(counts.thin)} layers keep fewer weights than they have outputs, "
             f"the first is {counts.thin[0]} with {counts.layers[counts.thin[0]].kept}"
         )
+    # Of a sparse network many images may meet dead units alone, so not one of them decides.
+    some = torch.arange(min(_VALIDATION_BATCH, len(shop.materials.validation)))
     with eval_mode(model):
-        x = to_float(shop.materials.validation.images[torch.arange(1)]).to(shop.engine.device)
+        x = to_float(shop.materials.validation.images[some]).to(shop.engine.device)
         if not connected(model, x):
             raise ValueError(
                 "layer collapse: the pruned network's output no longer depends on the image; "
@@ -194,7 +197,7 @@ def finetune(shop: Workshop) -> None:
 def attack(shop: Workshop) -> None:
     """Evaluate on test images: the baked, finetuned network and, if wanted, the dense one."""
     section, test = shop.recipe.attack, shop.materials.test
-    if test is None or not section.attacks or not shop.run.leader:
+    if test is None or not shop.run.leader:
         return
     bound = hardening.threat(shop.recipe)
     attacks = {
@@ -520,8 +523,9 @@ def _summary(record: dict) -> str:
     parts = [f"loss {record['loss']:.3f}"]
     if "clean" in record:
         parts.append(_percent(record["clean"], record["robust"]))
-    if "density" in record:
-        parts.append(f"density {record['density']:.4f}, gamma {record['gamma']:.3g}")
+    for name, form in (("density", ".4f"), ("gamma", ".3g")):
+        if name in record:
+            parts.append(f"{name} {record[name]:{form}}")
     return ", ".join(parts)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recipe's images and network, and the networks that runs and exports leave behind."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from harprune.models.registry import create_model
 from harprune.models.weights import load_weights
 from harprune.pipeline import recipe as recipes
 from harprune.pipeline.recipe import Recipe
+from harprune.robustness.evaluation import model_digest
 from harprune.training import checkpoint
 from harprune.training.data import load_dataset
 from harprune.training.splits import Dataset, Split, split_validation, to_float
@@ -36,10 +38,28 @@ class Materials:
     network: Callable[[], nn.Module]
     given: bool
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of what a run is made from: images and, where it is given, the network.
+
+        Of images that lie in files the labels alone count, for they are read when needed.
+        """
+        found = {
+            "set of training images": _digest(self.train),
+            "set of validation images": _digest(self.validation),
+        }
+        return {**found, "dense network": model_digest(self.network())} if self.given else found
+
     @cached_property
     def example(self) -> Tensor:
         """One training image as a batch, float in [0, 1]."""
         return to_float(self.train.images[torch.tensor([0])])
+
+
+def _digest(split: Split) -> str:
+    digest = hashlib.sha256(split.labels.numpy().tobytes())
+    if isinstance(split.images, Tensor):
+        digest.update(split.images.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def materials(recipe: Recipe) -> Materials:

@@ -103,6 +103,11 @@ def make_augmentation(name: str, padding: int = DEFAULT_PADDING) -> Augmentation
 
 
 def default_augmentation(dataset: str, image_size: int) -> Augmentation | None:
-    """Crop and flip for photographs, padded by an eighth; nothing for digits and clothes."""
+    """Crop and flip for photographs; nothing for digits and clothes."""
     photographs = dataset in ("cifar10", "cifar100", "tiny_imagenet", "folder")
-    return crop_flip(max(1, image_size // 8)) if photographs else None
+    return crop_flip(padding_of(image_size)) if photographs else None
+
+
+def padding_of(image_size: int) -> int:
+    """By how much images are padded before they are cropped: an eighth of their side."""
+    return max(1, image_size // 8)

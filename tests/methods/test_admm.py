@@ -104,3 +104,9 @@ def _moved_by_magnitude_alone(budget):
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ADMM(**options)
+
+
+def test_no_epoch_before_the_last_is_selected():
+    method = ADMM()
+    method.attach(model := network(), Budget(0.5, allocation=allocation.uniform))
+    assert not method.budget_met(model)  # of epochs that do not meet it, the latest counts

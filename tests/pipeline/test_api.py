@@ -128,3 +128,24 @@ def test_a_run_of_the_api_goes_on_where_it_was(tmp_path, images):
     again = harprune.prune(model, images, images, out=tmp_path / "run", **common)
     for name, value in first.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name])
+    x, y = images
+    for others, what in (
+        ((mlp(), images, images), "dense network"),
+        ((model, (x[:48], y[:48]), images), "set of training images"),
+        ((model, images, (x.flip(0), y)), "set of validation images"),
+    ):
+        with pytest.raises(ValueError, match=f"run that began with another {what}; choose"):
+            harprune.prune(*others, out=tmp_path / "run", **common)
+
+
+def test_images_given_in_python_are_augmented_where_that_is_said(images):
+    common = {"density": 0.1, "prune_epochs": 0, "finetune_epochs": 1, "quiet": True,
+              "options": {"objective": {"steps": 1}, "finetune": {"batch_size": 32}}}  # fmt: skip
+    torch.manual_seed(0)
+    model = mlp()
+    plain, same, other = (
+        harprune.prune(model, images, images, **common, **more).model.state_dict()
+        for more in ({}, {"augmentation": "none"}, {"augmentation": "crop_flip"})
+    )
+    assert all(torch.equal(plain[n], same[n]) for n in plain)
+    assert not all(torch.equal(plain[n], other[n]) for n in plain)

@@ -119,6 +119,21 @@ def test_a_part_of_a_grid_is_the_same_cells(grid, command, here):
     assert {path.split("/")[0] for path in after.keys() - before.keys()} == {"one-0.2-seed0"}
 
 
+def test_the_dense_network_is_attacked_in_each_part_of_a_grid(grid, here):
+    for densities in ((), (0.2,), (0.3,)):
+        cells = cells_of(grid, here / "out", densities=densities)
+        attacked = [c for c in cells if c.until == "report" and c.recipe.attack.dense]
+        assert len(attacked) == len({c.recipe.seed for c in cells})
+
+
+def test_a_grid_without_attacks_measures_clean_images(grid, command, here):
+    smaller(grid)
+    assert command("compare", grid, "--out", "out", "--set", "attack.attacks=[]").code == 0
+    before = artifacts(Path("out"))
+    assert command("compare", grid, "--out", "out", "--set", "attack.attacks=[]").code == 0
+    assert artifacts(Path("out")) == before
+
+
 def test_a_grid_that_has_changed_is_refused(grid, command, here):
     smaller(grid)
     assert command("compare", grid, "--out", "out").code == 0

@@ -249,6 +249,20 @@ def test_a_model_of_too_few_logits_is_refused():
 # --- the run folder -------------------------------------------------------------------------------
 
 
+def test_what_a_stage_to_come_does_may_still_be_changed(command, here, finished):
+    (finished / "finetuned.safetensors").unlink()
+    shutil.rmtree(finished / "attack")
+    changed = ("finetune.batch_size=12", "attack.size=8")
+    assert run_with(command, *changed, out="run").code == 0
+    held = json.loads((finished / "recipe.json").read_text())
+    assert (held["finetune"]["batch_size"], held["attack"]["size"]) == (12, 8)
+    again = run_with(command, "finetune.batch_size=10", "attack.size=8", out="run").refusal
+    assert "(finetune.batch_size: 12 -> 10)" in again
+    assert (
+        "(prune.epochs: 2 -> 3)" in run_with(command, *changed, "prune.epochs=3", out="run").refusal
+    )
+
+
 def test_a_folder_of_another_recipe_is_refused_and_left_alone(command, here, finished):
     before = contents(finished)
     said = run_with(command, "seed=1", "budget.density=0.3", out="run")
@@ -256,6 +270,7 @@ def test_a_folder_of_another_recipe_is_refused_and_left_alone(command, here, fin
         "run holds a run of another recipe (budget.density: 0.2 -> 0.3; seed: 0 -> 1); "
         "choose another --out"
     )
+    assert contents(finished) == before
     (finished / "recipe.json").write_text("[")
     assert run_with(command, out="run").refusal.startswith("run/recipe.json is damaged; restore it")
     (finished / "recipe.json").write_text("[1]")

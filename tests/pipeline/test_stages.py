@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training stages leave behind and learn from: averages, and the dense network's answers."""
 
+import pytest
 import torch
+from torch import nn
 
 from harprune.pipeline import stages
 from harprune.pipeline.recipe import read_recipe
 from harprune.pipeline.run import Run
 from harprune.pipeline.stages import open_workshop, run_until
+from harprune.sparsity.audit import audit
+from harprune.sparsity.layers import prunable_layers
 from harprune.training import checkpoint
+from harprune.training.splits import to_float
 
 
 def state(folder, *settings, last="finetune"):
@@ -73,3 +78,27 @@ def test_the_warm_up_of_awp_is_plain_finetuning(finished, here):
     plain, _ = checkpoint.load(finished / "finetuned.safetensors")
     warming, _ = state(here / "warm", "finetune.awp.warm_up=0.999")
     assert same(warming, plain)
+
+
+def test_a_network_is_connected_if_any_image_reaches_its_logits(finished, here):
+    """One validation image meets dead units alone: the run goes on."""
+    with Run(here / "run2", read_recipe("tiny.toml")) as run:
+        shop = open_workshop(run)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.ReLU(), nn.Linear(1, 4))
+        x = to_float(shop.materials.validation.images).flatten(1)
+        with torch.no_grad():
+            model[1].weight.fill_(1.0)
+            model[1].bias.copy_(-x.sum(1)[0] - 1e-3)  # dead for the first
+            model[3].weight.fill_(1.0)
+        assert (model[1](x) > 0).any() and not (model[1](x[:1]) > 0).any()
+        stages._alarm(shop, model, audit(prunable_layers(model)))
+        with torch.no_grad():
+            model[1].bias.fill_(-1e6)
+        with pytest.raises(ValueError, match="layer collapse"):
+            stages._alarm(shop, model, audit(prunable_layers(model)))
+
+
+def test_a_method_may_report_what_it_likes():
+    assert stages._summary({"loss": 1.0, "density": 0.5}) == "loss 1.000, density 0.5000"
+    assert stages._summary({"loss": 1.0, "gamma": 2.0}) == "loss 1.000, gamma 2"
+    assert stages._summary({"loss": 1.0, "mine": [3]}) == "loss 1.000"
