@@ -19,8 +19,9 @@ from harprune.pipeline.supply import Materials
 from harprune.robustness import evaluation
 from harprune.robustness.evaluation import Evaluation
 from harprune.robustness.threat import Linf, Threat
+from harprune.sparsity import execution as executions
 from harprune.sparsity.audit import Audit
-from harprune.sparsity.execution import Execution, twin
+from harprune.sparsity.execution import Execution
 from harprune.training.splits import Split, from_arrays
 
 Images = Split | tuple[Any, Any]
@@ -107,6 +108,7 @@ def evaluate(
     out: str | Path | None = None,
     name: str = "model",
     execution: Execution = Execution.AUTO,
+    twin: bool = True,
     quiet: bool = False,
 ) -> Evaluation:
     """Clean accuracy and accuracy under each attack, with intervals, checks and flags.
@@ -118,12 +120,14 @@ def evaluate(
         out: a folder for per-image outcomes, from which an interrupted evaluation goes on; refused
             while another process works in it.
         execution: whether attacks run on the sparse kernels; verdicts are always the model's own.
+        twin: whether attacks run on an equivalent of the model, batch norm folded and masks
+            multiplied out, on the kernels if `execution` has it so; else on the plain model.
     """
     threat = threat or Linf(8 / 255)
     split = _split(test)
     device = next(model.parameters()).device
     index = evaluation.subset(split.labels, size, seed)
-    fast = twin(model, execution=execution)
+    fast = executions.twin(model, execution=execution) if twin else None
     with _kept_in(out), Console(quiet=quiet).bar(f"attack {name}", len(index)) as bar:
         return evaluation.evaluate(
             model,
@@ -177,6 +181,7 @@ def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation
         batch_size=section.batch_size,
         out=out,
         execution=Execution(recipe.execution.backend),
+        twin=recipe.execution.twin,
         name=recipe.name,
     )
 

@@ -279,7 +279,8 @@ class Execution(Section):
     backend: Literal["auto", "sparse", "dense"] = "auto"
     """What runs masked networks on a CPU: the sparse kernels where they are built, or torch."""
     twin: bool = True
-    """Attack an equivalent of the model with batch norm folded and masks multiplied out."""
+    """Attack an equivalent of the model with batch norm folded and masks multiplied out, or where
+    false the model itself. Validation during training uses the equivalent whatever is said here."""
     threads: int | None = Field(None, ge=1)
     """CPU threads; all cores when absent. Another number may change the last bits."""
     checkpoint_minutes: float = Field(10.0, gt=0)

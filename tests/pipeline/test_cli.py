@@ -18,6 +18,7 @@ from harprune.kernels import native
 from harprune.pipeline.recipe import Recipe, make_recipe, read_recipe
 from harprune.pipeline.run import lock
 from harprune.reporting.records import read_run
+from harprune.robustness import evaluation
 from harprune.training import checkpoint
 
 from .conftest import contents
@@ -223,6 +224,27 @@ def test_evaluate_clean_images_alone(command, finished):
     assert again.code == 0
     assert again.out.splitlines()[-1] == "clean: 0 of 24 images differ from clean"
     assert "'none'" in evaluate("--attack", "fgsm").refusal
+
+
+def test_evaluate_attacks_the_plain_model_where_the_recipe_says_so(command, finished, monkeypatch):
+    def function_that_is_attacked(*more: object):
+        said = command(
+            "evaluate", "--model", "small_cnn", "--set", "model.width=4", "--weights",
+            finished / "finetuned.safetensors", "--data", "stripes_of_tests:load",
+            "--attack", "fgsm", *more,
+        )  # fmt: skip
+        assert said.code == 0, said.err
+        return attacked.pop()
+
+    attacked, whole = [], evaluation.evaluate
+
+    def seen(*arguments, function, **options):
+        attacked.append(function)
+        return whole(*arguments, function=function, **options)
+
+    monkeypatch.setattr(evaluation, "evaluate", seen)
+    assert function_that_is_attacked() is not None
+    assert function_that_is_attacked("--set", "execution.twin=false") is None
 
 
 def test_device_and_execution_are_the_recipes(command, here):
