@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from harprune.pipeline import checks, hardening, machinery, pruning, stages, supply
@@ -22,7 +23,7 @@ from harprune.robustness.threat import Linf, Threat
 from harprune.sparsity import execution as executions
 from harprune.sparsity.audit import Audit
 from harprune.sparsity.execution import Execution
-from harprune.training.splits import Split, from_arrays
+from harprune.training.splits import Split, from_arrays, to_float
 
 Images = Split | tuple[Any, Any]
 """A `Split`, or a pair (images, labels) of arrays: uint8, or float in [0, 1], (N, C, H, W)."""
@@ -155,7 +156,8 @@ def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation
     The model may be a file that `harprune export` made.
 
     Raises:
-        ValueError: whatever the recipe, the data or the weights refuse; a model without weights.
+        ValueError: whatever the recipe, the data or the weights refuse; a model without weights,
+            or for other images.
     """
     checks.check(recipe)
     held = supply.exported(recipe.model) if supply.is_exported(recipe.model.name) else None
@@ -170,6 +172,8 @@ def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation
         model = supply.network(recipe.model, dataset, recipe.seed)
     else:
         model = supply.in_torch(held, recipe.model.name, dataset)
+    example = to_float(dataset.test.images[torch.tensor([0])])
+    checks.require_logits(model, example, dataset.num_classes)
     model, section = model.to(engine.device), recipe.attack
     return evaluate(
         model,

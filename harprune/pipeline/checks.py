@@ -79,7 +79,8 @@ def rehearse(recipe: Recipe, supply: Materials) -> None:
                 "training images; lower it"
             )
     model, limit = supply.network(), pruning.budget(recipe, supply.example)
-    _require_logits(model, supply)
+    classes = supply.num_classes or int(supply.train.labels.max()) + 1
+    require_logits(model, supply.example, classes)
     limit.allocate(model, limit.density)
     limit.counts(model, dict.fromkeys(limit.layers(model), limit.density))
     pruning.method(recipe).check(model, limit)
@@ -99,16 +100,20 @@ def _require_pixels(split: Split | None, what: str) -> None:
 
 
 @torch.no_grad()
-def _require_logits(model: nn.Module, supply: Materials) -> None:
+def require_logits(model: nn.Module, example: Tensor, classes: int) -> None:
+    """Refuse a network that does not give logits of all classes for `example`, a batch of one.
+
+    Raises:
+        ValueError: it does not take images of this shape, or gives something else.
+    """
     try:
         with eval_mode(model):
-            shape = tuple(model(supply.example).shape)
+            shape = tuple(model(example).shape)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"the network refuses images of shape {supply.train.shape} ({error}); choose another "
-            "network or image size"
+            f"the network refuses images of shape {tuple(example.shape[1:])} ({error}); choose "
+            "another network or image size"
         ) from error
-    classes = supply.num_classes or int(supply.train.labels.max()) + 1
     if len(shape) != 2 or shape[1] < classes:
         raise ValueError(
             f"the network gives {shape} for one image of {classes} classes; it must give logits "
