@@ -170,8 +170,8 @@ def evaluate(
     against: Annotated[
         Path | None,
         typer.Option(
-            help="Outcomes that --out kept before: say on how many images these differ. Exit code "
-            "1 if on more than one in a hundred."
+            help="Outcomes that --out kept before, of the same images, attacks, threat and seed: "
+            "say on how many images these differ. Exit code 1 if on more than one in a hundred."
         ),
     ] = None,
     data_dir: Folder = None,
@@ -213,21 +213,18 @@ def evaluate(
     }
     overrides = [*overrides, *_machine(execution, device)]
     recipe = make_recipe(content, overrides, source="harprune evaluate")
+    # Read now: the attacks may take hours.
     before = None if against is None else load_evaluation(against)
-    if before is not None and sorted(before.attacks) != sorted(attack):
-        raise ValueError(
-            f"{against} holds outcomes under {', '.join(before.attacks) or 'no attack'}, not under "
-            f"{', '.join(attack) or 'none'}; evaluate under the same attacks"
-        )
-    result = evaluate_recipe(recipe, out)
+    result = evaluate_recipe(recipe, out, against=against)
+    if not as_json:
+        for line in result.lines():
+            typer.echo(line)
     changed = {} if before is None else differing(before, result)
     if as_json:
         record = asdict(result)
         del record["outcomes"]
         _print_json(record if before is None else {**record, "differing": changed})
     else:
-        for line in result.lines():
-            typer.echo(line)
         for name, count in changed.items():
             typer.echo(f"{name}: {count} of {result.size} images differ from {against}")
     if any(count > REPEATED * result.size for count in changed.values()):

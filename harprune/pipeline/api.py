@@ -150,14 +150,19 @@ def evaluate(
         )
 
 
-def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation:
+def evaluate_recipe(
+    recipe: Recipe, out: str | Path | None = None, *, against: str | Path | None = None
+) -> Evaluation:
     """Evaluate the network of a recipe, with the weights it names, as its attack section says.
 
     The model may be a file that `harprune export` made.
 
+    Args:
+        against: the folder of an earlier evaluation, to which the caller will compare this one.
+
     Raises:
         ValueError: whatever the recipe, the data or the weights refuse; a model without weights,
-            or for other images.
+            or for other images; an evaluation of which `against` is no repetition.
     """
     checks.check(recipe)
     held = supply.exported(recipe.model) if supply.is_exported(recipe.model.name) else None
@@ -168,6 +173,8 @@ def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation
         )
     engine = machinery.fabric(recipe.execution)
     dataset = supply.load_data(recipe.data)
+    if against is not None:
+        checks.require_comparable(against, recipe, dataset.test.labels)
     if held is None:
         model = supply.network(recipe.model, dataset, recipe.seed)
     else:

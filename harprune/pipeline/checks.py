@@ -3,12 +3,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from harprune.pipeline import hardening, pruning
 from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.supply import Materials
+from harprune.robustness import evaluation
 from harprune.robustness.attacks import eval_mode
 from harprune.training.schedules import make_schedule
 from harprune.training.splits import Split
@@ -84,6 +86,43 @@ def rehearse(recipe: Recipe, supply: Materials) -> None:
     limit.allocate(model, limit.density)
     limit.counts(model, dict.fromkeys(limit.layers(model), limit.density))
     pruning.method(recipe).check(model, limit)
+
+
+def require_comparable(folder: str | Path, recipe: Recipe, labels: Tensor) -> None:
+    """Refuse, before anything is attacked, an evaluation that is not comparable to an earlier one.
+
+    Args:
+        folder: where the earlier one was kept.
+        labels: of all test images of `recipe`.
+
+    Raises:
+        ValueError: the two differ in attacks, threat, seed or images.
+    """
+    before, section = evaluation.load_evaluation(folder), recipe.attack
+    if set(before.attacks) != set(section.attacks):
+        raise ValueError(
+            f"{folder} holds outcomes under {', '.join(before.attacks) or 'no attack'}, not under "
+            f"{', '.join(section.attacks) or 'none'}; evaluate under the same attacks"
+        )
+    bound = repr(hardening.threat(recipe))
+    # On clean images alone neither the threat nor the start of an attack matters.
+    if section.attacks and before.threat != bound:
+        raise ValueError(
+            f"{folder} holds outcomes under {before.threat or 'no stated threat'}, not under "
+            f"{bound}; give both the same norm and epsilon"
+        )
+    if section.attacks and before.seed != section.seed:
+        raise ValueError(
+            f"{folder} holds outcomes with seed {before.seed}, not {section.seed}; evaluate with "
+            "the same seed"
+        )
+    index = evaluation.subset(labels, section.size, section.seed)
+    for what, wanted in (("index", index), ("labels", labels[index])):
+        if not np.array_equal(before.outcomes[what], wanted.numpy()):
+            raise ValueError(
+                f"{folder} ({before.size} images) and this evaluation ({len(index)} images) differ "
+                f"in {what}; evaluate both on the same subset of the same data"
+            )
 
 
 def _require_pixels(split: Split | None, what: str) -> None:
