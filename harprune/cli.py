@@ -296,7 +296,8 @@ def export(
 def bench_deploy(
     source: Annotated[Path, typer.Argument(help="An exported artifact, or a finished run folder.")],
     batch: Annotated[
-        list[int], typer.Option(help="Images at a time; repeat for several. 1 and 64 when absent.")
+        list[int],
+        typer.Option(min=1, help="Images at a time; repeat for several. 1 and 64 when absent."),
     ] = [],  # noqa: B006
     runtime: Annotated[
         list[str],
@@ -305,8 +306,10 @@ def bench_deploy(
             "repeat for several. All but the second, where installed, when absent."
         ),
     ] = [],  # noqa: B006
-    rounds: Annotated[int, typer.Option(help="Rounds in which the runtimes take turns.")] = 10,
-    threads: Annotated[int, typer.Option(help="CPU threads of each runtime.")] = 1,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Rounds in which the runtimes take turns.")
+    ] = 10,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each runtime.")] = 1,
     processes: Annotated[
         bool,
         typer.Option(help="Also start a process for each runtime: time to answer, peak memory."),
