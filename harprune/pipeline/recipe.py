@@ -137,7 +137,8 @@ class Training(Section):
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of SGD."""
     weight_decay: float = Field(5e-4, ge=0)
-    """Weight decay of the weights and of batch norm; never of scores or densities unless parity."""
+    """Weight decay of the weights and of batch norm. Scores and densities have none unless parity
+    says so; but rst always decays its scores, as its paper does."""
     schedule: Literal["cosine", "one_cycle", "steps", "constant"] = "cosine"
     """How the learning rate changes with progress."""
     objective: Objective | None = None
