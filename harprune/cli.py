@@ -170,8 +170,8 @@ def evaluate(
     against: Annotated[
         Path | None,
         typer.Option(
-            help="Outcomes that --out kept before: say on how many images these differ. Exit code "
-            "1 if on more than one in a hundred."
+            help="Outcomes that --out kept before, of the same images, attacks, threat and seed: "
+            "say on how many images these differ. Exit code 1 if on more than one in a hundred."
         ),
     ] = None,
     data_dir: Folder = None,
@@ -213,21 +213,18 @@ def evaluate(
     }
     overrides = [*overrides, *_machine(execution, device)]
     recipe = make_recipe(content, overrides, source="harprune evaluate")
+    # Read now: the attacks may take hours.
     before = None if against is None else load_evaluation(against)
-    if before is not None and sorted(before.attacks) != sorted(attack):
-        raise ValueError(
-            f"{against} holds outcomes under {', '.join(before.attacks) or 'no attack'}, not under "
-            f"{', '.join(attack) or 'none'}; evaluate under the same attacks"
-        )
-    result = evaluate_recipe(recipe, out)
+    result = evaluate_recipe(recipe, out, against=against)
+    if not as_json:
+        for line in result.lines():
+            typer.echo(line)
     changed = {} if before is None else differing(before, result)
     if as_json:
         record = asdict(result)
         del record["outcomes"]
         _print_json(record if before is None else {**record, "differing": changed})
     else:
-        for line in result.lines():
-            typer.echo(line)
         for name, count in changed.items():
             typer.echo(f"{name}: {count} of {result.size} images differ from {against}")
     if any(count > REPEATED * result.size for count in changed.values()):
@@ -299,7 +296,8 @@ def export(
 def bench_deploy(
     source: Annotated[Path, typer.Argument(help="An exported artifact, or a finished run folder.")],
     batch: Annotated[
-        list[int], typer.Option(help="Images at a time; repeat for several. 1 and 64 when absent.")
+        list[int],
+        typer.Option(min=1, help="Images at a time; repeat for several. 1 and 64 when absent."),
     ] = [],  # noqa: B006
     runtime: Annotated[
         list[str],
@@ -308,8 +306,10 @@ def bench_deploy(
             "repeat for several. All but the second, where installed, when absent."
         ),
     ] = [],  # noqa: B006
-    rounds: Annotated[int, typer.Option(help="Rounds in which the runtimes take turns.")] = 10,
-    threads: Annotated[int, typer.Option(help="CPU threads of each runtime.")] = 1,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Rounds in which the runtimes take turns.")
+    ] = 10,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each runtime.")] = 1,
     processes: Annotated[
         bool,
         typer.Option(help="Also start a process for each runtime: time to answer, peak memory."),

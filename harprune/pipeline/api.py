@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from harprune.pipeline import checks, hardening, machinery, pruning, stages, supply
@@ -19,9 +20,10 @@ from harprune.pipeline.supply import Materials
 from harprune.robustness import evaluation
 from harprune.robustness.evaluation import Evaluation, model_digest
 from harprune.robustness.threat import Linf, Threat
+from harprune.sparsity import execution as executions
 from harprune.sparsity.audit import Audit
-from harprune.sparsity.execution import Execution, twin
-from harprune.training.splits import Split, from_arrays
+from harprune.sparsity.execution import Execution
+from harprune.training.splits import Split, from_arrays, to_float
 
 Images = Split | tuple[Any, Any]
 """A `Split`, or a pair (images, labels) of arrays: uint8, or float in [0, 1], (N, C, H, W)."""
@@ -110,6 +112,7 @@ def evaluate(
     out: str | Path | None = None,
     name: str = "model",
     execution: Execution = Execution.AUTO,
+    twin: bool = True,
     quiet: bool = False,
 ) -> Evaluation:
     """Clean accuracy and accuracy under each attack, with intervals, checks and flags.
@@ -121,12 +124,14 @@ def evaluate(
         out: a folder for per-image outcomes, from which an interrupted evaluation goes on; refused
             while another process works in it.
         execution: whether attacks run on the sparse kernels; verdicts are always the model's own.
+        twin: whether attacks run on an equivalent of the model, batch norm folded and masks
+            multiplied out, on the kernels if `execution` has it so; else on the plain model.
     """
     threat = threat or Linf(8 / 255)
     split = _split(test)
     device = next(model.parameters()).device
     index = evaluation.subset(split.labels, size, seed)
-    fast = twin(model, execution=execution)
+    fast = executions.twin(model, execution=execution) if twin else None
     with _kept_in(out), Console(quiet=quiet).bar(f"attack {name}", len(index)) as bar:
         return evaluation.evaluate(
             model,
@@ -148,13 +153,19 @@ def evaluate(
         )
 
 
-def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation:
+def evaluate_recipe(
+    recipe: Recipe, out: str | Path | None = None, *, against: str | Path | None = None
+) -> Evaluation:
     """Evaluate the network of a recipe, with the weights it names, as its attack section says.
 
     The model may be a file that `harprune export` made.
 
+    Args:
+        against: the folder of an earlier evaluation, to which the caller will compare this one.
+
     Raises:
-        ValueError: whatever the recipe, the data or the weights refuse; a model without weights.
+        ValueError: whatever the recipe, the data or the weights refuse; a model without weights,
+            or for other images; an evaluation of which `against` is no repetition.
     """
     checks.check(recipe)
     held = supply.exported(recipe.model) if supply.is_exported(recipe.model.name) else None
@@ -165,10 +176,14 @@ def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation
         )
     engine = machinery.fabric(recipe.execution)
     dataset = supply.load_data(recipe.data)
+    if against is not None:
+        checks.require_comparable(against, recipe, dataset.test.labels)
     if held is None:
         model = supply.network(recipe.model, dataset, recipe.seed)
     else:
         model = supply.in_torch(held, recipe.model.name, dataset)
+    example = to_float(dataset.test.images[torch.tensor([0])])
+    checks.require_logits(model, example, dataset.num_classes)
     model, section = model.to(engine.device), recipe.attack
     return evaluate(
         model,
@@ -180,6 +195,7 @@ def evaluate_recipe(recipe: Recipe, out: str | Path | None = None) -> Evaluation
         batch_size=section.batch_size,
         out=out,
         execution=Execution(recipe.execution.backend),
+        twin=recipe.execution.twin,
         name=recipe.name,
     )
 

@@ -3,12 +3,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from harprune.pipeline import hardening, pruning
 from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.supply import Materials
+from harprune.robustness import evaluation
 from harprune.robustness.attacks import eval_mode
 from harprune.training.schedules import make_schedule
 from harprune.training.splits import Split
@@ -79,10 +81,48 @@ def rehearse(recipe: Recipe, supply: Materials) -> None:
                 "training images; lower it"
             )
     model, limit = supply.network(), pruning.budget(recipe, supply.example)
-    _require_logits(model, supply)
+    classes = supply.num_classes or int(supply.train.labels.max()) + 1
+    require_logits(model, supply.example, classes)
     limit.allocate(model, limit.density)
     limit.counts(model, dict.fromkeys(limit.layers(model), limit.density))
     pruning.method(recipe).check(model, limit)
+
+
+def require_comparable(folder: str | Path, recipe: Recipe, labels: Tensor) -> None:
+    """Refuse, before anything is attacked, an evaluation that is not comparable to an earlier one.
+
+    Args:
+        folder: where the earlier one was kept.
+        labels: of all test images of `recipe`.
+
+    Raises:
+        ValueError: the two differ in attacks, threat, seed or images.
+    """
+    before, section = evaluation.load_evaluation(folder), recipe.attack
+    if set(before.attacks) != set(section.attacks):
+        raise ValueError(
+            f"{folder} holds outcomes under {', '.join(before.attacks) or 'no attack'}, not under "
+            f"{', '.join(section.attacks) or 'none'}; evaluate under the same attacks"
+        )
+    bound = repr(hardening.threat(recipe))
+    # On clean images alone neither the threat nor the start of an attack matters.
+    if section.attacks and before.threat != bound:
+        raise ValueError(
+            f"{folder} holds outcomes under {before.threat or 'no stated threat'}, not under "
+            f"{bound}; give both the same norm and epsilon"
+        )
+    if section.attacks and before.seed != section.seed:
+        raise ValueError(
+            f"{folder} holds outcomes with seed {before.seed}, not {section.seed}; evaluate with "
+            "the same seed"
+        )
+    index = evaluation.subset(labels, section.size, section.seed)
+    for what, wanted in (("index", index), ("labels", labels[index])):
+        if not np.array_equal(before.outcomes[what], wanted.numpy()):
+            raise ValueError(
+                f"{folder} ({before.size} images) and this evaluation ({len(index)} images) differ "
+                f"in {what}; evaluate both on the same subset of the same data"
+            )
 
 
 def _require_pixels(split: Split | None, what: str) -> None:
@@ -99,16 +139,20 @@ def _require_pixels(split: Split | None, what: str) -> None:
 
 
 @torch.no_grad()
-def _require_logits(model: nn.Module, supply: Materials) -> None:
+def require_logits(model: nn.Module, example: Tensor, classes: int) -> None:
+    """Refuse a network that does not give logits of all classes for `example`, a batch of one.
+
+    Raises:
+        ValueError: it does not take images of this shape, or gives something else.
+    """
     try:
         with eval_mode(model):
-            shape = tuple(model(supply.example).shape)
+            shape = tuple(model(example).shape)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"the network refuses images of shape {supply.train.shape} ({error}); choose another "
-            "network or image size"
+            f"the network refuses images of shape {tuple(example.shape[1:])} ({error}); choose "
+            "another network or image size"
         ) from error
-    classes = supply.num_classes or int(supply.train.labels.max()) + 1
     if len(shape) != 2 or shape[1] < classes:
         raise ValueError(
             f"the network gives {shape} for one image of {classes} classes; it must give logits "

@@ -27,7 +27,7 @@ from harprune.deploy.network import Network
 from harprune.deploy.runtime import load
 from harprune.deploy.shrink import Shrinkage, shrink
 from harprune.files import replacing
-from harprune.pipeline import supply
+from harprune.pipeline import checks, supply
 from harprune.pipeline.recipe import Recipe, make_recipe
 from harprune.sparsity import masks
 from harprune.sparsity.audit import Audit, audit
@@ -269,7 +269,8 @@ def export_recipe(
     It is compared on images of the recipe's training split, and on random ones.
 
     Raises:
-        ValueError: the file does not fit the network, and whatever `export` refuses.
+        ValueError: the file does not fit the network, the network does not fit the images, and
+            whatever `export` refuses.
     """
     dataset = supply.load_data(recipe.data)
     given = recipe.model.model_copy(update={"weights": str(weights)})
@@ -277,10 +278,12 @@ def export_recipe(
     train, _ = split_validation(dataset.train, recipe.data.validation, recipe.seed)
     # From all over the split: the images of a folder stand in the order of their classes.
     some = torch.linspace(0, len(train) - 1, min(_CALIBRATION, len(train))).long()
+    images = to_float(train.images[some])
+    checks.require_logits(model, images[:1], dataset.num_classes)
     return export(
         model,
         path,
-        to_float(train.images[some]),
+        images,
         format=format,
         values=values,
         classes=dataset.classes,

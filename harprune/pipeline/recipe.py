@@ -143,7 +143,8 @@ class Training(Section):
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of SGD."""
     weight_decay: float = Field(5e-4, ge=0)
-    """Weight decay of the weights and of batch norm; never of scores or densities unless parity."""
+    """Weight decay of the weights and of batch norm. Scores and densities have none unless parity
+    says so; but rst always decays its scores, as its paper does."""
     schedule: Literal["cosine", "one_cycle", "steps", "constant"] = "cosine"
     """How the learning rate changes with progress."""
     objective: Objective | None = None
@@ -285,7 +286,8 @@ class Execution(Section):
     backend: Literal["auto", "sparse", "dense"] = "auto"
     """What runs masked networks on a CPU: the sparse kernels where they are built, or torch."""
     twin: bool = True
-    """Attack an equivalent of the model with batch norm folded and masks multiplied out."""
+    """Attack an equivalent of the model with batch norm folded and masks multiplied out, or where
+    false the model itself. Validation during training uses the equivalent whatever is said here."""
     threads: int | None = Field(None, ge=1)
     """CPU threads; all cores when absent. Another number may change the last bits."""
     checkpoint_minutes: float = Field(10.0, gt=0)

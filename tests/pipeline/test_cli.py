@@ -18,6 +18,7 @@ from harprune.kernels import native
 from harprune.pipeline.recipe import Recipe, make_recipe, read_recipe
 from harprune.pipeline.run import lock
 from harprune.reporting.records import read_run
+from harprune.robustness import evaluation
 from harprune.training import checkpoint
 
 from .conftest import contents
@@ -208,6 +209,55 @@ def test_evaluate_against_what_was_kept_before(command, finished):
     assert absent.refusal.startswith("nowhere holds no finished evaluation")
 
 
+def test_evaluate_against_something_else_is_refused_before_attacks(command, finished, monkeypatch):
+    def evaluate(*more: object, attack: str = "fgsm", data: str = "stripes_of_tests:load"):
+        return command(
+            "evaluate", "--model", "small_cnn", "--set", "model.width=4", "--weights",
+            finished / "finetuned.safetensors", "--data", data, "--attack", attack, *more,
+        )  # fmt: skip
+
+    assert evaluate("--out", "e", "--epsilon", 0.1).code == 0
+    assert evaluate("--out", "clean", attack="none").code == 0
+    other = ("--epsilon", 0.1, "--seed", 1)
+    assert evaluate("--against", "clean", *other, attack="none").code == 0
+
+    def attacked(*_, **__):
+        raise AssertionError("images were attacked")
+
+    monkeypatch.setattr(evaluation, "evaluate", attacked)
+    against = ("--against", "e", "--epsilon", 0.1)
+    radius = evaluate(*against, "--epsilon", 0.2).refusal
+    assert radius == (
+        "e holds outcomes under Linf(epsilon=0.1), not under Linf(epsilon=0.2); give both the same "
+        "norm and epsilon"
+    )
+    assert "not under L2(epsilon=0.1)" in evaluate(*against, "--norm", "l2").refusal
+    seed = evaluate(*against, "--seed", 1).refusal
+    assert seed == "e holds outcomes with seed 0, not 1; evaluate with the same seed"
+    names = evaluate(*against, "--set", "attack.attacks=['pgd-2']").refusal
+    assert names.startswith("e holds outcomes under fgsm, not under pgd-2")
+    fewer = evaluate(*against, "--size", 12).refusal
+    assert fewer.startswith("e (24 images) and this evaluation (12 images) differ in index")
+    data = evaluate(*against, data="stripes_of_tests:relabelled").refusal
+    assert data.startswith("e (24 images) and this evaluation (24 images) differ in labels")
+    with pytest.raises(AssertionError, match="images were attacked"):
+        evaluate(*against, "--attack", "pgd-2", "--set", "attack.attacks=['fgsm']")
+
+
+def test_evaluate_prints_its_result_before_it_compares(command, finished, monkeypatch):
+    def unlike(*_):
+        raise ValueError("unlike")
+
+    given = (
+        "evaluate", "--model", "small_cnn", "--set", "model.width=4", "--weights",
+        finished / "finetuned.safetensors", "--data", "stripes_of_tests:load", "--attack", "none",
+    )  # fmt: skip
+    assert command(*given, "--out", "e").code == 0
+    monkeypatch.setattr(evaluation, "differing", unlike)
+    said = command(*given, "--against", "e")
+    assert said.last_line == "unlike" and said.out.startswith("clean ")
+
+
 def test_evaluate_clean_images_alone(command, finished):
     def evaluate(*more: object):
         return command(
@@ -223,6 +273,27 @@ def test_evaluate_clean_images_alone(command, finished):
     assert again.code == 0
     assert again.out.splitlines()[-1] == "clean: 0 of 24 images differ from clean"
     assert "'none'" in evaluate("--attack", "fgsm").refusal
+
+
+def test_evaluate_attacks_the_plain_model_where_the_recipe_says_so(command, finished, monkeypatch):
+    def function_that_is_attacked(*more: object):
+        said = command(
+            "evaluate", "--model", "small_cnn", "--set", "model.width=4", "--weights",
+            finished / "finetuned.safetensors", "--data", "stripes_of_tests:load",
+            "--attack", "fgsm", *more,
+        )  # fmt: skip
+        assert said.code == 0, said.err
+        return attacked.pop()
+
+    attacked, whole = [], evaluation.evaluate
+
+    def seen(*arguments, function, **options):
+        attacked.append(function)
+        return whole(*arguments, function=function, **options)
+
+    monkeypatch.setattr(evaluation, "evaluate", seen)
+    assert function_that_is_attacked() is not None
+    assert function_that_is_attacked("--set", "execution.twin=false") is None
 
 
 def test_device_and_execution_are_the_recipes(command, here):

@@ -175,6 +175,34 @@ def test_an_artifact_of_another_network_is_refused(command, here, finished):
     assert "linear.bias is (4,) in the file and (10,) in the model; name the network" in refusal
 
 
+@pytest.mark.parametrize(
+    ("network", "text"),
+    [
+        ("narrow", "the network refuses images of shape (1, 8, 8) (Given groups=1, weight of size"),
+        ("few", "the network gives (1, 3) for one image of 4 classes; it must give logits of shap"),
+    ],
+)
+def test_a_network_for_other_images_is_neither_evaluated_nor_exported(command, here, network, text):
+    Path("networks_of_tests.py").write_text(
+        "from torch.nn import AdaptiveAvgPool2d, Conv2d, Flatten, Linear, Sequential\n"
+        "def made(channels, logits):\n"
+        "    return Sequential(Conv2d(channels, 4, 3), AdaptiveAvgPool2d(1), Flatten(),\n"
+        "                      Linear(4, logits))\n"
+        "def narrow(*_, **__):\n"
+        "    return made(3, 4)\n"
+        "def few(*_, **__):\n"
+        "    return made(1, 3)\n"
+    )
+    channels, logits = {"narrow": (3, 4), "few": (1, 3)}[network]
+    layers = nn.Conv2d(channels, 4, 3), nn.Identity(), nn.Identity(), nn.Linear(4, logits)
+    torch.save(nn.Sequential(*layers).state_dict(), "w.pt")
+    made = ("--model", f"networks_of_tests:{network}", "--data", "stripes_of_tests:load")
+    attacked = command("evaluate", *made, "--weights", "w.pt", "--attack", "fgsm", "--out", "e")
+    assert attacked.refusal.startswith(text)
+    assert command("export", "w.pt", *made, "--out", "a.hpn").refusal.startswith(text)
+    assert not Path("e").exists() and not Path("a.hpn").exists()
+
+
 def test_truncated_weights_of_others_are_refused(command, here):
     state = create_model("small_cnn", 4, in_channels=1, width=4).state_dict()
     torch.save(state, "o.pt")

@@ -58,6 +58,14 @@ def test_what_differs_or_is_unknown_is_not_timed(command, finished, monkeypatch)
     assert refusal.startswith("torch: its logits differ by")
 
 
+@pytest.mark.parametrize("option", ["--batch", "--rounds", "--threads"])
+def test_no_images_rounds_or_threads_are_refused(command, option):
+    more = ("--batch", 1) if option == "--batch" else ()
+    refusal = command("bench", "deploy", "a.hpn", *more, option, 0).refusal
+    assert refusal.startswith(f"Invalid value for '{option}': ")
+    assert refusal.endswith("1; see `harprune bench deploy --help`")
+
+
 def test_the_benchmark_of_densities_runs(capsys, tmp_path):
     few = "--arch resnet18 --width 4 --density 0.3 --allocation erk --batch 1 --rounds 1"
     files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.svg")]

@@ -9,9 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harprune.methods.base import Budget
+from harprune.models import create_model
 from harprune.pipeline import checks, pruning
 from harprune.pipeline.compare import cells_of
-from harprune.pipeline.recipe import Recipe, as_toml, changes, describe, make_recipe, read_recipe
+from harprune.pipeline.recipe import (
+    Recipe,
+    Training,
+    as_toml,
+    changes,
+    describe,
+    make_recipe,
+    read_recipe,
+)
+from harprune.sparsity import masks
 
 HERE = Path(__file__).parents[2] / "recipes"
 GRIDS = sorted((HERE / "compare").glob("*.toml"))
@@ -47,6 +58,17 @@ def test_methods_are_compared_at_the_same_cost():
     for family in families.values():
         assert len({r.prune.epochs + r.finetune.epochs for r in family}) == 1 < len(family)
         assert len({(r.prune.batch_size, r.data, r.objective, r.attack.size) for r in family}) == 1
+
+
+@pytest.mark.parametrize("name", ["harp", "hydra", "rst"])
+def test_weight_decay_says_which_methods_decay_scores(name):
+    method, model = pruning.METHODS[name](), create_model("small_cnn", 4, width=4)
+    method.attach(model, Budget(0.1))
+    scores = {id(mask.scores) for _, mask in masks.installed(model).values()}
+    decayed = [group for group in method.trainable(model) if "weight_decay" not in group]
+    decays = any(id(parameter) in scores for group in decayed for parameter in group["params"])
+    said = Training.model_fields["weight_decay"].description
+    assert (f"{name} always decays its scores" in " ".join(said.split())) == decays
 
 
 def refusal(content: dict, *overrides: str) -> str:
