@@ -300,7 +300,8 @@ class Parity(Section):
     cosine_offset: bool = False
     """The cosine lags one epoch."""
     epsilon: bool = False
-    """Epsilon 0.031 and step 0.0078 instead of 8/255 and 2/255."""
+    """Epsilon 0.031 and step 0.0078 instead of 8/255 and 2/255; refused beside another epsilon or
+    step."""
     start_density: bool = False
     """Densities start from a strategy at 0.1, whatever the target."""
 

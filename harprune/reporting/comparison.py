@@ -159,7 +159,7 @@ def _protocol_of(run: Run) -> dict[str, Any]:
     return {
         "data": run.section("data").get("name"),
         "model": run.section("model").get("name"),
-        "threat": run.recipe.get("threat"),
+        "threat": run.threat,
         "images": _finetuned(run).evaluation.size,
     }
 

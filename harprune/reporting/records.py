@@ -2,6 +2,7 @@
 """A run folder as checked, frozen records; what a stage has not written yet is None or empty."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,17 @@ class Run:
     def of_stage(self, stage: str) -> tuple[Epoch, ...]:
         return tuple(epoch for epoch in self.epochs if epoch.stage == stage)
 
+    @property
+    def threat(self) -> Any:
+        """What the attacks kept to, by their own record; the recipe's where none has run."""
+        for model in reversed(ATTACKED):
+            if model in self.attacked and self.attacked[model].evaluation.threat is not None:
+                return _threat_section(self.attacked[model].evaluation.threat)
+        held = self.recipe.get("threat")
+        if self.section("parity").get("epsilon") and isinstance(held, Mapping):
+            return {**held, "epsilon": "of parity.epsilon"}
+        return held
+
     def section(self, name: str) -> Mapping[str, Any]:
         """A section of the recipe, empty when the recipe has none."""
         value = self.recipe.get(name)
@@ -223,6 +235,17 @@ def _read_outcomes(path: Path, evaluation: Evaluation) -> dict[str, np.ndarray]:
             counted = f"{int(arrays[name].sum())} correct under {name}"
             raise _garbled(str(path), f"{counted} where evaluation.json says {measure.correct}")
     return arrays
+
+
+def _threat_section(record: Any) -> Any:
+    """`Linf(epsilon=0.0313...)` as a recipe writes it; another record as it is."""
+    found = re.fullmatch(r"(Linf|L2)\(epsilon=([0-9.e+-]+)\)", str(record))
+    if found is None:
+        return record
+    epsilon = float(found[2])
+    levels = round(255 * epsilon)
+    whole = 0 < levels < 255 and abs(255 * epsilon - levels) < 1e-9
+    return {"norm": found[1].lower(), "epsilon": f"{levels}/255" if whole else epsilon}
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

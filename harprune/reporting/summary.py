@@ -20,7 +20,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "model": run.section("model").get("name"),
         "method": run.section("method").get("name"),
         "density": run.section("budget").get("density"),
-        "threat": run.recipe.get("threat"),
+        "threat": run.threat,
         "missing": list(run.missing),
         "stages": {stage: _stage(run, stage) for stage in STAGES},
         "audit": _audit(run.audit) if run.audit else None,

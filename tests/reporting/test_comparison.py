@@ -130,11 +130,26 @@ def test_refusals_name_the_folders(make_run):
 
 def test_another_threat_is_another_protocol(make_run):
     runs = [make_run("a"), make_run("b", seed=1)]
-    recipe = json.loads((runs[1] / "recipe.json").read_text())
-    recipe["threat"]["epsilon"] = "4/255"
-    (runs[1] / "recipe.json").write_text(json.dumps(recipe))
+    attacked_under(runs[1], f"Linf(epsilon={4 / 255!r})")
     with pytest.raises(ValueError, match="threat norm linf, epsilon 4/255 but"):
         compare_runs(runs)
+
+
+def test_the_threat_is_that_of_the_attacks_not_of_the_recipe(make_run):
+    usual, parity = make_run("usual"), make_run("parity", seed=1)
+    attacked_under(usual, f"Linf(epsilon={8 / 255!r})")
+    attacked_under(parity, "Linf(epsilon=0.031)")
+    assert compare_runs([usual])["protocol"]["threat"] == {"norm": "linf", "epsilon": "8/255"}
+    assert compare_runs([parity])["protocol"]["threat"] == {"norm": "linf", "epsilon": 0.031}
+    with pytest.raises(
+        ValueError, match=r"epsilon 0\.031 but .*usual has norm linf, epsilon 8/255"
+    ):
+        compare_runs([usual, parity])
+
+
+def attacked_under(run, threat: str) -> None:
+    for path in run.glob("attack/*/evaluation.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"threat": threat}))
 
 
 def test_the_written_files_agree_and_repeat_bit_by_bit(six_runs, tmp_path):

@@ -258,6 +258,38 @@ def test_how_it_was_made_is_said(make_run):
     assert cells(text, "command")[1] == "harprune run recipes/mine.toml --out runs/mine"
 
 
+def test_the_threat_is_that_of_the_attacks(make_run):
+    folder = make_run()
+    path = folder / "attack/finetuned/evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"threat": "Linf(epsilon=0.031)"}))
+    assert write_report(folder)["threat"] == {"norm": "linf", "epsilon": 0.031}
+    assert "threat: norm linf, epsilon 0.031;" in (folder / "report/report.md").read_text()
+
+
+def test_without_attacks_the_threat_is_that_of_the_recipe(make_run):
+    folder = make_run(until="prune")
+    assert write_report(folder)["threat"] == {"norm": "linf", "epsilon": "8/255"}
+    recipe = json.loads((folder / "recipe.json").read_text())
+    (folder / "recipe.json").write_text(json.dumps(recipe | {"parity": {"epsilon": True}}))
+    assert write_report(folder)["threat"]["epsilon"] == "of parity.epsilon"
+
+
+@pytest.mark.parametrize(
+    ("record", "threat"),
+    [
+        ("L2(epsilon=0.5)", {"norm": "l2", "epsilon": 0.5}),
+        ("L2(epsilon=1.0)", {"norm": "l2", "epsilon": 1.0}),
+        ("Linf(epsilon=1e-05)", {"norm": "linf", "epsilon": 1e-5}),
+        ("Patch(size=3)", "Patch(size=3)"),
+    ],
+)
+def test_a_threat_is_said_as_a_recipe_says_it(make_run, record, threat):
+    folder = make_run()
+    path = folder / "attack/finetuned/evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"threat": record}))
+    assert write_report(folder)["threat"] == threat
+
+
 def test_nothing_but_the_report_is_left_behind(make_run):
     folder = make_run()
     before = files_of(folder)
