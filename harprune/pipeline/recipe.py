@@ -373,6 +373,14 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") ->
             yield f"{prefix}{key}: {a!r} -> {b!r}"
 
 
+def completed(held: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A resolved recipe of an earlier version with the defaults of keys that came since."""
+    try:
+        return Recipe.model_validate(held).model_dump(mode="json")
+    except ValidationError:
+        return held
+
+
 def describe(
     section: type[Section] = Recipe, prefix: str = "", *, notes: Mapping[str, Sequence[str]]
 ) -> Iterator[str]:
