@@ -63,7 +63,9 @@ class Layer:
 class Audit:
     """What the pruned network keeps, and what named allocations would have given each layer.
 
-    `multiply_adds` of one image are those of the "kept" weights and of the "dense" network.
+    `budget` is what `spent`, the kept weights times their layers' prices, may come to; None where
+    an earlier version did not write it. `multiply_adds` of one image are those of the "kept"
+    weights and of the "dense" network.
     """
 
     denominator: str
@@ -74,6 +76,7 @@ class Audit:
     layers: dict[str, Layer]
     allocations: dict[str, dict[str, float]] = Field(default_factory=dict)
     multiply_adds: dict[str, float] | None = None
+    spent: Count | None = None
 
     def __post_init__(self) -> None:
         for count in ("total", "kept"):
