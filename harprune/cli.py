@@ -368,6 +368,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write the report of each run; with --out, one table that compares them."""
+    from harprune.pipeline.recipe import completed
     from harprune.pipeline.run import command_line
     from harprune.reporting.comparison import write_comparison
     from harprune.reporting.report import write_report
@@ -379,7 +380,13 @@ def report(
             write_tensorboard(folder)
     if out is not None:
         write_comparison(
-            runs, out, title=title, note=note, command=command_line(), baseline=baseline
+            runs,
+            out,
+            title=title,
+            note=note,
+            command=command_line(),
+            baseline=baseline,
+            complete=completed,
         )
     if as_json:
         _print_json(content)

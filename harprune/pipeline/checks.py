@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is refused before any training starts, so that no fault waits for hours to show."""
 
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from harprune.pipeline import hardening, pruning
-from harprune.pipeline.recipe import Recipe
+from harprune.pipeline.recipe import Recipe, Threat
 from harprune.pipeline.supply import Materials
 from harprune.robustness import evaluation
 from harprune.robustness.attacks import eval_mode
+from harprune.robustness.threat import parse_epsilon
 from harprune.training.schedules import make_schedule
 from harprune.training.splits import Split
 
@@ -33,6 +35,8 @@ def check(recipe: Recipe, *, weights_follow: bool = False) -> None:
             f"parity.epsilon is a radius of linf, but threat.norm = {recipe.threat.norm!r}; "
             "set one of them otherwise"
         )
+    if recipe.parity.epsilon:
+        _require_no_other_epsilon(recipe)
     bound = hardening.threat(recipe)
     for name in recipe.attack.attacks:
         hardening.attack(name, bound)
@@ -60,6 +64,23 @@ def check(recipe: Recipe, *, weights_follow: bool = False) -> None:
         )
     if weights is not None and not weights_follow and not Path(weights).is_file():
         raise ValueError(f"model.weights = {weights!r}: no such file; name a checkpoint")
+
+
+def _require_no_other_epsilon(recipe: Recipe) -> None:
+    """Raises ValueError for an epsilon or a step that parity.epsilon would override unseen."""
+    given = {}
+    if parse_epsilon(recipe.threat.epsilon) != parse_epsilon(Threat().epsilon):
+        given["threat.epsilon"] = recipe.threat.epsilon
+    for prefix in ("", "pretrain.", "prune.", "finetune."):
+        section = attrgetter(f"{prefix}objective")(recipe)
+        if section is not None and section.step_size is not None:
+            given[f"{prefix}objective.step_size"] = section.step_size
+    if given:
+        key, value = next(iter(given.items()))
+        raise ValueError(
+            f"parity.epsilon has an epsilon and a step of its own, but {key} = {value!r}; "
+            "leave one of them out"
+        )
 
 
 def rehearse(recipe: Recipe, supply: Materials) -> None:

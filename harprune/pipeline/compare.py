@@ -28,6 +28,7 @@ from harprune.pipeline.recipe import (
     Section,
     as_toml,
     changes,
+    completed,
     make_recipe,
     overridden,
 )
@@ -269,6 +270,7 @@ def compare(
         baseline=baseline,
         labels=[cell.label for cell in done],
         seconds=[seconds.get(cell.name) for cell in done],
+        complete=completed,
         failed=failed,
     )
 

@@ -308,7 +308,8 @@ class Parity(Section):
     cosine_offset: bool = False
     """The cosine lags one epoch."""
     epsilon: bool = False
-    """Epsilon 0.031 and step 0.0078 instead of 8/255 and 2/255."""
+    """Epsilon 0.031 and step 0.0078 instead of 8/255 and 2/255; refused beside another epsilon or
+    step."""
     start_density: bool = False
     """Densities start from a strategy at 0.1, whatever the target."""
 
@@ -378,6 +379,14 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") ->
             yield from changes(a, b, f"{prefix}{key}.")
         elif a != b:
             yield f"{prefix}{key}: {a!r} -> {b!r}"
+
+
+def completed(held: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A resolved recipe of an earlier version with the defaults of keys that came since."""
+    try:
+        return Recipe.model_validate(held).model_dump(mode="json")
+    except ValidationError:
+        return held
 
 
 def describe(

@@ -22,10 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-from pydantic import ValidationError
-
 from harprune.files import write
-from harprune.pipeline.recipe import Recipe, as_toml, changes
+from harprune.pipeline.recipe import Recipe, as_toml, changes, completed
 from harprune.training import checkpoint
 
 STAGES = ("pretrain", "prune", "finetune")
@@ -89,7 +87,7 @@ class Run:
         resolved = self.recipe.model_dump(mode="json")
         record = self.folder / "recipe.json"
         if record.exists() and self.begun:
-            found = list(changes(_completed(_read_json(record)), resolved))
+            found = list(changes(completed(_read_json(record)), resolved))
             differing = [change for change in found if self._has_begun(change)]
             if differing:
                 raise ValueError(
@@ -204,14 +202,6 @@ class Run:
                 for epoch in histories.get(stage, [])
             ]
             write(self.folder / "metrics.jsonl", "".join(f"{x}\n" for x in lines))
-
-
-def _completed(held: dict) -> dict:
-    """A recipe of an earlier version with the defaults of keys that came since."""
-    try:
-        return Recipe.model_validate(held).model_dump(mode="json")
-    except ValidationError:
-        return held
 
 
 def environment_of(command: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several runs side by side under one protocol: seeds averaged, methods compared image by image."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -26,6 +26,9 @@ from harprune.reporting.tables import (
 
 DENSE = "dense"
 
+_FREE = ("name", "seed", "execution", "attack.dense", "model.weights", "data.folder")
+"""Keys of a recipe in which runs of one configuration and density may differ."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -49,6 +52,7 @@ def write_comparison(
     baseline: str | None = None,
     labels: Sequence[str] | None = None,
     seconds: Sequence[float | None] | None = None,
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     failed: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write `out_md`, and beside it the same as .json and plots as .svg; returns the comparison.
@@ -58,14 +62,16 @@ def write_comparison(
         note: what a reader should know first; may be empty.
         command: what makes this file again.
         makes_runs: it makes the runs too, so that their own commands need not be shown.
-        baseline, labels, seconds: see `compare_runs`.
+        baseline, labels, seconds, complete: see `compare_runs`.
         failed: runs that should be here and are not, with the reason.
     """
     out = Path(out_md)
     if out.suffix != ".md":
         raise ValueError(f"a comparison is written to a Markdown file, not to {out}; end it in .md")
     comparison = {"title": title, "note": note, "command": command}
-    comparison |= compare_runs(folders, baseline=baseline, labels=labels, seconds=seconds)
+    comparison |= compare_runs(
+        folders, baseline=baseline, labels=labels, seconds=seconds, complete=complete
+    )
     comparison |= {"makes_runs": makes_runs, "failed": dict(failed)}
     pictures = dict(_pictures(out, comparison))
     for plot in pictures.values():
@@ -102,6 +108,7 @@ def compare_runs(
     baseline: str | None = None,
     labels: Sequence[str] | None = None,
     seconds: Sequence[float | None] | None = None,
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> dict[str, Any]:
     """Runs grouped over seeds: mean and sample standard deviation of accuracies, exact counts.
 
@@ -111,10 +118,12 @@ def compare_runs(
             the others of the same density are tested, seed by seed, on the same images.
         labels: what each run's configuration is called; said by its recipe when absent.
         seconds: what each run took, where that is known.
+        complete: gives a recipe of an earlier version the keys that came since.
 
     Raises:
         ValueError: a run is unfinished, protocols differ, a seed occurs twice in one configuration,
-            or the baseline is unknown.
+            runs of one configuration and density differ in more than their seed, or the baseline is
+            unknown.
     """
     runs = [read_run(folder) for folder in folders]
     if not runs:
@@ -123,6 +132,8 @@ def compare_runs(
     labels = labels or [_configuration(run) for run in runs]
     took = dict(zip((run.folder for run in runs), seconds or [None] * len(runs), strict=True))
     groups = _groups(runs, labels, took)
+    for group in groups:
+        _require_alike(group, complete)
     rows = [_dense_row(runs), *map(_row, groups)]
     return {
         "protocol": protocol,
@@ -146,7 +157,8 @@ def _protocol(runs: Sequence[Run]) -> dict[str, Any]:
                     f"{run.folder} has {key} {ours} but {runs[0].folder} has {first}; "
                     "compare runs of one protocol"
                 )
-    return protocols[0]
+    # The architecture's usual width goes without saying.
+    return {k: v for k, v in protocols[0].items() if k != "width" or v is not None}
 
 
 def _protocol_of(run: Run) -> dict[str, Any]:
@@ -159,7 +171,8 @@ def _protocol_of(run: Run) -> dict[str, Any]:
     return {
         "data": run.section("data").get("name"),
         "model": run.section("model").get("name"),
-        "threat": run.recipe.get("threat"),
+        "width": run.section("model").get("width"),
+        "threat": run.threat,
         "images": _finetuned(run).evaluation.size,
     }
 
@@ -190,6 +203,34 @@ def _groups(
         )
         for (configuration, density), members in found.items()
     ]
+
+
+def _require_alike(group: Group, complete: Callable) -> None:
+    """Raises ValueError where an average over seeds would be one over different recipes."""
+    first, *others = group.runs.values()
+    for run in others:
+        difference = next(_differences(complete(run.recipe), complete(first.recipe)), None)
+        if difference is not None:
+            key, ours, theirs = difference
+            raise ValueError(
+                f"{run.folder} has {key} = {ours!r} but {first.folder} has {theirs!r}, and both "
+                f"are {group.configuration} at density {group.density}; compare only runs that "
+                "differ in their seed alone as one configuration"
+            )
+
+
+def _differences(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Each leaf in which two recipes differ and that is not free to: dotted key, both values."""
+    for key in dict.fromkeys((*ours, *theirs)):
+        where, a, b = f"{prefix}{key}", ours.get(key), theirs.get(key)
+        if where in _FREE or a == b:
+            continue
+        if all(isinstance(value, Mapping | None) for value in (a, b)):
+            yield from _differences(a or {}, b or {}, f"{where}.")
+        else:
+            yield where, a, b
 
 
 def _density(run: Run) -> float:

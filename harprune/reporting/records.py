@@ -2,6 +2,7 @@
 """A run folder as checked, frozen records; what a stage has not written yet is None or empty."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,9 @@ class Layer:
 class Audit:
     """What the pruned network keeps, and what named allocations would have given each layer.
 
-    `multiply_adds` of one image are those of the "kept" weights and of the "dense" network.
+    `budget` is what `spent`, the kept weights times their layers' prices, may come to; None where
+    an earlier version did not write it. `multiply_adds` of one image are those of the "kept"
+    weights and of the "dense" network.
     """
 
     denominator: str
@@ -73,6 +76,7 @@ class Audit:
     layers: dict[str, Layer]
     allocations: dict[str, dict[str, float]] = Field(default_factory=dict)
     multiply_adds: dict[str, float] | None = None
+    spent: Count | None = None
 
     def __post_init__(self) -> None:
         for count in ("total", "kept"):
@@ -159,6 +163,17 @@ class Run:
     def of_stage(self, stage: str) -> tuple[Epoch, ...]:
         return tuple(epoch for epoch in self.epochs if epoch.stage == stage)
 
+    @property
+    def threat(self) -> Any:
+        """What the attacks kept to, by their own record; the recipe's where none has run."""
+        for model in reversed(ATTACKED):
+            if model in self.attacked and self.attacked[model].evaluation.threat is not None:
+                return _threat_section(self.attacked[model].evaluation.threat)
+        held = self.recipe.get("threat")
+        if self.section("parity").get("epsilon") and isinstance(held, Mapping):
+            return {**held, "epsilon": "of parity.epsilon"}
+        return held
+
     def section(self, name: str) -> Mapping[str, Any]:
         """A section of the recipe, empty when the recipe has none."""
         value = self.recipe.get(name)
@@ -223,6 +238,17 @@ def _read_outcomes(path: Path, evaluation: Evaluation) -> dict[str, np.ndarray]:
             counted = f"{int(arrays[name].sum())} correct under {name}"
             raise _garbled(str(path), f"{counted} where evaluation.json says {measure.correct}")
     return arrays
+
+
+def _threat_section(record: Any) -> Any:
+    """`Linf(epsilon=0.0313...)` as a recipe writes it; another record as it is."""
+    found = re.fullmatch(r"(Linf|L2)\(epsilon=([0-9.e+-]+)\)", str(record))
+    if found is None:
+        return record
+    epsilon = float(found[2])
+    levels = round(255 * epsilon)
+    whole = 0 < levels < 255 and abs(255 * epsilon - levels) < 1e-9
+    return {"norm": found[1].lower(), "epsilon": f"{levels}/255" if whole else epsilon}
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def _sections(summary: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Itera
     if layers := layers_table(summary):
         audit = summary["audit"]
         counted = f"{audit['kept']:,} of {audit['total']:,} {audit['denominator']} are kept"
-        text = f"{counted}; the budget allows {audit['budget']:,}."
+        text = "; ".join([counted, *map(_allowed, audit["bounds"])]) + "."
         yield Section("Where the weights are", layers, pictures["density"], text)
     if "prune" in pictures:
         yield Section("How the densities were found", plot=pictures["prune"])
@@ -137,6 +137,11 @@ def _sections(summary: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Itera
     )
     yield Section("Training", stages_table(summary), pictures.get("validation"), text)
     yield Section("How this was made", _made_table(summary))
+
+
+def _allowed(bound: Mapping[str, Any]) -> str:
+    spent = "" if bound["spent"] is None else f", and {bound['spent']:,} are spent"
+    return f"{bound['bound']} allows {bound['allowed']:,} {bound['unit']}{spent}"
 
 
 def _attacks_table(summary: Mapping[str, Any]) -> Table:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run reduced to the numbers of its report: plain values, from which tables are made."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from math import floor
 from typing import Any
 
 from harprune.reporting.pairing import paired_difference
@@ -20,10 +21,10 @@ def summarise(run: Run) -> dict[str, Any]:
         "model": run.section("model").get("name"),
         "method": run.section("method").get("name"),
         "density": run.section("budget").get("density"),
-        "threat": run.recipe.get("threat"),
+        "threat": run.threat,
         "missing": list(run.missing),
         "stages": {stage: _stage(run, stage) for stage in STAGES},
-        "audit": _audit(run.audit) if run.audit else None,
+        "audit": _audit(run, run.audit) if run.audit else None,
         "results": _results(run.attacked),
         "checks": list(_checks(run)),
         "flags": [
@@ -53,12 +54,13 @@ def _stage(run: Run, stage: str) -> dict[str, Any]:
     }
 
 
-def _audit(audit: Audit) -> dict[str, Any]:
+def _audit(run: Run, audit: Audit) -> dict[str, Any]:
     return {
         "denominator": audit.denominator,
         "total": audit.total,
         "kept": audit.kept,
         "budget": audit.budget,
+        "bounds": list(_bounds(run, audit)),
         "density": audit.density,
         "layers": {
             name: {"total": layer.total, "kept": layer.kept, "density": layer.density}
@@ -66,6 +68,26 @@ def _audit(audit: Audit) -> dict[str, Any]:
         },
         "allocations": audit.allocations,
     }
+
+
+def _bounds(run: Run, audit: Audit) -> Iterator[dict[str, Any]]:
+    """The budget in the unit it is in, and the second bound where there is one."""
+    section = run.section("budget")
+    cost, share = section.get("cost", "parameters"), section.get("multiply_adds")
+    work = {name: int(count) for name, count in (audit.multiply_adds or {}).items()}
+    units = {
+        "parameters": audit.denominator,
+        "multiply-adds": "multiply-adds",
+        "mixed": "mixed units of weights and multiply-adds",
+    }
+    # Where an audit of an earlier version lacks `spent`, a mixed one cannot be found again.
+    known = {"parameters": audit.kept, "multiply-adds": work.get("kept")}
+    spent = known.get(cost) if audit.spent is None else audit.spent
+    yield {"bound": "budget", "unit": units[cost], "spent": spent, "allowed": audit.budget}
+    if share is not None and work:
+        allowed = floor(share * work["dense"] + 1e-6)  # float error aside, as the budget's
+        bound = {"bound": "budget.multiply_adds", "unit": "multiply-adds"}
+        yield bound | {"spent": work["kept"], "allowed": allowed}
 
 
 def _results(attacked: Mapping[str, Attacked]) -> list[dict[str, Any]]:
@@ -104,8 +126,10 @@ def _checks(run: Run) -> Iterable[dict[str, Any]]:
         for model, attacked in run.attacked.items()
         for name, check in attacked.evaluation.checks.items()
     ]
-    if run.audit:
-        detail = f"{run.audit.kept} of {run.audit.budget} allowed {run.audit.denominator} kept"
-        passed = run.audit.kept <= run.audit.budget
-        found.append({"model": "pruned", "check": "budget", "passed": passed, "detail": detail})
+    for bound in _bounds(run, run.audit) if run.audit else ():
+        spent, allowed = bound["spent"], bound["allowed"]
+        if spent is not None:
+            detail = f"{spent:,} of {allowed:,} allowed {bound['unit']} kept"
+            check = {"model": "pruned", "check": bound["bound"], "passed": spent <= allowed}
+            found.append(check | {"detail": detail})
     return sorted(found, key=lambda check: check["passed"])

@@ -231,6 +231,18 @@ def test_changes_name_the_leaves():
             "parity.cosine_offset is a form of the cosine, not of 'steps'",
         ),
         ({"parity": {"epsilon": True}, "threat": {"norm": "l2"}}, "parity.epsilon is a radius of"),
+        (
+            {"parity": {"epsilon": True}, "threat": {"epsilon": "4/255"}},
+            "parity.epsilon has an epsilon and a step of its own, but threat.epsilon = '4/255'; le",
+        ),
+        (
+            {"parity": {"epsilon": True}, "objective": {"step_size": 0.01}},
+            "parity.epsilon has an epsilon and a step of its own, but objective.step_size = 0.01; ",
+        ),
+        (
+            {"parity": {"epsilon": True}, "prune": {"objective": {"step_size": "2/255"}}},
+            "parity.epsilon has an epsilon and a step of its own, but prune.objective.step_size =",
+        ),
     ],
 )
 def test_the_check_refuses_what_a_later_stage_would(content, text):
@@ -239,6 +251,10 @@ def test_the_check_refuses_what_a_later_stage_would(content, text):
         checks.check(recipe)
     assert str(caught.value).startswith(text)
     assert "\n" not in str(caught.value)
+
+
+def test_the_check_lets_parity_stand_beside_the_usual_epsilon():
+    checks.check(make_recipe({"parity": {"epsilon": True}, "threat": {"epsilon": 8 / 255}}))
 
 
 def test_the_check_lets_every_known_name_pass():

@@ -130,11 +130,100 @@ def test_refusals_name_the_folders(make_run):
 
 def test_another_threat_is_another_protocol(make_run):
     runs = [make_run("a"), make_run("b", seed=1)]
-    recipe = json.loads((runs[1] / "recipe.json").read_text())
-    recipe["threat"]["epsilon"] = "4/255"
-    (runs[1] / "recipe.json").write_text(json.dumps(recipe))
+    attacked_under(runs[1], f"Linf(epsilon={4 / 255!r})")
     with pytest.raises(ValueError, match="threat norm linf, epsilon 4/255 but"):
         compare_runs(runs)
+
+
+def test_the_threat_is_that_of_the_attacks_not_of_the_recipe(make_run):
+    usual, parity = make_run("usual"), make_run("parity", seed=1)
+    attacked_under(usual, f"Linf(epsilon={8 / 255!r})")
+    attacked_under(parity, "Linf(epsilon=0.031)")
+    assert compare_runs([usual])["protocol"]["threat"] == {"norm": "linf", "epsilon": "8/255"}
+    assert compare_runs([parity])["protocol"]["threat"] == {"norm": "linf", "epsilon": 0.031}
+    with pytest.raises(
+        ValueError, match=r"epsilon 0\.031 but .*usual has norm linf, epsilon 8/255"
+    ):
+        compare_runs([usual, parity])
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("budget", "cost", "multiply-adds"),
+        ("finetune", "epochs", 3),
+        ("data", "validation", 0.2),
+    ],
+)
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(make_run, section, key, value):
+    runs = [make_run("a"), make_run("b", seed=1)]
+    set_in_recipe(runs[1], section, key, value)
+    said = rf"b has {section}\.{key} = '?{value}'? but .*a has None, and both are harp \+ erk at"
+    with pytest.raises(ValueError, match=said) as caught:
+        compare_runs(runs)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_first_difference_is_named_by_its_key_and_both_values(make_run):
+    runs = [make_run("a"), make_run("b", seed=1)]
+    for run, cost in zip(runs, ("parameters", "multiply-adds"), strict=True):
+        set_in_recipe(run, "budget", "cost", cost)
+    with pytest.raises(ValueError, match=r"budget\.cost = 'multiply-adds' but .* 'parameters', an"):
+        compare_runs(runs)
+
+
+def test_what_is_no_part_of_the_experiment_may_differ_between_seeds(make_run):
+    runs = [make_run("a"), make_run("b", seed=1)]
+    free = [
+        ("attack", "dense", False),
+        ("model", "weights", "dense.safetensors"),
+        ("data", "folder", "/elsewhere"),
+        ("execution", "threads", 1),
+    ]
+    for key in free:
+        for number, run in enumerate(runs):
+            section, name, value = key
+            set_in_recipe(run, section, name, value if number else None)
+    assert compare_runs(runs)["rows"][1]["seeds"] == [0, 1]
+
+
+def test_configurations_and_densities_may_differ_in_all_else(make_run):
+    runs = [make_run("a"), make_run("b", method="hydra"), make_run("c", density=0.1)]
+    for epochs, run in enumerate(runs):
+        set_in_recipe(run, "finetune", "epochs", epochs)
+    assert len(compare_runs(runs)["rows"]) == 4
+
+
+def test_recipes_of_an_earlier_version_are_completed(make_run):
+    runs = [make_run("a"), make_run("b", seed=1)]
+    set_in_recipe(runs[1], "budget", "cost", "parameters")
+
+    def complete(recipe):
+        return {**recipe, "budget": {"cost": "parameters", **recipe["budget"]}}
+
+    assert compare_runs(runs, complete=complete)["rows"][1]["seeds"] == [0, 1]
+
+
+def test_another_width_is_another_protocol(make_run):
+    runs = [make_run("a"), make_run("b", method="hydra")]
+    assert "width" not in compare_runs(runs)["protocol"]
+    set_in_recipe(runs[1], "model", "width", 8)
+    for order in (runs, runs[::-1]):
+        with pytest.raises(ValueError, match=r"has width (8|–) but"):  # noqa: RUF001
+            compare_runs(order)
+    set_in_recipe(runs[0], "model", "width", 8)
+    assert compare_runs(runs)["protocol"]["width"] == 8
+
+
+def set_in_recipe(run, section: str, key: str, value) -> None:
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe.setdefault(section, {})[key] = value
+    (run / "recipe.json").write_text(json.dumps(recipe))
+
+
+def attacked_under(run, threat: str) -> None:
+    for path in run.glob("attack/*/evaluation.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"threat": threat}))
 
 
 def test_the_written_files_agree_and_repeat_bit_by_bit(six_runs, tmp_path):

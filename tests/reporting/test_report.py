@@ -140,6 +140,56 @@ def test_keeping_more_than_the_budget_is_a_failed_check(make_run):
     assert failed == ["budget"]
 
 
+def checked(make_run, name: str, budget: dict, audit: dict) -> tuple[dict, str]:
+    """The budget's checks of a run with these entries, and its report."""
+    folder = make_run(name)
+    for file, entries in (("recipe.json", {"budget": budget}), ("audit.json", audit)):
+        held = json.loads((folder / file).read_text())
+        for key, value in entries.items():
+            held[key] = held[key] | value if isinstance(held.get(key), dict) else value
+        (folder / file).write_text(json.dumps(held))
+    found = write_report(folder)["checks"]
+    checks = {c["check"]: (c["passed"], c["detail"]) for c in found if "budget" in c["check"]}
+    return checks, (folder / "report/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("cost", "unit"),
+    [
+        ("parameters", "prunable weights"),
+        ("multiply-adds", "multiply-adds"),
+        ("mixed", "mixed units of weights and multiply-adds"),
+    ],
+)
+def test_the_budget_is_checked_in_its_own_unit(make_run, cost, unit):
+    audit = {"budget": 75635, "spent": 75600}
+    checks, text = checked(make_run, "within", {"cost": cost}, audit)
+    assert checks == {"budget": (True, f"75,600 of 75,635 allowed {unit} kept")}
+    assert f"; budget allows 75,635 {unit}, and 75,600 are spent." in text
+    checks, _ = checked(make_run, "beyond", {"cost": cost}, audit | {"spent": 75636})
+    assert checks == {"budget": (False, f"75,636 of 75,635 allowed {unit} kept")}
+
+
+def test_the_second_bound_is_checked_too(make_run):
+    budget, work = {"multiply_adds": 0.1}, {"dense": 10005, "kept": 1000}
+    checks, text = checked(make_run, "within", budget, {"multiply_adds": work})
+    assert checks["budget.multiply_adds"] == (True, "1,000 of 1,000 allowed multiply-adds kept")
+    assert "; budget.multiply_adds allows 1,000 multiply-adds, and 1,000 are spent." in text
+    checks, _ = checked(make_run, "beyond", budget, {"multiply_adds": work | {"kept": 1001}})
+    assert [passed for passed, _ in checks.values()] == [False, True]
+    checks, _ = checked(make_run, "without", {}, {"multiply_adds": work})
+    assert list(checks) == ["budget"]
+
+
+def test_an_audit_that_does_not_say_what_was_spent_is_still_read(make_run):
+    work = {"budget": 900, "multiply_adds": {"dense": 10000, "kept": 901}}
+    checks, _ = checked(make_run, "work", {"cost": "multiply-adds"}, work)
+    assert checks == {"budget": (False, "901 of 900 allowed multiply-adds kept")}
+    checks, text = checked(make_run, "mixed", {"cost": "mixed"}, work)
+    assert checks == {}
+    assert "; budget allows 900 mixed units of weights and multiply-adds." in text
+
+
 @pytest.mark.parametrize(
     ("until", "missing", "drawn"),
     [
@@ -256,6 +306,38 @@ def test_how_it_was_made_is_said(make_run):
     assert cells(text, "commit")[1] == "0123456789ab"
     assert cells(text, "versions")[1] == "harprune 0.1.0, torch 2.13.0"
     assert cells(text, "command")[1] == "harprune run recipes/mine.toml --out runs/mine"
+
+
+def test_the_threat_is_that_of_the_attacks(make_run):
+    folder = make_run()
+    path = folder / "attack/finetuned/evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"threat": "Linf(epsilon=0.031)"}))
+    assert write_report(folder)["threat"] == {"norm": "linf", "epsilon": 0.031}
+    assert "threat: norm linf, epsilon 0.031;" in (folder / "report/report.md").read_text()
+
+
+def test_without_attacks_the_threat_is_that_of_the_recipe(make_run):
+    folder = make_run(until="prune")
+    assert write_report(folder)["threat"] == {"norm": "linf", "epsilon": "8/255"}
+    recipe = json.loads((folder / "recipe.json").read_text())
+    (folder / "recipe.json").write_text(json.dumps(recipe | {"parity": {"epsilon": True}}))
+    assert write_report(folder)["threat"]["epsilon"] == "of parity.epsilon"
+
+
+@pytest.mark.parametrize(
+    ("record", "threat"),
+    [
+        ("L2(epsilon=0.5)", {"norm": "l2", "epsilon": 0.5}),
+        ("L2(epsilon=1.0)", {"norm": "l2", "epsilon": 1.0}),
+        ("Linf(epsilon=1e-05)", {"norm": "linf", "epsilon": 1e-5}),
+        ("Patch(size=3)", "Patch(size=3)"),
+    ],
+)
+def test_a_threat_is_said_as_a_recipe_says_it(make_run, record, threat):
+    folder = make_run()
+    path = folder / "attack/finetuned/evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"threat": record}))
+    assert write_report(folder)["threat"] == threat
 
 
 def test_nothing_but_the_report_is_left_behind(make_run):
