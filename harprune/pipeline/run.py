@@ -60,6 +60,7 @@ class Run:
         self.recipe = recipe
         self.leader = int(os.environ.get("RANK", "0")) == 0
         self._going_on: dict[str, Any] = {}
+        self._changed: tuple[str, dict] | None = None
         if not self.leader:
             return
         if self.folder.exists() and not self.folder.is_dir():
@@ -95,8 +96,7 @@ class Run:
                     f"{'; ...' if len(differing) > 3 else ''}); choose another --out"
                 )
             self._going_on = environment_of(command)
-            if found:
-                self._write_recipe(source, resolved)
+            self._changed = (source, resolved) if found else None
             return
         self._write_recipe(source, resolved)
         environment = json.dumps(environment_of(command), indent=1)
@@ -136,13 +136,15 @@ class Run:
             write(path, json.dumps(dict(inputs), indent=1) + "\n")
 
     def note_change(self) -> None:
-        """Add to environment.json what the run goes on with: other code, machine or command.
+        """Keep what the run goes on with: other keys, and other code, machine or command.
 
         For whoever is about to write what was computed: a command that fails before leaves no
         trace.
         """
         if not self._going_on:
             return
+        if self._changed is not None:
+            self._write_recipe(*self._changed)
         path = self.folder / "environment.json"
         held = _read_json(path) if path.exists() else {}
         last = [held, *held.get("continued", [])][-1]

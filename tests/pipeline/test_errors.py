@@ -280,6 +280,9 @@ def test_a_model_of_too_few_logits_is_refused():
 def test_what_a_stage_to_come_does_may_still_be_changed(command, here, finished):
     (finished / "finetuned.safetensors").unlink()
     shutil.rmtree(finished / "attack")
+    before = contents(finished)
+    assert "exceeds the 60" in run_with(command, "finetune.batch_size=99", out="run").refusal
+    assert contents(finished) == before
     changed = ("finetune.batch_size=12", "attack.size=8")
     assert run_with(command, *changed, out="run").code == 0
     held = json.loads((finished / "recipe.json").read_text())
