@@ -164,7 +164,7 @@ class WeightTraining(Training):
     """A stage that trains weights, not a selection among them."""
 
     averaging: float | None = Field(None, ge=0, lt=1)
-    """Decay per optimiser step of an average of weights and batch-norm statistics, as 0.999; this
+    """Decay per optimiser step of an average of the weights, as 0.999; this
     network is then validated, selected and kept. The last step's own when absent."""
     awp: WeightPerturbation | None = None
     """Take each gradient where the weights nearby are worst (AWP), at one more pass a step; its

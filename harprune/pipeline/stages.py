@@ -310,6 +310,8 @@ def learn(
     if course.restore():
         shop.run.write_metrics(_histories(shop, course))
         shop.console.say(f"{stage}: going on at step {course.step}")
+    learners = [model] if average is None else [model, average.module]
+    twins = {m: m if teacher else _trained(shop, stage, m) for m in learners}
     with shop.console.bar(stage, section.epochs * len(batches)) as bar:
 
         def after_step(step: int, loss: Tensor) -> None:
@@ -336,7 +338,7 @@ def learn(
             fit(
                 model,
                 batches,
-                loss=_loss(objective, method, model if teacher else _trained(shop, stage, model)),
+                loss=_loss(objective, method, twins),
                 optimiser=optimiser,
                 schedule=make_schedule(
                     section.schedule, epochs=section.epochs, offset=shop.recipe.parity.cosine_offset
@@ -368,11 +370,12 @@ def _trained(shop: Workshop, stage: str, model: nn.Module) -> nn.Module:
 
 
 def _loss(
-    objective, method: Method | None, trained: nn.Module
+    objective, method: Method | None, twins: Mapping[nn.Module, nn.Module]
 ) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """`twins`: what runs in the place of each network that the loss is asked for."""
     if method is None:
-        return lambda model, x, y: objective(trained, x, y)
-    return lambda model, x, y: objective(trained, x, y) + method.penalty(model)
+        return lambda model, x, y: objective(twins[model], x, y)
+    return lambda model, x, y: objective(twins[model], x, y) + method.penalty(model)
 
 
 def _end_epoch(shop: Workshop, course: Course, epoch: int, fast: Twin | None, epochs: int) -> None:

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exponential average of a network over its optimiser steps."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
+
+SETTLING = 16
+"""Batches of an epoch from which the average takes its batch-norm statistics."""
 
 
 class Average(AveragedModel):
@@ -13,9 +19,8 @@ class Average(AveragedModel):
     and, once t exceeds some 1 / (1 - decay), the usual exponential one. Weights from before the
     first step do not count, so a short stage does not drag its start along.
 
-    Running statistics of batch norm are averaged like weights: they are those of the networks
-    averaged, not of their average, and cost no pass over the data. Buffers that are no floating
-    point numbers (masks, counters) are those of the last step.
+    Buffers are those of the last step, until `settle` gives batch norm the statistics of the
+    averaged network: at a high learning rate the mean of the steps' own is far from them.
 
     Raises:
         ValueError: decay outside [0, 1).
@@ -26,15 +31,38 @@ class Average(AveragedModel):
             raise ValueError(
                 f"averaging = {decay:g} must lie in [0, 1); 0.999 averages some 1,000 steps"
             )
-        super().__init__(model, multi_avg_fn=self._move, use_buffers=True)
+        super().__init__(model, multi_avg_fn=self._move)
         self.decay = decay
+
+    def settle(
+        self,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        forward: Callable[[nn.Module, Tensor, Tensor], object],
+    ) -> None:
+        """Take batch-norm statistics from training passes of the average itself.
+
+        As for any average of weights (Izmailov et al. 2018, sec. 3.2); `forward` is called as
+        (module, x, y) in training mode.
+        """
+        self.module.train()
+        norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
+        norms = [m for m in norms if m.training and m.track_running_stats]
+        if not norms:
+            return
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all batches
+        try:
+            for x, y in batches:
+                forward(self.module, x, y)
+        finally:
+            for norm, momentum in zip(norms, momenta):
+                norm.momentum = momentum
 
     @torch.no_grad()
     def _move(self, averages: list[Tensor], values: list[Tensor], _count: Tensor) -> None:
         """Move tensors of one type towards the network's own."""
-        if not averages[0].is_floating_point():
-            torch._foreach_copy_(averages, values)
-            return
         # The copy of the count in hand lies on the accelerator, where reading it would wait.
         steps = int(self.n_averaged) + 1
         torch._foreach_lerp_(averages, values, (1.0 - self.decay) / (1.0 - self.decay**steps))

@@ -12,6 +12,7 @@ its running statistics are those of rank 0. The noise of an attack is each rank'
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from harprune.training.averaging import Average
+from harprune.training.averaging import SETTLING, Average
 from harprune.training.schedules import Schedule
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -63,7 +64,8 @@ def fit(
         schedule: progress in [0, 1] -> multiplier of each group's learning rate.
         start: step to begin with, counted over all epochs; earlier ones count as done.
         replays: optimiser steps on each batch (free adversarial training).
-        average: takes in the model after every optimiser step.
+        average: takes in the model after every optimiser step, and at the end of an epoch
+            batch-norm statistics from a few batches of it.
         nearby: called as (progress) when a step has its gradients. Where it gives a context, they
             are taken anew inside it, and the optimiser steps outside (sharpness-aware training).
         after_step: called as (step, loss) when step `step` is done.
@@ -89,6 +91,10 @@ def fit(
                         average.update_parameters(model)
                 _require_finite(value, step)
                 after_step(step, value)
+            if average is not None:
+                torch.manual_seed(step_seed(seed, epoch * len(batches), fabric.global_rank))
+                with fabric.autocast():
+                    average.settle(islice(batches.epoch(epoch), SETTLING), loss)
             for network in (model,) if average is None else (model, average.module):
                 _share_buffers(fabric, network)
             if after_epoch(epoch):

@@ -53,23 +53,54 @@ def closed_form(states: list[dict], decay: float, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
-def test_weights_and_statistics_are_the_weighted_mean_of_all_steps(decay):
+def test_weights_are_the_weighted_mean_of_all_steps(decay):
     model, states = network(), []
     average = Average(model, decay)
 
     def note(step, value):
         states.append(copy.deepcopy(model.state_dict()))
-        for name, value in average.module.state_dict().items():
-            if value.is_floating_point():
-                wanted = closed_form(states, decay, name)
-                assert torch.allclose(value, wanted, rtol=1e-12, atol=1e-14), (step, name)
-            else:
-                assert torch.equal(value, states[-1][name])
+        for name, value in average.module.named_parameters():
+            wanted = closed_form(states, decay, name)
+            assert torch.allclose(value, wanted, rtol=1e-12, atol=1e-14), (step, name)
+        for name, value in average.module.named_buffers():
+            assert torch.equal(value, states[-1][name])
 
     train(model, average, after_step=note)
     assert len(states) == 9
-    assert any(name.endswith("running_var") for name in states[0])
-    assert not torch.equal(states[0]["1.running_mean"], states[-1]["1.running_mean"])
+
+
+def test_statistics_of_batch_norm_are_the_averages_own():
+    """At the end of an epoch: the mean over its batches, as the averaged weights see them."""
+    model, seen = network(), []
+    average = Average(model, 0.9)
+    momentum = model[1].momentum
+
+    def check(epoch):
+        x = torch.stack([average.module[0](x.double()) for x, _ in batches().epoch(epoch)])
+        mean = x.mean((1, 3, 4)).mean(0)
+        variance = torch.stack([b.transpose(0, 1).flatten(1).var(1) for b in x]).mean(0)
+        norm = average.module[1]
+        assert torch.allclose(norm.running_mean, mean) and torch.allclose(
+            norm.running_var, variance
+        )
+        assert norm.momentum == momentum and int(norm.num_batches_tracked) == 3
+        seen.append(epoch)
+
+    train(model, average, after_epoch=check)
+    assert seen == [0, 1, 2]
+
+
+def test_a_batch_norm_in_eval_mode_keeps_its_statistics():
+    class Frozen(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    model = Frozen(*network())
+    average = Average(model, 0.9)
+    train(model, average)
+    assert torch.equal(average.module[1].running_mean, torch.zeros(4).double())
 
 
 def test_an_average_leaves_the_training_as_it_is():
