@@ -8,6 +8,7 @@
 #
 #   bench/headline.sh                              # all of it
 #   ARCHS=resnet18 DENSITIES=0.01 bench/headline.sh    # the part worth a night
+#   CONFIGURATIONS=harp THREADS=2 JOBS=1 bench/headline.sh    # one run at a time, on two threads
 #
 # Every pruned network costs ten epochs: HARP seven of pruning and three of finetuning, HYDRA three and
 # seven, one-shot pruning ten of finetuning.
@@ -23,7 +24,7 @@
 # VGG-16-BN takes about 0.6 of that.
 set -eu
 cd "$(dirname "$0")/.."
-export harprune="${HARPRUNE:-harprune}" runs="${RUNS:-runs/headline}" networks=results/headline
+export harprune="${HARPRUNE:-harprune}" runs="${RUNS:-runs/headline}" networks=results/headline threads="${THREADS:-1}"
 
 stages() { # folder stages... -- arguments of run: each stage timed; fails where one is refused
     local folder="$1" started
@@ -49,7 +50,8 @@ pruned() { # arch density configuration
     esac
     stages "$runs/$name" prune finetune attack report -- "recipes/headline/$recipe.toml" \
         --set "name=$name" --set "model.name=${1//-/_}" --set "model.weights=$networks/$1-dense.safetensors" \
-        --set "budget.density=$2" --set "budget.allocation=$allocation" &&
+        --set "budget.density=$2" --set "budget.allocation=$allocation" \
+        --set "execution.threads=$threads" &&
         "$harprune" export "$runs/$name" --out "$networks/$name.hpn" &&
         if [ "$name" = resnet18-harp-0.01 ]; then bench/headline_check.sh --out; fi
 }
@@ -61,7 +63,7 @@ for arch in ${ARCHS:-resnet18 vgg16-bn}; do
         "${PYTHON:-python}" bench/halved.py "$runs/$arch-dense/dense.safetensors" "$networks/$arch-dense.safetensors"
     fi
     for density in ${DENSITIES:-0.01 0.001}; do
-        printf '%s\n' harp lamp erk hydra |
+        printf '%s\n' ${CONFIGURATIONS:-harp lamp erk hydra} |
             xargs -P "${JOBS:-2}" -I CONFIGURATION bash -uc "pruned $arch $density CONFIGURATION || true"
     done
     "$harprune" evaluate --model "${arch//-/_}" --weights "$networks/$arch-dense.safetensors" --data cifar10 \
