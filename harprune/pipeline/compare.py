@@ -282,7 +282,7 @@ def _require_same_recipe(cell: Cell) -> None:
         held = Recipe.model_validate_json(record.read_text()).model_dump(mode="json")
         wanted = cell.recipe.model_dump(mode="json")
         # Which cell attacks the dense network depends on the order of the methods.
-        held["attack"]["dense"] = wanted["attack"]["dense"]
+        held["attack"] |= {key: wanted["attack"][key] for key in ("dense", "dense_size")}
         later = ("budget", "method", "prune", "finetune", "attack")
         for section in later if cell.until == "pretrain" else ():
             held[section] = wanted[section]

@@ -272,6 +272,8 @@ class Attack(Section):
     """Images attacked at a time, and the grain of resuming."""
     dense: bool = True
     """Attack the dense network as well, for comparison."""
+    dense_size: int | None = Field(None, ge=1)
+    """At most so many of these images for the dense network, which costs the most."""
 
 
 class Execution(Section):

@@ -110,9 +110,13 @@ class Run:
 
     def _has_begun(self, change: str) -> bool:
         """Whether a change concerns what was computed; the keys of stages yet to come may vary."""
-        section = change.partition(".")[0]
+        key = change.partition(":")[0]
+        section = key.partition(".")[0]
+        if key == "attack.dense":
+            return False
         if section == "attack":
-            return (self.folder / "attack").exists()
+            of_dense = key == "attack.dense_size"
+            return (self.attack("dense") if of_dense else self.folder / "attack").exists()
         files = (self.artifact, self.progress, self.best)
         return section not in STAGES or any(file(section).exists() for file in files)
 

@@ -205,11 +205,15 @@ def attack(shop: Workshop) -> None:
         for name in section.attacks
     }
     index = evaluation.subset(test.labels, section.size, section.seed)
-    wanted = {"dense": "pretrain"} if section.dense else {}
-    wanted |= {"finetuned": "finetune"}
+    # The pruned network first: it is what was asked for, and the cheaper one.
+    wanted = {"finetuned": ("finetune", index)}
+    if section.dense:
+        fewer = evaluation.subset(test.labels, section.dense_size or len(index), section.seed)
+        wanted["dense"] = ("pretrain", min(index, fewer, key=len))
     # All are read before one is attacked: a damaged file should not be found after hours.
-    networks = {name: load_network(shop, stage) for name, stage in wanted.items()}
+    networks = {name: load_network(shop, stage) for name, (stage, _) in wanted.items()}
     for name, model in networks.items():
+        index = wanted[name][1]
         fast = hardening.twin(shop.recipe, model) if shop.recipe.execution.twin else None
         if not (shop.run.attack(name) / "evaluation.json").exists():
             shop.run.note_change()

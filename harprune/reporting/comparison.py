@@ -9,9 +9,9 @@ from types import MappingProxyType
 from typing import Any
 
 from harprune.files import to_json, write
+from harprune.pairing import PairedDifference, paired_difference, pooled_difference
 from harprune.reporting import plots
 from harprune.reporting.document import Document, Plot, Section
-from harprune.reporting.pairing import PairedDifference, paired_difference, pooled_difference
 from harprune.reporting.records import WORST_CASE, Attacked, Run, read_run
 from harprune.reporting.summary import AUTOATTACK, measure_order
 from harprune.reporting.tables import (
@@ -26,7 +26,10 @@ from harprune.reporting.tables import (
 
 DENSE = "dense"
 
-_FREE = ("name", "seed", "execution", "attack.dense", "model.weights", "data.folder")
+_FREE = (
+    *("name", "seed", "execution", "data.folder", "model.weights"),
+    *("attack.dense", "attack.dense_size"),
+)
 """Keys of a recipe in which runs of one configuration and density may differ."""
 
 
@@ -299,6 +302,7 @@ def _dense_row(runs: Sequence[Run]) -> dict[str, Any] | None:
         "kept": [audit.total for audit in audits],
         "total": audits[0].total,
         "denominator": audits[0].denominator,
+        "images": sorted({run.attacked[DENSE].evaluation.size for run in known}),
     }
 
 
@@ -327,23 +331,27 @@ def _statistics(values: list[float]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Pair:
-    """A configuration beside the baseline of its density, with one seed."""
+    """A configuration, or the dense network, beside the baseline of its density, with one seed."""
 
-    group: Group
+    configuration: str
+    density: float
     seed: int
     first: Attacked
     second: Attacked
 
     @property
     def point(self) -> dict[str, Any]:
-        return {"configuration": self.group.configuration, "density": self.group.density}
+        return {"configuration": self.configuration, "density": self.density}
 
     def difference(self, name: str) -> PairedDifference | None:
         return paired_difference(self.first.outcomes, self.second.outcomes, name)
 
 
 def _pairs(groups: Sequence[Group], baseline: str) -> Iterator[Pair]:
-    """Each configuration against the baseline of its density, seed by seed."""
+    """Each configuration against the baseline of its density, seed by seed.
+
+    Where the baseline is pruned, the dense network that it began with stands in its own place.
+    """
     names = [DENSE, *dict.fromkeys(n for g in groups for n in (g.method, g.configuration))]
     if baseline not in names:
         raise ValueError(
@@ -351,12 +359,24 @@ def _pairs(groups: Sequence[Group], baseline: str) -> Iterator[Pair]:
         )
     for group in groups:
         reference = None if baseline == DENSE else _reference(groups, group.density, baseline)
-        if baseline != DENSE and (reference is None or reference is group):
-            continue
         for seed, run in group.runs.items():
-            first = run.attacked.get(DENSE) if reference is None else _seed_of(reference, seed)
-            if first is not None:
-                yield Pair(group, seed, first, _finetuned(run))
+            ours, dense = _finetuned(run), _dense_of(run, groups)
+            name, first, second = group.configuration, dense, ours
+            if reference is group:
+                name, first, second = DENSE, ours, dense
+            elif baseline != DENSE:
+                beside = reference.runs.get(seed) if reference else None
+                first = _finetuned(beside) if beside else None
+            if first and second:
+                yield Pair(name, group.density, seed, first, second)
+
+
+def _dense_of(run: Run, groups: Sequence[Group]) -> Attacked | None:
+    """The dense network under attack; of runs that start from the same weights one attacks it."""
+    model = run.section("model")
+    same = (r for g in groups for r in g.runs.values() if r.section("model") == model)
+    known = (run, *same) if model.get("weights") else (run,)
+    return next((r.attacked[DENSE] for r in known if DENSE in r.attacked), None)
 
 
 def _paired(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
@@ -373,15 +393,13 @@ def _pooled(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
     """The difference to the baseline over all seeds that both have."""
     found: dict[tuple[str, float], list[Pair]] = {}
     for pair in _pairs(groups, baseline):
-        found.setdefault((pair.group.configuration, pair.group.density), []).append(pair)
+        found.setdefault((pair.configuration, pair.density), []).append(pair)
     for pairs in found.values():
         for name in ("clean", AUTOATTACK):
-            same = [p for p in pairs if p.difference(name)]
-            if same:
-                outcomes = [(p.first.outcomes or {}, p.second.outcomes or {}) for p in same]
-                pooled = pooled_difference(outcomes, name)
-                measured = {"measure": name, "seeds": [pair.seed for pair in same]}
-                yield same[0].point | measured | pooled.as_dict()
+            pooled = pooled_difference([(p.first.outcomes, p.second.outcomes) for p in pairs], name)
+            if pooled:
+                seeds = [pair.seed for pair in pairs if pair.difference(name)]
+                yield pairs[0].point | {"measure": name, "seeds": seeds} | pooled.as_dict()
 
 
 def _reference(groups: Sequence[Group], density: float, baseline: str) -> Group | None:
@@ -394,10 +412,6 @@ def _reference(groups: Sequence[Group], density: float, baseline: str) -> Group 
             f"baseline {baseline!r} names several configurations; choose one of: {names}"
         )
     return found[0] if found else None
-
-
-def _seed_of(group: Group, seed: int) -> Attacked | None:
-    return _finetuned(group.runs[seed]) if seed in group.runs else None
 
 
 def _warnings(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
@@ -481,6 +495,8 @@ def _difference_section(comparison: Mapping[str, Any]) -> Section:
     """Several seeds in one row; one seed with its test."""
     name = comparison["baseline"]
     start = f"Difference to {name} at the same density"
+    if name != DENSE and any(pair["configuration"] == DENSE for pair in comparison["paired"]):
+        start += " (of the dense network, to those pruned to the density named)"
     if any(len(row["seeds"]) > 1 for row in comparison["pooled"]):
         text = (
             f"{start}, over pairs of the same image and seed: percentage points with the 95 % "
@@ -503,7 +519,7 @@ def _rows_table(comparison: Mapping[str, Any]) -> Table:
     measures = [name for name in known if name != WORST_CASE]
     rows = tuple(
         (
-            row["configuration"],
+            _named(row, comparison["protocol"]["images"]),
             format_density(row["density"]) if row["configuration"] != DENSE else "100 % kept",
             ", ".join(map(str, row["seeds"])),
             *(_mean(row["measures"].get(name)) for name in measures),
@@ -514,6 +530,13 @@ def _rows_table(comparison: Mapping[str, Any]) -> Table:
     titles = ("AutoAttack" if name == AUTOATTACK else name for name in measures)
     header = ("configuration", "density", "seeds", *titles, "weights kept / total")
     return Table(header, rows)
+
+
+def _named(row: Mapping[str, Any], images: int) -> str:
+    """A dense network may have been attacked on fewer images than the pruned ones."""
+    own = row.get("images", [images])
+    counts = " or ".join(f"{count:,}" for count in own)
+    return row["configuration"] + ("" if own == [images] else f" ({counts} images)")
 
 
 def _kept(row: Mapping[str, Any]) -> str:
@@ -570,10 +593,11 @@ def _paired_table(paired: Sequence[Mapping[str, Any]]) -> Table | None:
             format_difference(pair),
             f"{pair['won']:,} / {pair['lost']:,}",
             format_p(pair["p_value"]),
+            f"{pair['size']:,}",
         )
         for pair in paired
     )
-    header = ("configuration", "density", "seed", "accuracy", "difference", "won / lost", "p")
+    header = ("configuration", "density", "seed", "accuracy", "difference", "won / lost", "p", "n")
     return Table(header, rows) if rows else None
 
 

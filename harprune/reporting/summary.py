@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import floor
 from typing import Any
 
-from harprune.reporting.pairing import paired_difference
+from harprune.pairing import paired_difference
 from harprune.reporting.records import ATTACKED, STAGES, WORST_CASE, Attacked, Audit, Measure, Run
 
 AUTOATTACK = "autoattack"

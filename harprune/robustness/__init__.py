@@ -19,7 +19,6 @@ from harprune.robustness.attacks import (
 )
 from harprune.robustness.autoattack import AutoAttack
 from harprune.robustness.evaluation import (
-    Comparison,
     Evaluation,
     Measure,
     evaluate,
@@ -53,7 +52,6 @@ __all__ = [
     "Attack",
     "AutoAttack",
     "Check",
-    "Comparison",
     "Evaluation",
     "Free",
     "Linf",

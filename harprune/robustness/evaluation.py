@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from harprune.files import to_json, write
-from harprune.intervals import mcnemar, paired_interval, wilson
+from harprune.intervals import wilson
+from harprune.pairing import PairedDifference, paired_difference
 from harprune.robustness import sanity
 from harprune.robustness.attacks import Attack, eval_mode, seeded
 from harprune.robustness.autoattack import SQUARE_TOLERANCE, AutoAttack, square_gain
@@ -98,25 +99,6 @@ class Evaluation:
             known = ", ".join(["clean", *self.attacks, WORST_CASE])
             raise ValueError(f"{name!r} was not evaluated; choose among {known}")
         return rows[name]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two evaluations on the same images.
-
-    Attributes:
-        difference: accuracy of the second minus accuracy of the first.
-        interval: its 95 % interval, from the images on which the two disagree.
-        p: exact McNemar test that they are equally accurate.
-        only_first, only_second: images that one alone has right.
-    """
-
-    difference: float
-    interval: tuple[float, float]
-    p: float
-    only_first: int
-    only_second: int
-    size: int
 
 
 def evaluate(
@@ -557,7 +539,7 @@ def subset(labels: Tensor, size: int | None, seed: int | None) -> Tensor:
     return torch.randperm(len(labels), generator=generator)[:size].sort().values
 
 
-def paired(a: Evaluation, b: Evaluation, name: str = WORST_CASE) -> Comparison:
+def paired(a: Evaluation, b: Evaluation, name: str = WORST_CASE) -> PairedDifference:
     """How `b` differs from `a` under `name`: "clean", an attack, or "worst case".
 
     Raises:
@@ -569,16 +551,8 @@ def paired(a: Evaluation, b: Evaluation, name: str = WORST_CASE) -> Comparison:
                 f"{a.model} ({a.size} images) and {b.model} ({b.size} images) differ in {key}; "
                 "evaluate both on the same subset"
             )
-    first, second = a.outcome(name), b.outcome(name)
-    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    return Comparison(
-        difference=(only_second - only_first) / a.size,
-        interval=paired_interval(only_first, only_second, a.size),
-        p=mcnemar(only_first, only_second),
-        only_first=only_first,
-        only_second=only_second,
-        size=a.size,
-    )
+    first, second = ({**each.outcomes, name: each.outcome(name)} for each in (a, b))
+    return paired_difference(first, second, name)
 
 
 def differing(a: Evaluation, b: Evaluation) -> dict[str, int]:
@@ -588,4 +562,4 @@ def differing(a: Evaluation, b: Evaluation) -> dict[str, int]:
         ValueError: the two are not of the same images, or the second lacks an attack.
     """
     pairs = {name: paired(a, b, name) for name in ("clean", *a.attacks)}
-    return {name: pair.only_first + pair.only_second for name, pair in pairs.items()}
+    return {name: pair.lost + pair.won for name, pair in pairs.items()}

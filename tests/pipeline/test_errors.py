@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -292,6 +293,29 @@ def test_what_a_stage_to_come_does_may_still_be_changed(command, here, finished)
     assert (
         "(prune.epochs: 2 -> 3)" in run_with(command, *changed, "prune.epochs=3", out="run").refusal
     )
+
+
+def test_the_dense_network_may_be_attacked_later_and_on_fewer_images(command, here, finished):
+    whole = outcomes_of(finished / "attack" / "dense")
+    shutil.rmtree(finished / "attack" / "dense")
+    changed = ("attack.dense_size=7",)
+    before = (finished / "attack" / "finetuned" / "evaluation.json").read_bytes()
+    assert run_with(command, *changed, out="run").code == 0
+    assert (finished / "attack" / "finetuned" / "evaluation.json").read_bytes() == before
+    fewer = outcomes_of(finished / "attack" / "dense")
+    assert len(fewer) == 7 and fewer.items() <= whole.items()
+    again = run_with(command, "attack.dense_size=8", out="run").refusal
+    assert "(attack.dense_size: 7 -> 8)" in again
+    assert run_with(command, *changed, "attack.dense=false", out="run").code == 0
+    shutil.rmtree(finished / "attack" / "dense")
+    assert run_with(command, "attack.dense_size=1000", out="run").code == 0
+    assert outcomes_of(finished / "attack" / "dense") == whole
+
+
+def outcomes_of(folder: Path) -> dict[int, bool]:
+    """Whether the clean image is right, by its position in the test set."""
+    with np.load(folder / "outcomes.npz") as arrays:
+        return dict(zip(arrays["index"].tolist(), arrays["clean"].tolist(), strict=True))
 
 
 def test_a_folder_of_another_recipe_is_refused_and_left_alone(command, here, finished):

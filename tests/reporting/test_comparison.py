@@ -2,6 +2,7 @@
 """Runs side by side: means over seeds, pairs of the same images, and refusals."""
 
 import json
+import shutil
 from statistics import mean
 
 import numpy as np
@@ -69,7 +70,11 @@ def test_allocation_and_options_tell_configurations_apart(make_run):
 
 @pytest.mark.parametrize("baseline", ["hydra", "hydra + erk"])
 def test_the_baseline_is_paired_seed_by_seed(six_runs, baseline):
-    paired = compare_runs(six_runs, baseline=baseline)["paired"]
+    paired = [
+        pair
+        for pair in compare_runs(six_runs, baseline=baseline)["paired"]
+        if pair["configuration"] != "dense"
+    ]
     assert [(p["configuration"], p["seed"], p["measure"]) for p in paired] == [
         ("harp + erk", seed, measure) for seed in range(3) for measure in ("clean", "autoattack")
     ]
@@ -99,7 +104,46 @@ def test_densities_are_paired_with_their_own(make_run):
         for density in (0.1, 0.05)
     ]
     paired = compare_runs(folders, baseline="hydra")["paired"]
-    assert [p["density"] for p in paired] == [0.1, 0.1, 0.05, 0.05]
+    for name in ("harp + erk", "dense"):
+        densities = [p["density"] for p in paired if p["configuration"] == name]
+        assert densities == [0.1, 0.1, 0.05, 0.05]
+
+
+def test_the_dense_network_stands_beside_the_baseline(make_run):
+    folders = [make_run("a", method="hydra"), make_run("b")]
+    there = compare_runs(folders, baseline="hydra")["paired"]
+    back = compare_runs(folders[:1], baseline="dense")["paired"]
+    dense = [pair for pair in there if pair["configuration"] == "dense"]
+    assert [(p["won"], p["lost"], p["size"]) for p in dense] == [
+        (p["lost"], p["won"], p["size"]) for p in back
+    ]
+
+
+def test_a_dense_network_is_known_to_all_that_start_from_its_weights(make_run):
+    folders = [make_run(name, method=name) for name in ("harp", "hydra", "snip")]
+    for folder, weights in zip(folders, ("w", "w", "v"), strict=True):
+        record = folder / "recipe.json"
+        recipe = json.loads(record.read_text())
+        recipe["model"]["weights"] = weights
+        record.write_text(json.dumps(recipe))
+    for folder in folders[1:]:
+        shutil.rmtree(folder / "attack" / "dense")
+    paired = compare_runs(folders, baseline="dense")["paired"]
+    assert {p["configuration"] for p in paired} == {"harp + erk", "hydra + erk"}
+
+
+def test_a_dense_network_attacked_on_fewer_images(make_run, tmp_path):
+    folder, few = make_run("run"), make_run("few", size=50)
+    shutil.rmtree(folder / "attack" / "dense")
+    shutil.copytree(few / "attack" / "dense", folder / "attack" / "dense")
+    found = write_comparison(
+        [folder], tmp_path / "c.md", title="t", note="", command="c", baseline="harp"
+    )
+    dense = found["rows"][0]
+    assert dense["configuration"] == "dense" and dense["images"] == [50]
+    assert found["protocol"]["images"] == 200
+    assert {pair["size"] for pair in found["paired"]} == {50}
+    assert "| dense (50 images) |" in (tmp_path / "c.md").read_text()
 
 
 def test_a_baseline_must_be_known_and_one(six_runs, make_run):
@@ -288,7 +332,8 @@ def test_many_warnings_are_a_table(make_run, tmp_path):
 def test_seeds_are_pooled_against_the_baseline(six_runs, tmp_path):
     out = tmp_path / "c.md"
     found = write_comparison(six_runs, out, title="t", note="", command="c", baseline="hydra")
-    pooled = {row["measure"]: row for row in found["pooled"]}
+    found["paired"] = [p for p in found["paired"] if p["configuration"] != "dense"]
+    pooled = {r["measure"]: r for r in found["pooled"] if r["configuration"] != "dense"}
     for name, row in pooled.items():
         each = [pair["difference"] for pair in found["paired"] if pair["measure"] == name]
         assert row["difference"] == pytest.approx(mean(each))

@@ -389,9 +389,10 @@ def test_pairs_count_disagreements(run, make_network):
         result = paired(first, second, name)
         a, b = first.outcome(name), second.outcome(name)
         assert result.difference == pytest.approx(b.mean() - a.mean())
-        assert result.only_first == (a & ~b).sum() and result.only_second == (b & ~a).sum()
+        assert result.lost == (a & ~b).sum() and result.won == (b & ~a).sum()
         assert result.interval[0] <= result.difference <= result.interval[1]
-    assert paired(first, second, "clean").p < 0.01 and paired(first, first, "clean").p == 1
+    assert paired(first, second, "clean").p_value < 0.01
+    assert paired(first, first, "clean").p_value == 1
     with pytest.raises(ValueError, match="differ in index"):
         paired(first, run(index=torch.arange(20)), "clean")
     with pytest.raises(ValueError, match="choose among clean, fgsm"):

@@ -9,10 +9,13 @@ import numpy as np
 
 from harprune.intervals import Z, mcnemar, paired_interval
 
+Outcomes = Mapping[str, np.ndarray] | None
+"""Arrays (n,) by name: "index" and "labels" of the images, bool whether right in each outcome."""
+
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Accuracy of the second model minus that of the first, on `size` images.
+    """Accuracy of the second model minus that of the first, on the `size` images of both.
 
     Attributes:
         lost: images only the first has right (b10).
@@ -65,36 +68,34 @@ class PooledDifference:
         return {"difference": self.difference, "interval": list(self.interval)}
 
 
-def paired_difference(
-    first: Mapping[str, np.ndarray] | None, second: Mapping[str, np.ndarray] | None, name: str
-) -> PairedDifference | None:
-    """The difference in outcome `name`; None where the two were not measured on the same images.
+def paired_difference(first: Outcomes, second: Outcomes, name: str) -> PairedDifference | None:
+    """The difference in outcome `name`, on the images of both; None where there is none.
 
-    Args:
-        first, second: arrays (n,) of outcomes.npz: "index", "labels", bool outcomes by name.
+    Raises:
+        ValueError: the two give other labels to an image.
     """
-    if first is None or second is None or name not in first or name not in second:
+    found = _paired(first, second, name)
+    if found is None:
         return None
-    if not np.array_equal(first["index"], second["index"]):
-        return None
-    if not np.array_equal(first["labels"], second["labels"]):
-        raise ValueError(
-            "two evaluations give other labels to the same images; compare runs of one data set"
-        )
-    a, b = first[name].astype(bool), second[name].astype(bool)
+    _, a, b = found
     return PairedDifference(int((a & ~b).sum()), int((~a & b).sum()), len(a))
 
 
 def pooled_difference(
-    pairs: Sequence[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]], name: str
-) -> PooledDifference:
-    """The difference in outcome `name` over seeds, each pair measured on the same images.
+    pairs: Sequence[tuple[Outcomes, Outcomes]], name: str
+) -> PooledDifference | None:
+    """The difference in outcome `name` over seeds, (first, second) of each, on the images of both.
 
-    Args:
-        pairs: of a seed, (first, second) as `paired_difference` takes them; one or more.
+    None where no seed has such images.
+
+    Raises:
+        ValueError: the two of a seed give other labels to an image.
     """
-    images = np.concatenate([first["index"] for first, _ in pairs])
-    each = np.concatenate([b[name].astype(float) - a[name].astype(float) for a, b in pairs])
+    found = [pair for a, b in pairs if (pair := _paired(a, b, name))]
+    if not found:
+        return None
+    images = np.concatenate([index for index, _, _ in found])
+    each = np.concatenate([b.astype(float) - a.astype(float) for _, a, b in found])
     _, image = np.unique(images, return_inverse=True)
     sums, counts = np.bincount(image, each), np.bincount(image)
     # The half images of Agresti and Min, as many seeds of them as a real one has.
@@ -105,3 +106,19 @@ def pooled_difference(
     spread += seeds**2 * (mean**2 + ((1 - mean) ** 2 + (1 + mean) ** 2) / 2)
     half = Z * math.sqrt(spread) / total
     return PooledDifference(float(each.mean()), (max(mean - half, -1.0), min(mean + half, 1.0)))
+
+
+def _paired(
+    first: Outcomes, second: Outcomes, name: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """The index of the images that both have, and whether each has them right: three (m,)."""
+    if first is None or second is None or name not in first or name not in second:
+        return None
+    index, here, there = np.intersect1d(
+        first["index"], second["index"], assume_unique=True, return_indices=True
+    )
+    if not np.array_equal(first["labels"][here], second["labels"][there]):
+        raise ValueError(
+            "two evaluations give other labels to the same images; compare those of one data set"
+        )
+    return (index, first[name][here], second[name][there]) if len(index) else None

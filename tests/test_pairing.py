@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harprune.reporting.pairing import PairedDifference, paired_difference, pooled_difference
+from harprune.pairing import PairedDifference, paired_difference, pooled_difference
 
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40)
 
@@ -60,8 +60,27 @@ def test_other_images_are_not_paired():
     here = outcomes([True, False])
     assert paired_difference(here, None, "clean") is None
     assert paired_difference(here, here, "autoattack") is None
-    assert paired_difference(here, outcomes([True, False, True]), "clean") is None
-    assert paired_difference(here, outcomes([True, False], index=np.array([1, 0])), "clean") is None
+    assert paired_difference(here, outcomes([True, False], index=np.array([2, 3])), "clean") is None
+    assert pooled_difference([(here, None)], "clean") is None
+
+
+@given(PAIRS, st.data())
+def test_only_the_images_of_both_are_paired(pairs, data):
+    first, second = (np.array(side) for side in zip(*pairs, strict=True))
+    whole = np.arange(len(first))
+    parts = [np.array(data.draw(st.permutations(whole))) for _ in range(2)]
+    parts = [part[: data.draw(st.integers(1, len(part)))] for part in parts]
+    a, b = (
+        outcomes(list(right[part]), index=part)
+        for right, part in zip((first, second), parts, strict=True)
+    )
+    both = np.array(sorted(set(parts[0]) & set(parts[1])), dtype=int)
+    if not len(both):
+        assert paired_difference(a, b, "clean") is None
+        return
+    alone = [outcomes(list(right[both]), index=both) for right in (first, second)]
+    assert paired_difference(a, b, "clean") == paired_difference(*alone, "clean")
+    assert pooled_difference([(a, b)], "clean") == pooled_difference([tuple(alone)], "clean")
 
 
 def test_other_labels_for_the_same_images_are_refused():
