@@ -213,6 +213,8 @@ def evaluate(
     }
     overrides = [*overrides, *_machine(execution, device)]
     recipe = make_recipe(content, overrides, source="harprune evaluate")
+    if against is not None and out is not None and against.resolve() == out.resolve():
+        raise ValueError(f"--against and --out both name {out}; keep what is new in another folder")
     # Read now: the attacks may take hours.
     before = None if against is None else load_evaluation(against)
     result = evaluate_recipe(recipe, out, against=against)

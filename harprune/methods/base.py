@@ -173,6 +173,11 @@ class Method(ABC):
     """
 
     @property
+    def trains_scores(self) -> bool:
+        """Whether it trains scores of `LearnedMask`s, which S2AP perturbs; no by default."""
+        return False
+
+    @property
     def sample(self) -> Sample | None:
         """The images that `observe` is shown; none by default."""
         return None

@@ -90,6 +90,10 @@ class HARP(Method):
                 "harp with neither scores nor densities learned trains nothing; use one-shot"
             )
 
+    @property
+    def trains_scores(self) -> bool:
+        return self.learn_scores
+
     def attach(self, model: nn.Module, budget: Budget) -> None:
         self._budget, self._cost = budget, budget.cost(model)
         self._overrun = budget.overrun(model)

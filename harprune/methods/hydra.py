@@ -32,6 +32,10 @@ class HYDRA(Method):
     decay_scores: bool = False
     _budget: Budget = field(init=False, repr=False)
 
+    @property
+    def trains_scores(self) -> bool:
+        return True
+
     def attach(self, model: nn.Module, budget: Budget) -> None:
         self._budget = budget
         install_scores(

@@ -31,6 +31,10 @@ class RST(Method):
 
     _budget: Budget = field(init=False, repr=False)
 
+    @property
+    def trains_scores(self) -> bool:
+        return True
+
     def attach(self, model: nn.Module, budget: Budget) -> None:
         self._budget = budget
         _randomise(model, budget.layers(model))

@@ -129,7 +129,6 @@ def evaluate(
     """
     threat = threat or Linf(8 / 255)
     split = _split(test)
-    device = next(model.parameters()).device
     index = evaluation.subset(split.labels, size, seed)
     fast = executions.twin(model, execution=execution) if twin else None
     with _kept_in(out), Console(quiet=quiet).bar(f"attack {name}", len(index)) as bar:
@@ -145,7 +144,6 @@ def evaluate(
             batch_size=batch_size,
             index=index,
             folder=out,
-            device=device,
             progress=bar.update_of,
             threat=threat,
             function=None if fast is None else fast.current(),

@@ -14,6 +14,7 @@ from harprune.pipeline.supply import Materials
 from harprune.robustness import evaluation
 from harprune.robustness.attacks import eval_mode
 from harprune.robustness.threat import parse_epsilon
+from harprune.sparsity.layers import require_weights_of_its_own
 from harprune.training.schedules import make_schedule
 from harprune.training.splits import Split
 
@@ -83,27 +84,28 @@ def _require_no_other_epsilon(recipe: Recipe) -> None:
         )
 
 
-def rehearse(recipe: Recipe, supply: Materials) -> None:
+def rehearse(recipe: Recipe, materials: Materials) -> None:
     """Refuse, before training starts, what does not fit the images or the network.
 
     Raises:
         ValueError: batches larger than the training set, a network for other images or classes,
-            layer patterns that match nothing, an allocation of other layers, or a budget that the
-            layers' floors exceed.
+            weights under another parametrisation, layer patterns that match nothing, an allocation
+            of other layers, or a budget that the layers' floors exceed.
     """
     for part in ("train", "validation", "test"):
-        _require_pixels(getattr(supply, part), part)
-    stages = ("prune", "finetune") if supply.given else ("pretrain", "prune", "finetune")
+        _require_pixels(getattr(materials, part), part)
+    stages = ("prune", "finetune") if materials.given else ("pretrain", "prune", "finetune")
     for name in stages:
         section = getattr(recipe, name)
-        if section.epochs and section.batch_size > len(supply.train):
+        if section.epochs and section.batch_size > len(materials.train):
             raise ValueError(
-                f"{name}.batch_size = {section.batch_size} exceeds the {len(supply.train)} "
+                f"{name}.batch_size = {section.batch_size} exceeds the {len(materials.train)} "
                 "training images; lower it"
             )
-    model, limit = supply.network(), pruning.budget(recipe, supply.example)
-    classes = supply.num_classes or int(supply.train.labels.max()) + 1
-    require_logits(model, supply.example, classes)
+    model, limit = materials.network(), pruning.budget(recipe, materials.example)
+    classes = materials.num_classes or int(materials.train.labels.max()) + 1
+    require_logits(model, materials.example, classes)
+    require_weights_of_its_own(model, include=limit.include, exclude=limit.exclude)
     limit.allocate(model, limit.density)
     limit.counts(model, dict.fromkeys(limit.layers(model), limit.density))
     pruning.method(recipe).check(model, limit)
@@ -160,8 +162,8 @@ def _require_pixels(split: Split | None, what: str) -> None:
 
 
 @torch.no_grad()
-def require_logits(model: nn.Module, example: Tensor, classes: int) -> None:
-    """Refuse a network that does not give logits of all classes for `example`, a batch of one.
+def require_logits(model: nn.Module, example: Tensor, classes: int) -> int:
+    """How many logits a network gives for `example`, a batch of one; at least one for each class.
 
     Raises:
         ValueError: it does not take images of this shape, or gives something else.
@@ -179,3 +181,4 @@ def require_logits(model: nn.Module, example: Tensor, classes: int) -> None:
             f"the network gives {shape} for one image of {classes} classes; it must give logits "
             f"of shape (1, {classes})"
         )
+    return shape[1]

@@ -21,18 +21,18 @@ from typing import Any
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from harprune.files import write
+from harprune.nested import differences, in_words
 from harprune.pipeline import checks
 from harprune.pipeline.console import Console
 from harprune.pipeline.recipe import (
     Recipe,
     Section,
     as_toml,
-    changes,
     completed,
     make_recipe,
     overridden,
 )
-from harprune.pipeline.run import IN_USE, in_use
+from harprune.pipeline.run import IN_USE, in_use, read_record
 from harprune.reporting.comparison import DENSE, write_comparison
 
 _PAUSE = 0.5
@@ -191,10 +191,11 @@ def cells_of(
         for seed in grid.seeds:
             name = f"dense-seed{seed}"
             add(name, DENSE, _over(shared, {"name": name, "seed": seed}), "pretrain")
+    first = given.attack.dense
     for seed in grid.seeds:
         dense = None if given.model.weights else out / f"dense-seed{seed}"
-        # The dense network of a seed is attacked once, in the first cell that starts from it.
-        first = given.attack.dense
+        # A dense network is attacked once, in the first cell that starts from it.
+        first = first if dense is None else given.attack.dense
         for density in [d for d in grid.densities if d in (densities or grid.densities)]:
             for label, keys in grid.methods.items():
                 own = overridden(_over(content, keys), overrides)
@@ -279,18 +280,18 @@ def _require_same_recipe(cell: Cell) -> None:
     """A finished cell is not opened again, so the grid may have changed since."""
     record = cell.folder / "recipe.json"
     if cell.finished and record.exists():
-        held = Recipe.model_validate_json(record.read_text()).model_dump(mode="json")
+        held = completed(read_record(record))
         wanted = cell.recipe.model_dump(mode="json")
         # Which cell attacks the dense network depends on the order of the methods.
         held["attack"] |= {key: wanted["attack"][key] for key in ("dense", "dense_size")}
         later = ("budget", "method", "prune", "finetune", "attack")
         for section in later if cell.until == "pretrain" else ():
             held[section] = wanted[section]
-        differing = list(changes(held, wanted))
-        if differing:
+        found = list(differences(held, wanted))
+        if found:
             raise ValueError(
-                f"{cell.folder} holds a run of another recipe ({'; '.join(differing[:3])}"
-                f"{'; ...' if len(differing) > 3 else ''}); remove it or choose another --out"
+                f"{cell.folder} holds a run of another recipe ({in_words(found)}); remove it or "
+                "choose another --out"
             )
 
 
@@ -384,7 +385,10 @@ def _seconds(times: Path) -> dict[str, float]:
     begun: dict[str, int] = {}
     taken: dict[str, list[float]] = {}
     for line in times.read_text().splitlines() if times.exists() else ():
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+        except ValueError:  # cut off, as by a full disk
+            continue
         name = entry["cell"]
         if "seconds" in entry:
             taken.setdefault(name, []).append(entry["seconds"])

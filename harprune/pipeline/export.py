@@ -279,14 +279,15 @@ def export_recipe(
     # From all over the split: the images of a folder stand in the order of their classes.
     some = torch.linspace(0, len(train) - 1, min(_CALIBRATION, len(train))).long()
     images = to_float(train.images[some])
-    checks.require_logits(model, images[:1], dataset.num_classes)
+    outputs = checks.require_logits(model, images[:1], dataset.num_classes)
     return export(
         model,
         path,
         images,
         format=format,
         values=values,
-        classes=dataset.classes,
+        # A network may have more outputs than there are classes: none of them is named then.
+        classes=dataset.classes if outputs == dataset.num_classes else (),
         metadata=metadata,
     )
 

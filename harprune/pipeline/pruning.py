@@ -53,8 +53,6 @@ METHODS: dict[str, type[Method]] = {
 PLUG_INS = {"s2ap": S2AP}
 """What a method's name may be followed by, as in `harp+s2ap`."""
 
-_WITHOUT_SCORES = {kind for kind in METHODS.values() if kind not in (HARP, HYDRA, RST)}
-
 ALLOCATIONS: dict[str, allocation.Allocation] = {
     "uniform": allocation.uniform,
     "erk": allocation.erk,
@@ -107,10 +105,10 @@ def sharpness(recipe: Recipe) -> S2AP | None:
     Raises:
         ValueError: a bad value, or a training without scores or without a second pass.
     """
-    kind, plug_ins = _kinds(recipe)
+    _, plug_ins = _kinds(recipe)
     if S2AP not in plug_ins:
         return None
-    if kind in _WITHOUT_SCORES or not getattr(method(recipe), "learn_scores", True):
+    if not method(recipe).trains_scores:
         raise ValueError(
             f"method.name = {recipe.method.name!r}: s2ap perturbs scores, and this method trains "
             "none; leave it out"

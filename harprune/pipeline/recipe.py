@@ -373,16 +373,6 @@ def overridden(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str
     return merged
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Each leaf in which two resolved recipes differ, as `key: old -> new`."""
-    for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            yield from changes(a, b, f"{prefix}{key}.")
-        elif a != b:
-            yield f"{prefix}{key}: {a!r} -> {b!r}"
-
-
 def completed(held: Mapping[str, Any]) -> Mapping[str, Any]:
     """A resolved recipe of an earlier version with the defaults of keys that came since."""
     try:

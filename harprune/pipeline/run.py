@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from harprune.files import write
-from harprune.pipeline.recipe import Recipe, as_toml, changes, completed
+from harprune.nested import differences, in_words
+from harprune.pipeline.recipe import Recipe, as_toml, completed
 from harprune.training import checkpoint
 
 STAGES = ("pretrain", "prune", "finetune")
@@ -38,6 +39,8 @@ _TEMPORARY = re.compile(
 _PLACES = (".*", "attack/*/.*", "report/.*", "report/plots/.*")
 # What of an environment a number may depend on, and what was asked for.
 _DECISIVE = ("commit", "python", "versions", "machine", "command")
+_READ_FIRST_BY = {"budget": "prune", "method": "prune"}
+"""The stage that is the first to read a section which has not its name."""
 _ARTIFACTS = {"pretrain": "dense", "prune": "pruned", "finetune": "finetuned"}
 
 
@@ -88,12 +91,12 @@ class Run:
         resolved = self.recipe.model_dump(mode="json")
         record = self.folder / "recipe.json"
         if record.exists() and self.begun:
-            found = list(changes(completed(_read_json(record)), resolved))
-            differing = [change for change in found if self._has_begun(change)]
-            if differing:
+            found = list(differences(completed(read_record(record)), resolved))
+            begun = [difference for difference in found if self._has_begun(difference[0])]
+            if begun:
                 raise ValueError(
-                    f"{self.folder} holds a run of another recipe ({'; '.join(differing[:3])}"
-                    f"{'; ...' if len(differing) > 3 else ''}); choose another --out"
+                    f"{self.folder} holds a run of another recipe ({in_words(begun)}); "
+                    "choose another --out"
                 )
             self._going_on = environment_of(command)
             self._changed = (source, resolved) if found else None
@@ -108,17 +111,18 @@ class Run:
         write(self.folder / "recipe.toml", source)
         write(self.folder / "recipe.json", json.dumps(resolved, indent=1) + "\n")
 
-    def _has_begun(self, change: str) -> bool:
-        """Whether a change concerns what was computed; the keys of stages yet to come may vary."""
-        key = change.partition(":")[0]
-        section = key.partition(".")[0]
-        if key == "attack.dense":
+    def _has_begun(self, key: str) -> bool:
+        """Whether a key decided what was computed; those of stages yet to come may still change."""
+        if key == "attack.dense":  # what is there stays, what is not may yet come
             return False
+        if key == "attack.dense_size":
+            return self.attack("dense").exists()
+        section = key.partition(".")[0]
         if section == "attack":
-            of_dense = key == "attack.dense_size"
-            return (self.attack("dense") if of_dense else self.folder / "attack").exists()
+            return (self.folder / "attack").exists()
+        stage = _READ_FIRST_BY.get(section, section)
         files = (self.artifact, self.progress, self.best)
-        return section not in STAGES or any(file(section).exists() for file in files)
+        return stage not in STAGES or any(file(stage).exists() for file in files)
 
     def require_same(self, inputs: Mapping[str, str]) -> None:
         """Keep what the run is made from, by digests; refuse to go on from anything else.
@@ -129,7 +133,7 @@ class Run:
         if not self.leader:
             return
         path = self.folder / "inputs.json"
-        held = _read_json(path) if path.exists() and self.begun else {}
+        held = read_record(path) if path.exists() and self.begun else {}
         for name, digest in inputs.items():
             if held.get(name, digest) != digest:
                 raise ValueError(
@@ -150,7 +154,7 @@ class Run:
         if self._changed is not None:
             self._write_recipe(*self._changed)
         path = self.folder / "environment.json"
-        held = _read_json(path) if path.exists() else {}
+        held = read_record(path) if path.exists() else {}
         last = [held, *held.get("continued", [])][-1]
         if any(last.get(key) != self._going_on[key] for key in _DECISIVE):
             continued = [*held.get("continued", []), self._going_on]
@@ -291,7 +295,8 @@ def in_use(folder: Path) -> bool:
     return False
 
 
-def _read_json(path: Path) -> dict:
+def read_record(path: Path) -> dict:
+    """A JSON object that a run wrote; ValueError where it is damaged."""
     try:
         content = json.loads(path.read_text())
     except ValueError:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from harprune.files import to_json, write
+from harprune.nested import differences
 from harprune.pairing import PairedDifference, paired_difference, pooled_difference
 from harprune.reporting import plots
 from harprune.reporting.document import Document, Plot, Section
@@ -26,11 +27,8 @@ from harprune.reporting.tables import (
 
 DENSE = "dense"
 
-_FREE = (
-    *("name", "seed", "execution", "data.folder", "model.weights"),
-    *("attack.dense", "attack.dense_size"),
-)
-"""Keys of a recipe in which runs of one configuration and density may differ."""
+_FREE = (*("name", "seed", "data.folder", "model.weights", "attack.dense", "attack.dense_size"),)
+"""Keys in which recipes of one configuration and density may differ, beside those of execution."""
 
 
 @dataclass(frozen=True)
@@ -212,28 +210,15 @@ def _require_alike(group: Group, complete: Callable) -> None:
     """Raises ValueError where an average over seeds would be one over different recipes."""
     first, *others = group.runs.values()
     for run in others:
-        difference = next(_differences(complete(run.recipe), complete(first.recipe)), None)
-        if difference is not None:
-            key, ours, theirs = difference
+        found = differences(complete(run.recipe), complete(first.recipe))
+        for key, ours, theirs in found:
+            if key in _FREE or key.startswith("execution."):
+                continue
             raise ValueError(
                 f"{run.folder} has {key} = {ours!r} but {first.folder} has {theirs!r}, and both "
                 f"are {group.configuration} at density {group.density}; compare only runs that "
                 "differ in their seed alone as one configuration"
             )
-
-
-def _differences(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-    """Each leaf in which two recipes differ and that is not free to: dotted key, both values."""
-    for key in dict.fromkeys((*ours, *theirs)):
-        where, a, b = f"{prefix}{key}", ours.get(key), theirs.get(key)
-        if where in _FREE or a == b:
-            continue
-        if all(isinstance(value, Mapping | None) for value in (a, b)):
-            yield from _differences(a or {}, b or {}, f"{where}.")
-        else:
-            yield where, a, b
 
 
 def _density(run: Run) -> float:
@@ -288,9 +273,12 @@ def _passes(run: Run) -> int:
 
 
 def _dense_row(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """The dense networks; runs that start from the same one count it once."""
-    distinct = {_identity(run): run for run in reversed(runs) if DENSE in run.attacked}
-    known = list(reversed(distinct.values()))
+    """The dense networks; of one that several runs attacked, the evaluation on most images."""
+    distinct: dict[Any, Run] = {}
+    for run in sorted(runs, key=_images_of_dense, reverse=True):
+        if DENSE in run.attacked:
+            distinct.setdefault(_digest_of_dense(run), run)
+    known = [run for run in runs if run in distinct.values()]
     audits = [run.audit for run in known if run.audit]
     if not known:
         return None
@@ -302,13 +290,19 @@ def _dense_row(runs: Sequence[Run]) -> dict[str, Any] | None:
         "kept": [audit.total for audit in audits],
         "total": audits[0].total,
         "denominator": audits[0].denominator,
-        "images": sorted({run.attacked[DENSE].evaluation.size for run in known}),
+        "images": sorted({_images_of_dense(run) for run in known}),
     }
 
 
-def _identity(run: Run) -> tuple:
-    measures = run.attacked[DENSE].evaluation.measures
-    return run.recipe.get("seed", 0), *((name, m.correct, m.size) for name, m in measures.items())
+def _images_of_dense(run: Run) -> int:
+    return run.attacked[DENSE].evaluation.size if DENSE in run.attacked else 0
+
+
+def _digest_of_dense(run: Run) -> Any:
+    """What tells dense networks apart; by their results where an earlier version kept no digest."""
+    evaluation = run.attacked[DENSE].evaluation
+    counted = ((name, m.correct, m.size) for name, m in evaluation.measures.items())
+    return evaluation.identity.get("model") or (run.recipe.get("seed", 0), *counted)
 
 
 def _measures(attacked: Sequence[Attacked]) -> dict[str, Any]:

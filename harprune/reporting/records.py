@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
+
+from harprune.files import read_arrays
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
@@ -112,7 +113,7 @@ class Check:
 
 @checked(frozen=True, config=_STRICT)
 class Evaluation:
-    """One model under attack."""
+    """One model under attack; `identity` has digests of the model and of the images."""
 
     model: str
     threat: Any
@@ -123,6 +124,7 @@ class Evaluation:
     checks: dict[str, Check] = Field(default_factory=dict)
     flags: tuple[str, ...] = ()
     worst_case: Measure | None = None
+    identity: dict[str, str] = Field(default_factory=dict)
 
     @property
     def measures(self) -> dict[str, Measure]:
@@ -222,9 +224,8 @@ def _read_attacked(folder: Path) -> Attacked:
 def _read_outcomes(path: Path, evaluation: Evaluation) -> dict[str, np.ndarray]:
     """The arrays of outcomes.npz, each of them agreeing with the evaluation's counts."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, BadZipFile, EOFError) as error:
+        arrays = read_arrays(path)
+    except (OSError, ValueError) as error:
         raise _garbled(str(path), str(error)) from None
     if not {"index", "labels"} <= arrays.keys():
         raise _garbled(str(path), "it must hold 'index' and 'labels'")

@@ -6,20 +6,18 @@ work is saved after each batch and goes on, bit for bit, where it was interrupte
 """
 
 import hashlib
-import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harprune.files import to_json, write
+from harprune.files import read_arrays, to_json, write, write_arrays
 from harprune.intervals import wilson
 from harprune.pairing import PairedDifference, paired_difference
 from harprune.robustness import sanity
@@ -65,7 +63,8 @@ class Evaluation:
     Attributes:
         outcomes: "clean", each attack, and "attack:part" of AutoAttack -> bool (n,), still correct;
             "index" and "labels" -> int (n,).
-        identity: what the outcomes depend on: model, data, seed, batch size and attacks.
+        identity: what the outcomes depend on: model, attacked function, data, seed, batch size
+            and attacks.
     """
 
     model: str
@@ -150,7 +149,7 @@ def evaluate(
     data = _Data(images, labels.cpu().long()[index], index, batch_size, device, num_classes)
     attacked = model if function is None else function
     with eval_mode(model):
-        identity = _identity(model, data, seed, attacks) if folder is not None else {}
+        identity = {} if folder is None else _identity(model, function, data, seed, attacks)
         state = _State.open(folder, identity, data)
         for row in ("clean", *attacks):
             for batch in range(state.done.get(row, 0), len(data)):
@@ -330,14 +329,22 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
+_ATTACKED = "attacked function"
+
+
 def _identity(
-    model: nn.Module, data: _Data, seed: int, attacks: Mapping[str, Attack]
+    model: nn.Module,
+    function: nn.Module | None,
+    data: _Data,
+    seed: int,
+    attacks: Mapping[str, Attack],
 ) -> dict[str, str]:
     chosen = hashlib.sha256()
     for tensor in (data.index, data.labels, data.head(sanity.SAMPLE)[0]):
         chosen.update(_bytes(tensor))
     return {
         "model": model_digest(model),
+        _ATTACKED: "the model" if function is None else "its twin",
         "data": chosen.hexdigest(),
         "seed": str(seed),
         "batch_size": str(data.batch_size),
@@ -381,7 +388,7 @@ class _State:
             flags = [f for f in held.flags if not f.endswith(_SQUARE)]
             return cls(folder, identity, held.outcomes, done, parts, flags, held.checks)
         if (folder / "partial.npz").exists():
-            arrays = _read_arrays(folder / "partial.npz")
+            arrays = _arrays(folder / "partial.npz")
             note = json.loads(str(arrays.pop("progress")))
             _require_same(folder, note.pop("identity"), identity)
             return cls(folder, identity, arrays, **note)
@@ -396,21 +403,22 @@ class _State:
             return
         note = {key: getattr(self, key) for key in ("identity", "done", "parts", "flags")}
         arrays = {**self.outcomes, "progress": np.array(json.dumps(note))}
-        write(self.folder / "partial.npz", _archive(arrays))
+        write_arrays(self.folder / "partial.npz", arrays)
 
     def finish(self, result: Evaluation) -> None:
         if self.folder is None:
             return
         record = asdict(result)
         del record["outcomes"]
-        write(self.folder / "outcomes.npz", _archive(self.outcomes))
+        write_arrays(self.folder / "outcomes.npz", self.outcomes)
         write(self.folder / "evaluation.json", to_json(record))
         (self.folder / "partial.npz").unlink(missing_ok=True)
 
 
 def _require_same(folder: Path, held: dict[str, str], wanted: dict[str, str]) -> None:
     for key, value in wanted.items():
-        if held.get(key) != value:
+        missing = value if key == _ATTACKED else None  # earlier versions did not write it
+        if held.get(key, missing) != value:
             raise ValueError(
                 f"{folder} holds an evaluation whose {key} differs ({_short(held.get(key))} there, "
                 f"{_short(value)} here); choose another folder or delete this one"
@@ -421,18 +429,10 @@ def _short(value: str | None) -> str:
     return f"{value[:12]}..." if value and re.fullmatch("[0-9a-f]{64}", value) else str(value)
 
 
-def _archive(arrays: Mapping[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        # From memory: numpy leaves a file open that is no archive.
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, BadZipFile, NotImplementedError) as error:
+        return read_arrays(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it to start again") from None
 
 
@@ -452,7 +452,7 @@ def load_evaluation(folder: str | Path) -> Evaluation:
         record["attacks"] = {name: _measure(m) for name, m in record["attacks"].items()}
         record |= {name: _measure(record[name]) for name in ("clean", "worst_case")}
         record["flags"] = tuple(record["flags"])
-        return Evaluation(**record, outcomes=_read_arrays(folder / "outcomes.npz"))
+        return Evaluation(**record, outcomes=_arrays(folder / "outcomes.npz"))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is garbled ({error}); delete it to start again") from None
 

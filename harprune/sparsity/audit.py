@@ -18,6 +18,7 @@ class LayerCount:
     shape: tuple[int, ...]
     total: int
     kept: int
+    outputs: int
     price: int = 1
 
     @property
@@ -57,14 +58,14 @@ class Audit:
     @property
     def thin(self) -> list[str]:
         """Layers that keep fewer weights than they have outputs: some of these are constants."""
-        return [name for name, layer in self.layers.items() if layer.kept < layer.shape[0]]
+        return [name for name, layer in self.layers.items() if layer.kept < layer.outputs]
 
     def require_within_budget(self) -> "Audit":
         """Raises ValueError where more is kept than the budget allows or a layer is empty."""
         if self.spent > self.budget:
             raise ValueError(
                 f"{self.kept} of {self.total} weights are kept at a cost of {self.spent}, above "
-                f"the budget of {self.budget}"
+                f"the budget of {self.budget}; the method must leave masks within it"
             )
         empty = [name for name, layer in self.layers.items() if layer.kept == 0]
         if empty:
@@ -113,7 +114,11 @@ def audit(
     prices = prices or dict.fromkeys(layers, 1)
     counts = {
         name: LayerCount(
-            tuple(layer.shape), layer.size, int(torch.count_nonzero(layer.weight)), prices[name]
+            tuple(layer.shape),
+            layer.size,
+            int(torch.count_nonzero(layer.weight)),
+            layer.outputs,
+            prices[name],
         )
         for name, layer in layers.items()
     }

@@ -36,10 +36,14 @@ class Layer:
         return prod(self.shape)
 
     @property
+    def outputs(self) -> int:
+        """Output units: filters of a convolution, rows of a linear layer."""
+        return self.shape[self.output_axis] * (self.groups if self.output_axis else 1)
+
+    @property
     def fan_in(self) -> int:
         """Weights that feed one output unit (kernel included)."""
-        outputs = self.shape[self.output_axis] * (self.groups if self.output_axis else 1)
-        return self.size // outputs
+        return self.size // self.outputs
 
     @property
     def weight(self) -> Tensor:
@@ -86,6 +90,32 @@ def prunable_layers(
             "widen `include` or shorten `exclude`"
         )
     return layers
+
+
+def require_weights_of_its_own(
+    model: nn.Module, *, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> None:
+    """Refuse a layer whose weight is computed from other tensors, as under weight_norm.
+
+    A mask over it would be computed away, or the layer would be neither pruned nor counted.
+
+    Args:
+        model: without masks.
+        include, exclude: as in `prunable_layers`.
+
+    Raises:
+        ValueError: one of the layers to prune has no weight of its own.
+    """
+    for prefix, module in model.named_modules():
+        if not isinstance(module, _WEIGHTED) or module._parameters.get("weight") is not None:
+            continue
+        name = f"{prefix}.weight" if prefix else "weight"
+        if (include is None or _matches(name, include)) and not _matches(name, exclude):
+            raise ValueError(
+                f"{name} is computed from other tensors, as by weight_norm, spectral_norm or "
+                "torch.nn.utils.prune; make it a parameter again before pruning, for instance by "
+                "torch.nn.utils.parametrize.remove_parametrizations"
+            )
 
 
 def weights(layers: dict[str, Layer]) -> dict[str, Tensor]:

@@ -142,6 +142,20 @@ def test_a_wrong_use_is_refused(content, message):
         checks.check(make_recipe(content))
 
 
+def test_a_method_of_ones_own_says_whether_it_trains_scores(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "methods_of_s2ap_tests.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from harprune.methods.hydra import HYDRA\n"
+        "from harprune.methods.oneshot import Magnitude\n"
+        "@dataclass(eq=False)\nclass Scored(HYDRA): ...\n"
+        "@dataclass(eq=False)\nclass Unscored(Magnitude): ...\n"
+    )
+    checks.check(make_recipe({"method": {"name": "methods_of_s2ap_tests:Scored+s2ap"}}))
+    with pytest.raises(ValueError, match="this method trains none"):
+        checks.check(make_recipe({"method": {"name": "methods_of_s2ap_tests:Unscored+s2ap"}}))
+
+
 def test_options_reach_the_method_and_the_plug_in():
     content = {"method": {"name": "harp+s2ap", "gamma": 0.3, "radius": 0.05, "warm_up": 0.5}}
     recipe = make_recipe(content)

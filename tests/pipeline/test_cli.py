@@ -205,6 +205,8 @@ def test_evaluate_against_what_was_kept_before(command, finished):
     assert unattacked.startswith("e holds outcomes under fgsm, not under none")
     fewer = evaluate("finetuned.safetensors", "--attack", "fgsm", "--against", "e", "--size", 12)
     assert "evaluate both on the same subset" in fewer.refusal
+    itself = evaluate("finetuned.safetensors", "--out", "e", "--against", "./e").refusal
+    assert "--against and --out both name e" in itself
     absent = evaluate("finetuned.safetensors", "--attack", "fgsm", "--against", "nowhere")
     assert absent.refusal.startswith("nowhere holds no finished evaluation")
 

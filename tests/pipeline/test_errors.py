@@ -295,6 +295,16 @@ def test_what_a_stage_to_come_does_may_still_be_changed(command, here, finished)
     )
 
 
+def test_while_the_dense_network_is_trained_budget_and_method_may_still_change(command, here):
+    run_with(command, out="run", until="pretrain")
+    (here / "run" / "dense.safetensors").rename(here / "run" / "pretrain.progress")
+    with Run(here / "run", read_recipe("tiny.toml", ["budget.density=0.3", "method.name=hydra"])):
+        pass
+    (here / "run" / "prune.progress").touch()
+    with pytest.raises(ValueError, match=r"\(budget\.density: 0\.2 -> 0\.3\)"):
+        Run(here / "run", read_recipe("tiny.toml", ["budget.density=0.3"]))
+
+
 def test_the_dense_network_may_be_attacked_later_and_on_fewer_images(command, here, finished):
     whole = outcomes_of(finished / "attack" / "dense")
     shutil.rmtree(finished / "attack" / "dense")

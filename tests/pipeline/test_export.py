@@ -162,6 +162,19 @@ def test_other_weights_need_a_model_and_data(command, finished):
     assert harprune.deploy.load("a.hpn").classes == ("a", "b", "c", "d")
 
 
+def test_spare_logits_have_no_names(command, here):
+    (here / "spare_logits_of_tests.py").write_text(
+        "from torch import nn\n"
+        "def make(num_classes, in_channels=1):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes + 2))\n"
+    )
+    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(64, 6)).state_dict(), "spare.pt")
+    arguments = ("--model", "spare_logits_of_tests:make", "--data", "stripes_of_tests:load")
+    said = command("export", "spare.pt", *arguments, "--out", "spare.hpn")
+    assert said.code == 0, said.err
+    assert harprune.deploy.load("spare.hpn").classes == ()
+
+
 def test_a_run_that_is_not_finished_says_so(command, here):
     assert command("run", "tiny.toml", "--out", "half", "--until", "prune").code == 0
     refusal = command("export", "half", "--out", "a.hpn").refusal

@@ -132,6 +132,22 @@ def test_a_dense_network_is_known_to_all_that_start_from_its_weights(make_run):
     assert {p["configuration"] for p in paired} == {"harp + erk", "hydra + erk"}
 
 
+def test_a_dense_network_counts_once_and_on_most_images(make_run):
+    folders = [make_run(f"run{seed}", seed=seed, size=60 if seed else 200) for seed in range(3)]
+    for folder in folders[1:]:
+        shutil.rmtree(folder / "attack" / "finetuned")
+        shutil.copytree(folders[0] / "attack" / "finetuned", folder / "attack" / "finetuned")
+    for folder, model in zip(folders, ("same", "same", "other"), strict=True):
+        record = folder / "attack" / "dense" / "evaluation.json"
+        said = json.loads(record.read_text())
+        said["identity"] = {"model": model}
+        record.write_text(json.dumps(said))
+    dense = compare_runs(folders[:2])["rows"][0]
+    assert (dense["seeds"], dense["images"]) == ([0], [200])
+    assert dense["measures"]["clean"]["spread"] is None
+    assert compare_runs(folders)["rows"][0]["seeds"] == [0, 2]
+
+
 def test_a_dense_network_attacked_on_fewer_images(make_run, tmp_path):
     folder, few = make_run("run"), make_run("few", size=50)
     shutil.rmtree(folder / "attack" / "dense")

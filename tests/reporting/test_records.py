@@ -125,6 +125,14 @@ def test_outcomes_are_never_unpickled(make_run):
     np.savez(path, index=np.array([{}], dtype=object), labels=np.zeros(1))
     with pytest.raises(ValueError, match=r"outcomes\.npz is garbled .*allow_pickle"):
         read_run(path.parents[2])
+    np.savez(path, index=np.zeros(1), labels=np.zeros(1))
+    bent = bytearray(path.read_bytes())
+    for start in (b"PK\x03\x04", b"PK\x01\x02"):
+        at = bent.find(start) + (8 if start[2] == 3 else 10)
+        bent[at] = 99  # no method of compression that there is
+    path.write_bytes(bent)
+    with pytest.raises(ValueError, match=r"outcomes\.npz is garbled .*compression"):
+        read_run(path.parents[2])
     path.write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"outcomes\.npz is garbled"):
         read_run(path.parents[2])

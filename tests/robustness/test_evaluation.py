@@ -219,6 +219,7 @@ def test_a_folder_of_something_else_is_refused(run, model, images, labels, make_
         ("batch_size", {"batch_size": 10}),
         ("attacks", {"attacks": {**ATTACKS, "fgsm": FGSM(L2(0.1))}}),
         ("attacks", {"attacks": {"fgsm": FGSM(THREAT)}}),
+        ("attacked function", {"function": model}),
     ]
     for key, options in other:
         with pytest.raises(ValueError, match=f"whose {key} differs") as caught:
@@ -229,6 +230,15 @@ def test_a_folder_of_something_else_is_refused(run, model, images, labels, make_
         run(folder=tmp_path / "partial", progress=progress)
     with pytest.raises(ValueError, match="whose seed differs"):
         run(folder=tmp_path / "partial", seed=1)
+
+
+def test_an_earlier_record_that_does_not_say_what_was_attacked_goes_on(run, tmp_path):
+    first = run(folder=tmp_path)
+    path = tmp_path / "evaluation.json"
+    record = json.loads(path.read_text())
+    del record["identity"]["attacked function"]
+    path.write_text(json.dumps(record))
+    assert same(run(folder=tmp_path), first)
 
 
 def test_the_record_is_what_a_report_reads(run, tmp_path):

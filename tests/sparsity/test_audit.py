@@ -66,6 +66,15 @@ def test_layers_with_constant_outputs_are_named(model):
     assert audit(prunable_layers(model)).thin == ["0.weight"]
 
 
+def test_outputs_of_a_transposed_convolution_lie_in_its_second_axis():
+    grouped = nn.Sequential(nn.ConvTranspose2d(2, 8, 1, groups=2))
+    zero(grouped, 0, 3)
+    assert audit(prunable_layers(grouped)).thin == ["0.weight"]
+    whole = nn.Sequential(nn.ConvTranspose2d(8, 2, 1))
+    zero(whole, 0, 3)
+    assert audit(prunable_layers(whole)).thin == []
+
+
 def test_a_mask_that_cuts_the_image_off_is_noticed(model):
     x = torch.rand(1, 1, 2, 2)
     assert connected(model, x)

@@ -4,11 +4,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from harprune.sparsity import masks
 from harprune.sparsity.density import GivenDensity
 from harprune.sparsity.granularity import Granularity
-from harprune.sparsity.layers import prunable_layers
+from harprune.sparsity.layers import prunable_layers, require_weights_of_its_own
 
 
 class Mixed(nn.Module):
@@ -60,6 +61,24 @@ def test_a_pattern_that_matches_nothing_names_the_nearest():
 def test_a_model_without_weights_is_refused():
     with pytest.raises(ValueError, match="nothing to prune"):
         prunable_layers(nn.Sequential(nn.BatchNorm2d(3)))
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        lambda layer: prune.identity(layer, "weight"),
+    ],
+)
+def test_a_weight_computed_from_others_is_refused_unless_left_out(compute):
+    model = Mixed()
+    require_weights_of_its_own(model)
+    compute(model.head)
+    with pytest.raises(ValueError, match=r"head\.weight is computed from other tensors"):
+        require_weights_of_its_own(model)
+    require_weights_of_its_own(model, exclude=("head",))
+    require_weights_of_its_own(model, include=("one",))
 
 
 def test_fan_in_and_units_follow_the_kind_of_layer():
