@@ -16,7 +16,7 @@ _HOMES = {
     "Format": "harprune.pipeline.export",
     "Values": "harprune.deploy.artifact",
     "Pruned": "harprune.pipeline.api",
-    "read_recipe": "harprune.pipeline.recipe",
+    "read_recipe": "harprune.pipeline.recipe_text",
     "create_model": "harprune.models",
     "list_models": "harprune.models",
     "load_weights": "harprune.models",

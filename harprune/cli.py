@@ -102,7 +102,7 @@ def run(
 
     Give the same command again to continue after an interruption.
     """
-    from harprune.pipeline.recipe import read_recipe
+    from harprune.pipeline.recipe_text import read_recipe
 
     resolved = read_recipe(recipe, [*overrides, *_machine(execution, device)])
     source = recipe.read_text(encoding="utf-8-sig")
@@ -136,7 +136,7 @@ def prune(
     Anything else a recipe can say goes through --set, as in
     `--set model.mean='[0.49, 0.48, 0.45]' --set attack.size=1000`.
     """
-    from harprune.pipeline.recipe import make_recipe
+    from harprune.pipeline.recipe_text import make_recipe
 
     content = {
         "name": f"{model}-{method}",
@@ -200,7 +200,7 @@ def evaluate(
     be a file that `harprune export` made, which holds its weights: --model digits.hpn.
     """
     from harprune.pipeline.api import evaluate_recipe
-    from harprune.pipeline.recipe import make_recipe
+    from harprune.pipeline.recipe_text import make_recipe
     from harprune.robustness.evaluation import REPEATED, differing, load_evaluation
 
     attack = [] if attack == ["none"] else attack
@@ -267,7 +267,7 @@ def export(
     """
     from harprune.deploy.artifact import Values
     from harprune.pipeline.export import Format, Source, export_recipe, find_source
-    from harprune.pipeline.recipe import make_recipe
+    from harprune.pipeline.recipe_text import make_recipe
 
     if (model is None) != (data is None):
         raise ValueError("--model and --data describe other weights together; give both or none")
@@ -370,9 +370,9 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write the report of each run; with --out, one table that compares them."""
-    from harprune.pipeline.recipe import completed
+    from harprune.pipeline.recipe_text import completed
     from harprune.pipeline.run import command_line
-    from harprune.reporting.comparison import write_comparison
+    from harprune.reporting.comparison_report import write_comparison
     from harprune.reporting.report import write_report
     from harprune.reporting.tensorboard import write_tensorboard
 
@@ -495,7 +495,7 @@ def data(
 def recipe() -> None:
     """Print every key of a recipe with its meaning and default, as a TOML file to start from."""
     from harprune.pipeline.pruning import method_notes
-    from harprune.pipeline.recipe import describe
+    from harprune.pipeline.recipe_text import describe
 
     typer.echo("\n".join(describe(notes={"method": method_notes()})))
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from harprune.deploy import rice
+from harprune.deploy.header import Fields, parse
 from harprune.deploy.network import LARGEST_EXTENT, LARGEST_LAYER, Network, made_shape, vector_names
 from harprune.files import write
 from harprune.kernels import graph as g
@@ -27,9 +28,6 @@ from harprune.kernels.lists import Pattern
 MAGIC = b"\x89HPN\r\n\x1a\n"
 VERSION = 1
 LARGEST_HEADER = 2**22
-DEEPEST_HEADER = 100
-LARGEST_ORDER = 308
-"""Powers of ten that numbers of a header stay below."""
 ALIGNMENT = 8
 _PREAMBLE = struct.Struct("<8sIIQ32s32s")
 _UNSIGNED = 56
@@ -80,7 +78,7 @@ def save(path: str | Path, network: Network, *, values: Values = Values.FLOAT32)
     text += b" " * (-(_PREAMBLE.size + len(text)) % ALIGNMENT)
     if len(text) > LARGEST_HEADER:
         raise ValueError(f"a header of {len(text)} bytes exceeds {LARGEST_HEADER}; cut metadata")
-    _parsed(text.decode())  # metadata that no reader would take
+    parse(text.decode())  # metadata that no reader would take
     body = payload.bytes()
     signed = _PREAMBLE.pack(
         MAGIC, VERSION, len(text), len(body), hashlib.sha256(body).digest(), bytes(32)
@@ -273,54 +271,7 @@ def _parts(data: memoryview) -> tuple[dict, memoryview]:
         raise ValueError("the header's checksum does not match")
     if hashlib.sha256(data[start:]).digest() != payload_sum:
         raise ValueError("the payload's checksum does not match")
-    return _parsed(text.decode()), data[start:]
-
-
-def _parsed(text: str) -> Any:
-    """The header as JSON; ValueError where it holds what a reader of it need not understand."""
-    found = json.loads(
-        text,
-        object_pairs_hook=_once,
-        parse_constant=_refuse,
-        parse_int=_whole,
-        parse_float=_real,
-    )
-    level, depth = [found], 0
-    while level := [v for v in level if isinstance(v, dict | list)]:
-        depth += 1
-        if depth > DEEPEST_HEADER:
-            raise ValueError(f"its header is nested deeper than {DEEPEST_HEADER}")
-        level = [v for held in level for v in (held.values() if isinstance(held, dict) else held)]
-    return found
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a field stands twice in one object of its header")
-    return found
-
-
-def _refuse(word: str) -> None:
-    raise ValueError(f"{word} in its header is no JSON")
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > 20 or abs(int(digits)) >= 2**63:
-        raise ValueError(f"a number of its header, {digits[:24]}, is too large")
-    return int(digits)
-
-
-def _real(digits: str) -> float:
-    mantissa, _, exponent = digits.lower().partition("e")
-    whole, _, _ = mantissa.lstrip("-").partition(".")
-    figures = mantissa.replace("-", "").replace(".", "")
-    first = len(figures) - len(figures.lstrip("0"))  # that is not zero
-    power = int(exponent.lstrip("+-").lstrip("0")[:13] or 0)  # no header makes up for more
-    order = len(whole) - 1 - first + (-power if exponent.startswith("-") else power)
-    if first < len(figures) and order >= LARGEST_ORDER:
-        raise ValueError(f"a number of its header, {digits[:24]}, is too large")
-    return float(digits)
+    return parse(text.decode()), data[start:]
 
 
 class _Sections:
@@ -346,69 +297,19 @@ class _Sections:
             raise ValueError(f"{len(self._payload) - self._end} bytes after its last section")
 
 
-_MISSING = object()
 _EXPONENTS = (-170, 120)
 """Least and largest of halves."""
 
 
-class _Fields:
-    """One object of the header: each field is read once, with its type and range."""
-
-    def __init__(self, value: Any, what: str):
-        if not isinstance(value, dict):
-            raise ValueError(f"{what} is no JSON object")
-        self._left, self.what = dict(value), what
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._left
-
-    def take(self, name: str, kind: type, default: Any = _MISSING) -> Any:
-        value = self._left.pop(name, default)
-        if type(value) is not kind and (value is not default or default is _MISSING):
-            raise ValueError(f"field {name!r} of {self.what} is missing or not of type {kind}")
-        return value
-
-    def integer(self, name: str, least: int, most: int, default: Any = _MISSING) -> int:
-        return self._within(name, self.take(name, int, default), least, most)
-
-    def integers(
-        self, name: str, count: int | None, least: int, most: int, default: Any = _MISSING
-    ) -> tuple[int, ...]:
-        found = self.take(name, list, default)
-        if count is not None and len(found) != count:
-            raise ValueError(f"field {name!r} of {self.what} has {len(found)} numbers, not {count}")
-        return tuple(self._within(name, number, least, most) for number in found)
-
-    def section(self, name: str) -> tuple[int, int]:
-        return self.integers(name, 2, 0, 2**63 - 1)
-
-    def section_of_halves(self, name: str) -> tuple[tuple[int, int], int]:
-        """Its place, and the exponent that stands behind it."""
-        found = self.integers(name, 3, -(2**63), 2**63 - 1)
-        self._within(name, min(found[:2]), 0, 2**63 - 1)
-        return found[:2], self._within(name, found[2], *_EXPONENTS)
-
-    def finish(self) -> None:
-        if self._left:
-            raise ValueError(f"unknown field {min(self._left)!r} in {self.what}")
-
-    def _within(self, name: str, number: Any, least: int, most: int) -> int:
-        if type(number) is not int or not least <= number <= most:
-            raise ValueError(
-                f"field {name!r} of {self.what} must be a whole number from {least} to {most}"
-            )
-        return number
-
-
 def _network(header: Any, sections: _Sections) -> Network:
-    fields = _Fields(header, "the header")
+    fields = Fields(header, "the header")
     values = fields.take("values", str)
     if values not in {v.value for v in Values}:
         raise ValueError(f"values of type {values[:20]!r} are unknown")
     graph = Graph([Shape(*fields.integers("input", 3, 1, LARGEST_LAYER))], [], [0])
     reader = _Reader(graph, Values(values), sections)
     for entry in fields.take("nodes", list):
-        reader.read(_Fields(entry, f"node {len(graph.nodes)}"))
+        reader.read(Fields(entry, f"node {len(graph.nodes)}"))
     graph.outputs.append(fields.integer("output", 0, len(graph.nodes)))
     classes, metadata = fields.take("classes", list), fields.take("metadata", dict)
     fields.finish()
@@ -425,7 +326,7 @@ class _Reader:
         self.values: dict[str, np.ndarray] = {}
         self.vectors: dict[str, np.ndarray] = {}
 
-    def read(self, fields: _Fields) -> None:
+    def read(self, fields: Fields) -> None:
         graph = self.graph
         kind = _OPERATIONS.get(fields.take("op", str))
         if kind is None:
@@ -447,7 +348,7 @@ class _Reader:
         node = kind(sources, len(graph.shapes), **own)
         shape = made_shape(node, [graph.shapes[s] for s in sources], filters)
         if kind is g.Convolution:
-            self._read_weights(node, filters, _Fields(fields.take("weights", dict), fields.what))
+            self._read_weights(node, filters, Fields(fields.take("weights", dict), fields.what))
         for vector in vector_names(node):
             if vector in self.vectors:
                 raise ValueError(f"{fields.what} has the name of an earlier one")
@@ -456,16 +357,16 @@ class _Reader:
         graph.value(shape)
         graph.nodes.append(node)
 
-    def _read_vector(self, fields: _Fields, vector: str) -> np.ndarray:
+    def _read_vector(self, fields: Fields, vector: str) -> np.ndarray:
         name = vector.rpartition("/")[2]
         if self._coding is not Values.FLOAT16:
             return _native(self._sections.take(fields.section(name), np.dtype("<f4"), vector))
-        place, exponent = fields.section_of_halves(name)
+        place, exponent = fields.section_of_halves(name, _EXPONENTS)
         stored = self._sections.take(place, np.dtype("<f2"), vector)
         with np.errstate(all="ignore"):  # as for weights
             return np.ldexp(stored.astype(np.float32), exponent)
 
-    def _read_weights(self, node: g.Convolution, filters: int, fields: _Fields) -> None:
+    def _read_weights(self, node: g.Convolution, filters: int, fields: Fields) -> None:
         channels = self.graph.shapes[node.sources[0]].channels // node.groups
         pattern = Pattern((filters, channels, *node.window.size), None)
         size = filters * pattern.window
@@ -490,7 +391,7 @@ class _Reader:
             values = _native(scaling.restored(stored, pattern))
         self.patterns[node.name], self.values[node.name] = pattern, values
 
-    def _read_index(self, fields: _Fields, kept: int, size: int) -> np.ndarray:
+    def _read_index(self, fields: Fields, kept: int, size: int) -> np.ndarray:
         block = fields.integer("block", 1, LARGEST_LAYER)
         parts = [
             self._sections.take(fields.section(part), np.dtype("u1"), part)
@@ -498,7 +399,7 @@ class _Reader:
         ]
         return rice.decode(rice.Coded(block, *parts), kept, size)
 
-    def _read_scaling(self, fields: _Fields, filters: int) -> _Scaling:
+    def _read_scaling(self, fields: Fields, filters: int) -> _Scaling:
         if self._coding is Values.FLOAT16:
             return _Scaling(exponent=fields.integer("exponent", *_EXPONENTS))
         if self._coding is Values.INT8:
@@ -509,7 +410,7 @@ class _Reader:
         return _Scaling()
 
 
-def _window(fields: _Fields) -> Window:
+def _window(fields: Fields) -> Window:
     size = fields.integers("size", 2, 1, LARGEST_EXTENT)
     rest = {n: fields.integers(n, 2, 0, LARGEST_EXTENT, list(d)) for n, d in _WINDOW.items()}
     return Window(size, **rest)

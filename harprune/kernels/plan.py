@@ -74,7 +74,7 @@ class Plan:
     Attributes:
         forward, backward: the symbolic steps. In training a step `moments` ends a stretch: its sums
             over all blocks must be known before the next step runs.
-        patterns: where the kept weights of each convolution are; set by `lay_out`.
+        spare: memory of earlier batches, for the next ones.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Plan:
         size = kernels.dtype.itemsize
         self.arena_bytes = place_maps(viewed, size, reuse=not training, onto=onto)
         self.kept_bytes = place_bits(self.signs.values(), self.winners.values(), kernels.sign_bytes)
-        self.spare: list = []  # memory of earlier batches, for the next ones
+        self.spare: list = []
 
     # Forward --------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 """What every pruning method is asked for: `Budget` says how much, `Method` says how."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, sqrt
 
@@ -281,9 +282,30 @@ def given_densities(model: nn.Module, budget: Budget) -> dict[str, Density]:
     return {name: GivenDensity(counts[name] / units[name]) for name in layers}
 
 
+def gradients(
+    value: Tensor, layers: Mapping[str, Layer], *, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """Of `value` to the weights of `layers`; zero where a layer has no part in it."""
+    held = [layer.parameter for layer in layers.values()]
+    return torch.autograd.grad(value, held, create_graph=create_graph, materialize_grads=True)
+
+
+@contextmanager
+def differentiable(layers: Mapping[str, Layer]) -> Iterator[None]:
+    """Weights that the user froze have gradients inside: they are not trained, but ranked."""
+    frozen = [p for layer in layers.values() if not (p := layer.parameter).requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
 def scaled_magnitude(layer: Layer, magnitude: Tensor) -> Tensor:
     """sqrt(6 / fan_in) * theta / max|theta|, the scores from which HYDRA and HARP start."""
-    return sqrt(6.0 / layer.fan_in) * magnitude / magnitude.abs().max()
+    return sqrt(6.0 / layer.fan_in) * magnitude / magnitude.abs().max().clamp_min(1e-30)
 
 
 def best_of_all(

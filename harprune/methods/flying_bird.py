@@ -192,6 +192,7 @@ class FlyingBird(Method):
             kept = top_among(magnitude, mask.kept, min(counts[name], int(mask.kept.sum())))
             draw = torch.rand(kept.shape, generator=generator(self._seed, number, -1))
             missing = counts[name] - int(kept.sum())
+            layer.parameter.mul_(mask.kept)  # what grows, grows from zero
             masks.fix(layer, kept | top_among(draw.to(kept.device), ~kept, missing))
 
     def state_dict(self) -> dict:

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harprune.methods.base import Budget, Method, Sample, settle_ranking
+from harprune.methods.base import (
+    Budget,
+    Method,
+    Sample,
+    differentiable,
+    gradients,
+    settle_ranking,
+)
 
 
 @dataclass(eq=False)
@@ -53,15 +60,16 @@ class GraSP(Method):
 
         def gradient(x: Tensor, y: Tensor, **options) -> tuple[Tensor, ...]:
             loss = F.cross_entropy(model(x) / self.temperature, y)
-            return torch.autograd.grad(loss, weights, **options)
+            return gradients(loss, layers, **options)
 
-        mean = [sum(parts) / len(seen) for parts in zip(*(gradient(*batch) for batch in seen))]
         scores = [torch.zeros_like(w) for w in weights]
-        for batch in seen:
-            # H g is the gradient of g . stop(g).
-            flow = sum((a * b).sum() for a, b in zip(gradient(*batch, create_graph=True), mean))
-            for total, product, w in zip(scores, torch.autograd.grad(flow, weights), weights):
-                total += w.detach() * product
+        with differentiable(layers):
+            mean = [sum(parts) / len(seen) for parts in zip(*(gradient(*batch) for batch in seen))]
+            for batch in seen:
+                # H g is the gradient of g . stop(g).
+                flow = sum((a * b).sum() for a, b in zip(gradient(*batch, create_graph=True), mean))
+                for total, product, w in zip(scores, gradients(flow, layers), weights):
+                    total += w.detach() * product
         grain = self._budget.granularity
         self._scores = {n: grain.total(layer, s) for (n, layer), s in zip(layers.items(), scores)}
 

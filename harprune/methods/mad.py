@@ -14,6 +14,7 @@ the other layers, whose floors keep it from being emptied.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from math import expm1, log
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from harprune.methods.base import Budget, Method, Sample, settle_ranking
+from harprune.methods.base import Budget, Method, Sample, differentiable, settle_ranking
 from harprune.sparsity.layers import Layer
 
 _OPEN = log(expm1(1.0))  # softplus(_OPEN) = 1: the mask that changes nothing
@@ -69,10 +70,11 @@ class MAD(Method):
     def observe(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         layers = self._budget.layers(model)
         total = {n: torch.zeros_like(layer.parameter.detach()) for n, layer in layers.items()}
-        for x, y in batches:
-            damage = self._damage(model, layers, x, y)
-            for name, saliency in _saliencies(model, layers, damage, x, y):
-                total[name] += saliency
+        with differentiable(layers):
+            for x, y in batches:
+                damage = self._damage(model, layers, x, y)
+                for name, saliency in _saliencies(model, layers, damage, x, y):
+                    total[name] += saliency
         grain = self._budget.granularity
         self._scores = {name: grain.total(layers[name], s) for name, s in total.items()}
 
@@ -86,9 +88,8 @@ class MAD(Method):
         for _ in range(self.mask_steps):
             masked = {name: w * F.softplus(levels[name]) for name, w in weights.items()}
             loss = F.cross_entropy(functional_call(model, masked, (x,)), y)
-            for level, gradient in zip(
-                levels.values(), torch.autograd.grad(loss, list(levels.values()))
-            ):
+            slopes = torch.autograd.grad(loss, list(levels.values()), materialize_grads=True)
+            for level, gradient in zip(levels.values(), slopes):
                 level.grad = gradient
             adam.step()
             for level in levels.values():
@@ -104,10 +105,14 @@ def _saliencies(
 ) -> list[tuple[str, Tensor]]:
     """(layer, saliency in the shape of its weight) for each use of a layer in a forward pass."""
     uses: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+
+    def note(name: str, module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+        # What follows may work in place, so it gets a copy.
+        uses.append((name, module, inputs[0].detach().clone(), out))
+        return out.clone()
+
     hooks = [
-        module.register_forward_hook(
-            lambda m, inputs, out, name=name: uses.append((name, m, inputs[0].detach(), out))
-        )
+        module.register_forward_hook(partial(note, name))
         for name, layer in layers.items()
         for module, _ in layer.places
     ]
@@ -116,9 +121,9 @@ def _saliencies(
     finally:
         for hook in hooks:
             hook.remove()
-    gradients = torch.autograd.grad(loss, [out for *_, out in uses])
+    slopes = torch.autograd.grad(loss, [out for *_, out in uses], materialize_grads=True)
     found = []
-    for (name, module, a, _), g in zip(uses, gradients):
+    for (name, module, a, _), g in zip(uses, slopes):
         dw = damage[name].flatten(1)
         inputs = _rows(module, a)
         curvature = _positions(module, g).square().mean(dim=(0, 2))  # G_ii, (outputs,)

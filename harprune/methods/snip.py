@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harprune.methods.base import Budget, Method, Sample, settle_ranking
+from harprune.methods.base import (
+    Budget,
+    Method,
+    Sample,
+    differentiable,
+    gradients,
+    settle_ranking,
+)
 
 
 @dataclass(eq=False)
@@ -41,16 +48,16 @@ class SNIP(Method):
 
     def observe(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         layers = self._budget.layers(model)
-        weights = [layer.parameter for layer in layers.values()]
-        gradients = [torch.zeros_like(w) for w in weights]
-        for x, y in batches:
-            loss = F.cross_entropy(model(x), y)
-            for total, gradient in zip(gradients, torch.autograd.grad(loss, weights)):
-                total += gradient
+        sums = [torch.zeros_like(layer.parameter) for layer in layers.values()]
+        with differentiable(layers):
+            for x, y in batches:
+                loss = F.cross_entropy(model(x), y)
+                for total, gradient in zip(sums, gradients(loss, layers)):
+                    total += gradient
         grain = self._budget.granularity
         self._scores = {
-            name: grain.total(layer, gradient * layer.parameter.detach()).abs()
-            for (name, layer), gradient in zip(layers.items(), gradients)
+            name: grain.total(layer, total * layer.parameter.detach()).abs()
+            for (name, layer), total in zip(layers.items(), sums)
         }
 
     def settle(self, model: nn.Module) -> None:

@@ -13,7 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from harprune.methods.base import Budget, Method, Sample, settle_ranking
+from harprune.methods.base import (
+    Budget,
+    Method,
+    Sample,
+    differentiable,
+    gradients,
+    settle_ranking,
+)
 from harprune.sparsity.allocation import global_top
 from harprune.sparsity.layers import Layer
 from harprune.sparsity.selection import keep_top
@@ -59,12 +66,12 @@ class SynFlow(Method):
             self._scores = self._flow(paths, layers, ones)
 
     def _flow(self, paths: nn.Module, layers: dict[str, Layer], ones: Tensor) -> dict[str, Tensor]:
-        weights = [layer.parameter for layer in layers.values()]
-        gradients = torch.autograd.grad(paths(ones).sum(), weights)
+        with differentiable(layers):
+            slopes = gradients(paths(ones).sum(), layers)
         grain = self._budget.granularity
         return {
-            name: grain.total(layer, layer.parameter.detach() * gradient)
-            for (name, layer), gradient in zip(layers.items(), gradients)
+            name: grain.total(layer, layer.parameter.detach() * slope)
+            for (name, layer), slope in zip(layers.items(), slopes)
         }
 
     def settle(self, model: nn.Module) -> None:
@@ -78,6 +85,6 @@ def _paths_of(model: nn.Module) -> nn.Module:
     for name, parameter in paths.named_parameters():
         parameter.zero_() if name.endswith("bias") else parameter.abs_()
     for name, buffer in paths.named_buffers():
-        if name.endswith("running_mean"):
+        if name.endswith("mean"):  # of batch norm, and of the images
             buffer.zero_()
     return paths

@@ -14,13 +14,14 @@ from torch import nn
 
 from harprune.pipeline import checks, hardening, machinery, pruning, stages, supply
 from harprune.pipeline.console import Console
-from harprune.pipeline.recipe import Recipe, make_recipe
+from harprune.pipeline.judging import judge
+from harprune.pipeline.recipe import Recipe
+from harprune.pipeline.recipe_text import make_recipe
 from harprune.pipeline.run import Run, lock
 from harprune.pipeline.supply import Materials
 from harprune.robustness import evaluation
 from harprune.robustness.evaluation import Evaluation, model_digest
 from harprune.robustness.threat import Linf, Threat
-from harprune.sparsity import execution as executions
 from harprune.sparsity.audit import Audit
 from harprune.sparsity.execution import Execution
 from harprune.training.splits import Split, from_arrays, to_float
@@ -85,6 +86,7 @@ def prune(
         "finetune": {"epochs": finetune_epochs},
     }
     for section, values in (options or {}).items():
+        _require_effect(section, values)
         content[section] = {**content.get(section, {}), **values}
     recipe = make_recipe(content, source="harprune.prune")
     materials = _materials(model, train, validation)
@@ -129,24 +131,19 @@ def evaluate(
     """
     threat = threat or Linf(8 / 255)
     split = _split(test)
-    index = evaluation.subset(split.labels, size, seed)
-    fast = executions.twin(model, execution=execution) if twin else None
-    with _kept_in(out), Console(quiet=quiet).bar(f"attack {name}", len(index)) as bar:
-        return evaluation.evaluate(
+    with _kept_in(out):
+        return judge(
             model,
-            stages.Floats(split.images),
-            split.labels,
-            {
-                each: hardening.attack(each, threat, seed=seed, batch_size=batch_size)
-                for each in attacks
-            },
+            split,
+            attacks=attacks,
+            threat=threat,
+            index=evaluation.subset(split.labels, size, seed),
             seed=seed,
             batch_size=batch_size,
-            index=index,
             folder=out,
-            progress=bar.update_of,
-            threat=threat,
-            function=None if fast is None else fast.current(),
+            execution=execution,
+            twin=twin,
+            console=Console(quiet=quiet),
             name=name,
         )
 
@@ -198,6 +195,16 @@ def evaluate_recipe(
     )
 
 
+def _require_effect(section: str, values: Mapping[str, Any]) -> None:
+    """Raises ValueError for keys of a recipe that speak of what is given in Python instead."""
+    if section in ("model", "data", "attack"):
+        key = next(iter(values), "")
+        raise ValueError(
+            f"options[{section!r}] with {key!r} would have no effect: network and images are those "
+            "given, augmentation is an argument, and nothing is attacked here; leave it out"
+        )
+
+
 def _kept_in(out: str | Path | None) -> AbstractContextManager:
     if out is None:
         return nullcontext()
@@ -206,6 +213,13 @@ def _kept_in(out: str | Path | None) -> AbstractContextManager:
 
 
 def _materials(model: nn.Module, train: Images, validation: Images) -> Materials:
+    try:
+        copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the network cannot be copied ({error}); remove weight_norm or whatever else computes "
+            "its weights from other tensors"
+        ) from None
     return Materials(
         train=_split(train),
         validation=_split(validation),

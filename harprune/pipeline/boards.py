@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from harprune.files import to_json, write
-from harprune.reporting.records import Evaluation, Measure, Run, read_run
+from harprune.reporting.records import Evaluation, Measure, RunRecord, read_run
 from harprune.robustness.threat import L2, Linf
 from harprune.training import checkpoint
 
@@ -80,7 +80,7 @@ def write_entries(folder: str | Path, out: str | Path, paper: Paper) -> dict[str
     return made | refused
 
 
-def _record(run: Run, paper: Paper) -> Mapping[str, str]:
+def _record(run: RunRecord, paper: Paper) -> Mapping[str, str]:
     """model_info/DATASET/THREAT/KEY.json of RobustBench."""
     evaluation, robust = _attacked(run)
     dataset = run.section("data").get("name", "digits")
@@ -110,7 +110,7 @@ def _record(run: Run, paper: Paper) -> Mapping[str, str]:
     return {f"model_info/{dataset}/{board}/{paper.key}.json": to_json(content)}
 
 
-def _submission(run: Run, paper: Paper) -> Mapping[str, str | bytes]:
+def _submission(run: RunRecord, paper: Paper) -> Mapping[str, str | bytes]:
     """The form of the pruning benchmark, and the state dict that it is about."""
     evaluation, robust = _attacked(run)
     dataset, model = run.section("data").get("name"), run.section("model")
@@ -156,7 +156,7 @@ def _submission(run: Run, paper: Paper) -> Mapping[str, str | bytes]:
     return {f"{key}.md": "\n".join(lines), f"{key}.pt": buffer.getvalue()}
 
 
-def _attacked(run: Run) -> tuple[Evaluation, Measure]:
+def _attacked(run: RunRecord) -> tuple[Evaluation, Measure]:
     """The pruned network's evaluation and its robust accuracy, if a board can take them."""
     evaluation = run.attacked["finetuned"].evaluation
     robust = evaluation.attacks.get("autoattack")
@@ -174,7 +174,7 @@ def _attacked(run: Run) -> tuple[Evaluation, Measure]:
     return evaluation, robust
 
 
-def _state_dict(run: Run) -> tuple[dict[str, Tensor], str]:
+def _state_dict(run: RunRecord) -> tuple[dict[str, Tensor], str]:
     """The network's tensors, and a sentence on the normalisation before it."""
     tensors, _ = checkpoint.load(run.folder / "finetuned.safetensors")
     state = checkpoint.unpack("model", tensors)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harprune.modes import eval_mode
 from harprune.pipeline import hardening, pruning
-from harprune.pipeline.recipe import Recipe, Threat
+from harprune.pipeline.recipe import Objective, Recipe, Threat
 from harprune.pipeline.supply import Materials
 from harprune.robustness import evaluation
-from harprune.robustness.attacks import eval_mode
 from harprune.robustness.threat import parse_epsilon
 from harprune.sparsity.layers import require_weights_of_its_own
 from harprune.training.schedules import make_schedule
@@ -38,6 +38,10 @@ def check(recipe: Recipe, *, weights_follow: bool = False) -> None:
         )
     if recipe.parity.epsilon:
         _require_no_other_epsilon(recipe)
+    for prefix in ("", "pretrain.", "prune.", "finetune."):
+        section = attrgetter(f"{prefix}objective")(recipe)
+        if section is not None:
+            _require_effect(f"{prefix}objective", section)
     bound = hardening.threat(recipe)
     for name in recipe.attack.attacks:
         hardening.attack(name, bound)
@@ -65,6 +69,27 @@ def check(recipe: Recipe, *, weights_follow: bool = False) -> None:
         )
     if weights is not None and not weights_follow and not Path(weights).is_file():
         raise ValueError(f"model.weights = {weights!r}: no such file; name a checkpoint")
+
+
+_KEYS_OF_LOSSES = {
+    "pgd-at": {"steps", "step_size"},
+    "trades": {"steps", "step_size", "beta"},
+    "mart": {"steps", "step_size", "beta"},
+    "free": {"replays"},
+    "pwoa": {"pwoa"},
+}
+
+
+def _require_effect(name: str, section: Objective) -> None:
+    """Raises ValueError for a key of a loss other than the one that is named."""
+    usual, known = Objective(), _KEYS_OF_LOSSES.get(section.name, set())
+    for key in Objective.model_fields:
+        value = getattr(section, key)
+        if key != "name" and key not in known and value != getattr(usual, key):
+            raise ValueError(
+                f"{name}.{key} = {value!r} has no effect with {name}.name = {section.name!r}; "
+                "leave it out"
+            )
 
 
 def _require_no_other_epsilon(recipe: Recipe) -> None:
@@ -97,7 +122,8 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
     stages = ("prune", "finetune") if materials.given else ("pretrain", "prune", "finetune")
     for name in stages:
         section = getattr(recipe, name)
-        if section.epochs and section.batch_size > len(materials.train):
+        shown = name == "prune" and pruning.method(recipe).sample is not None
+        if (section.epochs or shown) and section.batch_size > len(materials.train):
             raise ValueError(
                 f"{name}.batch_size = {section.batch_size} exceeds the {len(materials.train)} "
                 "training images; lower it"
@@ -105,10 +131,17 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
     model, limit = materials.network(), pruning.budget(recipe, materials.example)
     classes = materials.num_classes or int(materials.train.labels.max()) + 1
     require_logits(model, materials.example, classes)
+    if materials.test is not None and classes < 3 and "apgd-dlr" in recipe.attack.attacks:
+        raise ValueError(
+            f"attack.attacks names apgd-dlr, whose loss needs 3 classes, and there are {classes}; "
+            "leave it out: apgd-ce and autoattack do with 2"
+        )
     require_weights_of_its_own(model, include=limit.include, exclude=limit.exclude)
     limit.allocate(model, limit.density)
     limit.counts(model, dict.fromkeys(limit.layers(model), limit.density))
     pruning.method(recipe).check(model, limit)
+    model.train()
+    _require_tensor(model(torch.cat([materials.example] * 2)), " in training mode")
 
 
 def require_comparable(folder: str | Path, recipe: Recipe, labels: Tensor) -> None:
@@ -170,15 +203,25 @@ def require_logits(model: nn.Module, example: Tensor, classes: int) -> int:
     """
     try:
         with eval_mode(model):
-            shape = tuple(model(example).shape)
+            logits = model(example)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"the network refuses images of shape {tuple(example.shape[1:])} ({error}); choose "
             "another network or image size"
         ) from error
+    _require_tensor(logits, "")
+    shape = tuple(logits.shape)
     if len(shape) != 2 or shape[1] < classes:
         raise ValueError(
             f"the network gives {shape} for one image of {classes} classes; it must give logits "
             f"of shape (1, {classes})"
         )
     return shape[1]
+
+
+def _require_tensor(logits: object, when: str) -> None:
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the network gives a {type(logits).__name__}{when}, not logits; wrap it in a module "
+            "whose forward returns the logits alone"
+        )

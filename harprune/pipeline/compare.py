@@ -24,16 +24,11 @@ from harprune.files import write
 from harprune.nested import differences, in_words
 from harprune.pipeline import checks
 from harprune.pipeline.console import Console
-from harprune.pipeline.recipe import (
-    Recipe,
-    Section,
-    as_toml,
-    completed,
-    make_recipe,
-    overridden,
-)
+from harprune.pipeline.recipe import Recipe, Section
+from harprune.pipeline.recipe_text import as_toml, completed, make_recipe, overridden
 from harprune.pipeline.run import IN_USE, in_use, read_record
-from harprune.reporting.comparison import DENSE, write_comparison
+from harprune.reporting.comparison import DENSE
+from harprune.reporting.comparison_report import write_comparison
 
 _PAUSE = 0.5
 """Seconds between two looks at what is going on."""

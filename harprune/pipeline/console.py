@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a person sees while a run works: a bar with time left, and the same as lines in a log."""
 
-import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -10,8 +9,6 @@ from pathlib import Path
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-logger = logging.getLogger("harprune")
 
 _REDRAW = 0.1  # seconds: as often as rich draws a bar
 

@@ -129,7 +129,7 @@ class Course:
             self.loss_sum += loss
         self._losses.clear()
 
-    def epoch_ended(self, record: dict, *, eligible: bool) -> bool:
+    def epoch_ended(self, record: dict, *, eligible: bool) -> None:
         """Append the epoch's record, keep it if it is the best so far, checkpoint.
 
         Epochs that are not `eligible` (the budget is not met) give way to any that is; among
@@ -143,14 +143,12 @@ class Course:
             self.objective.reset()  # each epoch begins without noise, as in HARP's authors' code
         score = [1, record["robust"], record["clean"]] if eligible else [0, record["epoch"], 0]
         self._require_finite()
-        improved = self.best is None or score > self.best[:3]
-        if improved:
+        if self.best is None or score > self.best[:3]:
             self.best = [*score, record["epoch"]]
             if self.run.leader:
                 tensors = checkpoint.pack("model", self.network.state_dict())
                 checkpoint.save(self.run.best(self.stage), tensors, {"epoch": record["epoch"]})
         self.save()
-        return improved
 
     @torch.no_grad()
     def take_best(self) -> int:

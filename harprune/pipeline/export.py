@@ -28,7 +28,8 @@ from harprune.deploy.runtime import load
 from harprune.deploy.shrink import Shrinkage, shrink
 from harprune.files import replacing
 from harprune.pipeline import checks, supply
-from harprune.pipeline.recipe import Recipe, make_recipe
+from harprune.pipeline.recipe import Recipe
+from harprune.pipeline.recipe_text import make_recipe
 from harprune.sparsity import masks
 from harprune.sparsity.audit import Audit, audit
 from harprune.sparsity.extraction import extract

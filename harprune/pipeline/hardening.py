@@ -81,11 +81,19 @@ class Once:
         return self.attack.passes
 
 
+_OF_LOSSES = {"trades": objectives.TRADES_ATTACK, "mart": objectives.MART_ATTACK}
+"""What the attack of a loss has of its own: start, target and what it climbs."""
+
+
 def training_attack(
     recipe: Recipe, section: recipes.Objective, twin: Twin | None, **options
 ) -> attacks.Attack:
-    """PGD as `section` has it, on `twin` where there is one; fgsm-rs takes one long step."""
+    """The attack of the loss that `section` names, on `twin` where there is one.
+
+    PGD as the section and the loss have it; fgsm-rs takes one long step.
+    """
     bound = threat(recipe)
+    options = {**_OF_LOSSES.get(section.name, {}), **options}
     steps, step = section.steps, step_size(recipe, section)
     if section.name == "fgsm-rs":
         steps, step = 1, 1.25 * bound.epsilon
@@ -111,13 +119,13 @@ def objective(
             return objectives.PGDAT(pgd(), clean_forward=recipe.parity.clean_forward)
         case "trades":
             return objectives.TRADES(
-                pgd(**objectives.TRADES_ATTACK),
+                pgd(),
                 beta=_beta(section, 6.0),
                 clean_forward=recipe.parity.clean_forward,
             )
         case "mart":
             return objectives.MART(
-                pgd(**objectives.MART_ATTACK),
+                pgd(),
                 beta=_beta(section, 5.0),
                 clean_forward=recipe.parity.clean_forward,
             )
@@ -153,15 +161,14 @@ def distilled(
 
 def attacked_once(objective: objectives.Objective) -> objectives.Objective:
     """`objective`, a second pass of which over the same batch does not attack anew."""
-    if not hasattr(objective, "attack"):
+    if objective.attack is None:
         return objective
     return replace(objective, attack=Once(objective.attack))
 
 
 def passes_again(objective: objectives.Objective) -> int:
     """Forward + backward passes per image of a second pass that does not attack anew."""
-    attack = getattr(objective, "attack", None)
-    return objective.passes - (0 if attack is None else attack.passes)
+    return objective.passes - (0 if objective.attack is None else objective.attack.passes)
 
 
 def _beta(section: recipes.Objective, usual: float) -> float:

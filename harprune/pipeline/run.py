@@ -3,7 +3,9 @@
 
     recipe.toml        the recipe as given            recipe.json   the recipe as resolved
     environment.json   versions, machine, command     log.txt       what was said
-    <stage>.progress   where an unfinished stage goes on (removed when it is done)
+    inputs.json        digests of the images and, where one was given, of the dense network
+    <stage>.progress   where an unfinished stage goes on, and <stage>.best its best epoch so far;
+                       both are removed when it is done
     dense.safetensors  pruned.safetensors  finetuned.safetensors  audit.json
     metrics.jsonl      one line per epoch             attack/  report/
 
@@ -24,10 +26,11 @@ from typing import Any, TextIO
 
 from harprune.files import write
 from harprune.nested import differences, in_words
-from harprune.pipeline.recipe import Recipe, as_toml, completed
+from harprune.pipeline.recipe import Recipe
+from harprune.pipeline.recipe_text import as_toml, completed
+from harprune.reporting.records import STAGES
 from harprune.training import checkpoint
 
-STAGES = ("pretrain", "prune", "finetune")
 IN_USE = "is in use by process"
 """What the refusal of a folder says that another process works in."""
 # .NAME.xxxxxxxx of the files that a run writes, as `tempfile` draws it, or .tmpXXXXXX, as
@@ -41,7 +44,6 @@ _PLACES = (".*", "attack/*/.*", "report/.*", "report/plots/.*")
 _DECISIVE = ("commit", "python", "versions", "machine", "command")
 _READ_FIRST_BY = {"budget": "prune", "method": "prune"}
 """The stage that is the first to read a section which has not its name."""
-_ARTIFACTS = {"pretrain": "dense", "prune": "pruned", "finetune": "finetuned"}
 
 
 class Run:
@@ -182,7 +184,7 @@ class Run:
 
     def artifact(self, stage: str) -> Path:
         """The file that a finished training stage leaves."""
-        return self.folder / f"{_ARTIFACTS[stage]}.safetensors"
+        return self.folder / f"{STAGES[stage]}.safetensors"
 
     def progress(self, stage: str) -> Path:
         """Where an unfinished training stage goes on."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages of a run: pretrain, prune, finetune, attack, report. Folder in, folder out.
 
-Each begins with "if my artifact exists, I am done": an interrupted run goes on by the same command.
+A stage whose artifact exists is done, so an interrupted run goes on by the same command.
 The validation split selects epochs; the attack stage alone sees test images.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 
 import torch
 from lightning_fabric import Fabric
@@ -18,16 +18,19 @@ from torch.nn.utils import parametrize
 
 from harprune.files import to_json, write
 from harprune.methods.base import Budget, Method
+from harprune.modes import eval_mode
 from harprune.pipeline import checks, hardening, machinery, pruning, supply
 from harprune.pipeline.console import Console
 from harprune.pipeline.course import Course
+from harprune.pipeline.judging import judge
 from harprune.pipeline.recipe import Distillation, Recipe
-from harprune.pipeline.run import STAGES, Run
+from harprune.pipeline.run import Run
 from harprune.pipeline.supply import Materials
+from harprune.reporting.records import STAGES
 from harprune.reporting.report import write_report
 from harprune.reporting.tables import results_table
 from harprune.robustness import evaluation
-from harprune.robustness.attacks import eval_mode
+from harprune.robustness.objectives import Objective
 from harprune.sparsity import allocation, masks
 from harprune.sparsity.audit import Audit, connected
 from harprune.sparsity.costs import multiply_add_prices
@@ -57,7 +60,7 @@ class Workshop:
 
     def seed(self, stage: str) -> int:
         """A seed of its own for each stage."""
-        return self.recipe.seed * len(STAGES) + STAGES.index(stage)
+        return self.recipe.seed * len(STAGES) + list(STAGES).index(stage)
 
 
 def open_workshop(run: Run) -> Workshop:
@@ -169,6 +172,15 @@ def _alarm(shop: Workshop, model: nn.Module, counts: Audit) -> None:
                 "layer collapse: the pruned network's output no longer depends on the image; "
                 "raise budget.floor or budget.density, or choose another allocation"
             )
+        with torch.no_grad():
+            logits = model(x)
+    cut_off = (logits == logits[:1]).all(dim=0).nonzero().flatten().tolist()
+    if len(some) > 1 and cut_off:
+        shop.console.say(
+            f"warning: the logits of {len(cut_off)} classes are the same for {len(some)} images, "
+            f"the first is class {cut_off[0]}; budget.exclude can leave out the layer that makes "
+            "them"
+        )
 
 
 def finetune(shop: Workshop) -> None:
@@ -199,11 +211,6 @@ def attack(shop: Workshop) -> None:
     section, test = shop.recipe.attack, shop.materials.test
     if test is None or not shop.run.leader:
         return
-    bound = hardening.threat(shop.recipe)
-    attacks = {
-        name: hardening.attack(name, bound, seed=section.seed, batch_size=section.batch_size)
-        for name in section.attacks
-    }
     index = evaluation.subset(test.labels, section.size, section.seed)
     # The pruned network first: it is what was asked for, and the cheaper one.
     wanted = {"finetuned": ("finetune", index)}
@@ -213,27 +220,23 @@ def attack(shop: Workshop) -> None:
     # All are read before one is attacked: a damaged file should not be found after hours.
     networks = {name: load_network(shop, stage) for name, (stage, _) in wanted.items()}
     for name, model in networks.items():
-        index = wanted[name][1]
-        fast = hardening.twin(shop.recipe, model) if shop.recipe.execution.twin else None
         if not (shop.run.attack(name) / "evaluation.json").exists():
             shop.run.note_change()
-        with shop.console.bar(f"attack {name}", len(index)) as bar:
-            result = evaluation.evaluate(
-                model,
-                Floats(test.images),
-                test.labels,
-                attacks,
-                seed=section.seed,
-                batch_size=section.batch_size,
-                index=index,
-                folder=shop.run.attack(name),
-                num_classes=shop.materials.num_classes,
-                device=shop.engine.device,
-                progress=bar.update_of,
-                threat=bound,
-                function=None if fast is None else fast.current(),
-                name=name,
-            )
+        result = judge(
+            model,
+            test,
+            attacks=section.attacks,
+            threat=hardening.threat(shop.recipe),
+            index=wanted[name][1],
+            seed=section.seed,
+            batch_size=section.batch_size,
+            folder=shop.run.attack(name),
+            execution=Execution(shop.recipe.execution.backend),
+            twin=shop.recipe.execution.twin,
+            num_classes=shop.materials.num_classes,
+            console=shop.console,
+            name=name,
+        )
         for line in result.lines():
             shop.console.say(f"{name}: {line}")
 
@@ -290,32 +293,27 @@ def learn(
 ) -> list[dict]:
     """Train `groups` for the stage's epochs, leave the selected epoch in `model`; its history.
 
-    `nearby` is as in `fit`.
+    Parameters that the user froze stay as they are. `nearby` is as in `fit`.
     """
     section = getattr(shop.recipe, stage)
+    groups = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
     average = None if averaging is None else Average(model, averaging)
-    wanted = section.objective or shop.recipe.objective
-    attacked, teacher = _attacked(shop, model), None
-    if distillation is not None:
-        objective = hardening.distilled(shop.recipe, wanted, attacked, distillation, _teacher(shop))
-    else:
-        teacher = load_network(shop, "pretrain").eval() if wanted.name == "pwoa" else None
-        objective = hardening.objective(shop.recipe, wanted, attacked, teacher)
-    if nearby is not None:
-        objective = hardening.attacked_once(objective)
+    networks = (model,) if average is None else (model, average.module)
+    make_loss = _objectives(shop, stage, distillation, repeated=nearby is not None)
+    losses = {network: make_loss(network) for network in networks}
+    objective, _ = losses[model]
     optimiser = machinery.optimiser(groups, section)
     batches = machinery.batches(
         shop.materials.train, shop.recipe, section, shop.engine, shop.seed(stage)
     )
     course = Course(shop.run, stage, model, optimiser, objective, method, len(batches), average)
     fast = hardening.twin(shop.recipe, course.network)
+    earlier = _earlier(shop, stage)
     if method is not None:
         method.begin(section.epochs, len(batches))
     if course.restore():
-        shop.run.write_metrics(_histories(shop, course))
+        shop.run.write_metrics({**earlier, stage: course.history})
         shop.console.say(f"{stage}: going on at step {course.step}")
-    learners = [model] if average is None else [model, average.module]
-    twins = {m: m if teacher else _trained(shop, stage, m) for m in learners}
     with shop.console.bar(stage, section.epochs * len(batches)) as bar:
 
         def after_step(step: int, loss: Tensor) -> None:
@@ -332,7 +330,11 @@ def learn(
             return context
 
         def after_epoch(epoch: int) -> bool:
-            _end_epoch(shop, course, epoch, fast, section.epochs)
+            _end_epoch(shop, course, epoch, fast)
+            shop.run.write_metrics({**earlier, stage: course.history})
+            shop.console.say(
+                f"{stage} {epoch + 1}/{section.epochs}: {_summary(course.history[-1])}"
+            )
             return done()
 
         def done() -> bool:
@@ -342,7 +344,7 @@ def learn(
             fit(
                 model,
                 batches,
-                loss=_loss(objective, method, twins),
+                loss=_loss(losses, method),
                 optimiser=optimiser,
                 schedule=make_schedule(
                     section.schedule, epochs=section.epochs, offset=shop.recipe.parity.cosine_offset
@@ -365,25 +367,49 @@ def learn(
     return course.history
 
 
-def _trained(shop: Workshop, stage: str, model: nn.Module) -> nn.Module:
-    """What a stage's loss runs on: the kernels while the model is masked, where they are built."""
-    if stage == "pretrain":
-        return model
+def _objectives(
+    shop: Workshop, stage: str, distillation: Distillation | None, *, repeated: bool
+) -> Callable[[nn.Module], tuple[Objective, nn.Module | None]]:
+    """Makes the stage's loss for a network, and the twin on the kernels that the loss is to run.
+
+    The network itself where that is None: it is not masked, or there are no kernels for it.
+    `repeated`: each batch has a second pass, which meets the same adversarial images.
+    """
+    wanted = getattr(shop.recipe, stage).objective or shop.recipe.objective
+    looks_inside = distillation is None and wanted.name == "pwoa"  # where no twin has layers
+    teacher = load_network(shop, "pretrain").eval() if looks_inside or distillation else None
+    soft = None if distillation is None else _fixed(shop, teacher)
     backend = Execution(shop.recipe.execution.backend)
-    return training_twin(model, execution=backend) or model
+
+    def make(network: nn.Module) -> tuple[Objective, nn.Module | None]:
+        attacked = _attacked(shop, network)
+        if distillation is None:
+            objective = hardening.objective(shop.recipe, wanted, attacked, teacher)
+        else:
+            objective = hardening.distilled(shop.recipe, wanted, attacked, distillation, soft)
+        if repeated:
+            objective = hardening.attacked_once(objective)
+        dense = stage == "pretrain" or looks_inside
+        return objective, None if dense else training_twin(network, execution=backend)
+
+    return make
 
 
 def _loss(
-    objective, method: Method | None, twins: Mapping[nn.Module, nn.Module]
+    losses: Mapping[nn.Module, tuple[Objective, nn.Module | None]], method: Method | None
 ) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
-    """`twins`: what runs in the place of each network that the loss is asked for."""
-    if method is None:
-        return lambda model, x, y: objective(twins[model], x, y)
-    return lambda model, x, y: objective(twins[model], x, y) + method.penalty(model)
+    """`losses`: the loss of each network that one is asked for, and the twin that it runs."""
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        objective, twin = losses[model]
+        robust = objective(model if twin is None else twin, x, y)
+        return robust if method is None else robust + method.penalty(model)
+
+    return loss
 
 
-def _end_epoch(shop: Workshop, course: Course, epoch: int, fast: Twin | None, epochs: int) -> None:
-    """Validate, let the method react, record, checkpoint, say."""
+def _end_epoch(shop: Workshop, course: Course, epoch: int, fast: Twin | None) -> None:
+    """Validate, let the method react, checkpoint."""
     clean, robust = validate(shop, course.network, fast)
     record = {"epoch": epoch, "clean": clean, "robust": robust}
     record["learning_rate"] = course.optimiser.param_groups[0]["lr"]
@@ -395,8 +421,6 @@ def _end_epoch(shop: Workshop, course: Course, epoch: int, fast: Twin | None, ep
         eligible = course.method.budget_met(course.model)
         course.method.epoch_ended(course.model, epoch)
     course.epoch_ended(record, eligible=eligible)
-    shop.run.write_metrics(_histories(shop, course))
-    shop.console.say(f"{course.stage} {epoch + 1}/{epochs}: {_summary(course.history[-1])}")
 
 
 def validate(shop: Workshop, model: nn.Module, fast: Twin | None) -> tuple[float, float]:
@@ -449,19 +473,6 @@ def load_network(shop: Workshop, stage: str) -> nn.Module:
     return model.to(shop.engine.device)
 
 
-@dataclass(frozen=True)
-class Floats:
-    """Images as float batches in [0, 1], converted when they are asked for."""
-
-    images: object
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return to_float(self.images[index])
-
-
 def _attacked(shop: Workshop, model: nn.Module) -> Twin | None:
     """What training attacks run on: the model's twin, in their precision, or the model itself."""
     if not shop.recipe.execution.twin:
@@ -470,9 +481,8 @@ def _attacked(shop: Workshop, model: nn.Module) -> Twin | None:
     return hardening.twin(shop.recipe, model, dtype=torch.bfloat16 if low else None)
 
 
-def _teacher(shop: Workshop) -> nn.Module:
-    """The dense network as a fixed function, its twin where attacks run on twins."""
-    model = load_network(shop, "pretrain").eval()
+def _fixed(shop: Workshop, model: nn.Module) -> nn.Module:
+    """A network in eval mode as a fixed function, its twin where attacks run on twins."""
     fast = _attacked(shop, model)
     return model if fast is None else fast.current()
 
@@ -504,11 +514,10 @@ def _write_audit(shop: Workshop, counts: Audit, budget: Budget) -> None:
     write(shop.run.folder / "audit.json", to_json(content))
 
 
-def _histories(shop: Workshop, course: Course) -> dict[str, list[dict]]:
-    histories = {}
-    for stage in STAGES[: STAGES.index(course.stage)]:
-        histories[stage] = checkpoint.load(shop.run.artifact(stage))[1]["history"]
-    return histories | {course.stage: course.history}
+def _earlier(shop: Workshop, stage: str) -> dict[str, list[dict]]:
+    """The epochs of the stages before this one."""
+    before = takewhile(lambda name: name != stage, STAGES)
+    return {name: checkpoint.load(shop.run.artifact(name))[1]["history"] for name in before}
 
 
 def _diverged(run: Run, stage: str, error: Diverged) -> ValueError:

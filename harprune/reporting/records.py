@@ -144,8 +144,11 @@ class Attacked:
 
 
 @dataclass(frozen=True)
-class Run:
-    """All that a run folder says."""
+class RunRecord:
+    """All that a run folder says.
+
+    `began_with` is the digest of the dense network that the run was given, None of its own one.
+    """
 
     folder: Path
     recipe: Mapping[str, Any]
@@ -154,6 +157,7 @@ class Run:
     epochs: tuple[Epoch, ...]
     audit: Audit | None
     attacked: Mapping[str, Attacked]
+    began_with: str | None
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -182,7 +186,7 @@ class Run:
         return value if isinstance(value, Mapping) else {}
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | Path) -> RunRecord:
     """The records of a run folder, finished or not.
 
     Raises:
@@ -192,7 +196,8 @@ def read_run(folder: str | Path) -> Run:
     if not (folder / "recipe.json").is_file():
         raise ValueError(f"{folder} is no run folder: it holds no recipe.json; see `harprune run`")
     environment, audit = folder / "environment.json", folder / "audit.json"
-    return Run(
+    inputs = folder / "inputs.json"
+    return RunRecord(
         folder=folder,
         recipe=_read_mapping(folder / "recipe.json"),
         environment=_read_mapping(environment) if environment.exists() else {},
@@ -204,6 +209,7 @@ def read_run(folder: str | Path) -> Run:
             for model in ATTACKED
             if (folder / "attack" / model / "evaluation.json").exists()
         },
+        began_with=_read_mapping(inputs).get("dense network") if inputs.exists() else None,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from harprune.files import to_json, write
 from harprune.reporting import plots
 from harprune.reporting.document import Document, Plot, Section
-from harprune.reporting.records import ATTACKED, Run, read_run
+from harprune.reporting.records import ATTACKED, RunRecord, read_run
 from harprune.reporting.summary import AUTOATTACK, summarise
 from harprune.reporting.tables import (
     Table,
@@ -47,7 +47,7 @@ def write_report(run_folder: str | Path) -> dict[str, Any]:
     return summary
 
 
-def _plots(run: Run) -> dict[str, Plot]:
+def _plots(run: RunRecord) -> dict[str, Plot]:
     drawn = {}
     evaluations = {m: run.attacked[m].evaluation for m in ATTACKED if m in run.attacked}
     if evaluations:

@@ -6,13 +6,21 @@ from math import floor
 from typing import Any
 
 from harprune.pairing import paired_difference
-from harprune.reporting.records import ATTACKED, STAGES, WORST_CASE, Attacked, Audit, Measure, Run
+from harprune.reporting.records import (
+    ATTACKED,
+    STAGES,
+    WORST_CASE,
+    Attacked,
+    Audit,
+    Measure,
+    RunRecord,
+)
 
 AUTOATTACK = "autoattack"
 """The attack whose accuracy is called *the* robust accuracy."""
 
 
-def summarise(run: Run) -> dict[str, Any]:
+def summarise(run: RunRecord) -> dict[str, Any]:
     """Everything a report says about a run, as JSON values; what is not there yet is None."""
     return {
         "recipe": run.recipe.get("name", run.folder.name),
@@ -42,7 +50,7 @@ def measure_order(names: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(names), key=lambda name: place.get(name, 2))
 
 
-def _stage(run: Run, stage: str) -> dict[str, Any]:
+def _stage(run: RunRecord, stage: str) -> dict[str, Any]:
     epochs = run.of_stage(stage)
     last = epochs[-1] if epochs else None
     return {
@@ -54,7 +62,7 @@ def _stage(run: Run, stage: str) -> dict[str, Any]:
     }
 
 
-def _audit(run: Run, audit: Audit) -> dict[str, Any]:
+def _audit(run: RunRecord, audit: Audit) -> dict[str, Any]:
     return {
         "denominator": audit.denominator,
         "total": audit.total,
@@ -70,7 +78,7 @@ def _audit(run: Run, audit: Audit) -> dict[str, Any]:
     }
 
 
-def _bounds(run: Run, audit: Audit) -> Iterator[dict[str, Any]]:
+def _bounds(run: RunRecord, audit: Audit) -> Iterator[dict[str, Any]]:
     """The budget in the unit it is in, and the second bound where there is one."""
     section = run.section("budget")
     cost, share = section.get("cost", "parameters"), section.get("multiply_adds")
@@ -119,7 +127,7 @@ def _measure(measure: Measure) -> dict[str, Any]:
     }
 
 
-def _checks(run: Run) -> Iterable[dict[str, Any]]:
+def _checks(run: RunRecord) -> Iterable[dict[str, Any]]:
     """Checks of both evaluations and of the budget; those that failed come first."""
     found = [
         {"model": model, "check": name, "passed": check.passed, "detail": check.detail}

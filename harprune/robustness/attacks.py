@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harprune.modes import eval_mode
 from harprune.robustness.threat import Threat
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -23,18 +24,6 @@ Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits (N, K), what they are compared with) -> loss per image (N,), which an attack raises."""
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode; afterwards each submodule is in the mode it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module in training:
-            module.training = True
 
 
 def record(self: object) -> str:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from harprune.robustness.attacks import eval_mode, seeded
+from harprune.modes import eval_mode
+from harprune.robustness.attacks import seeded
 from harprune.robustness.threat import Linf, Threat
 
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from harprune.files import read_arrays, to_json, write, write_arrays
 from harprune.intervals import wilson
+from harprune.modes import eval_mode
 from harprune.pairing import PairedDifference, paired_difference
 from harprune.robustness import sanity
-from harprune.robustness.attacks import Attack, eval_mode, seeded
+from harprune.robustness.attacks import Attack, seeded
 from harprune.robustness.autoattack import SQUARE_TOLERANCE, AutoAttack, square_gain
 from harprune.robustness.sanity import Check
 from harprune.robustness.threat import Threat
@@ -329,7 +330,7 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-_ATTACKED = "attacked function"
+_ATTACKED, _IMAGES = "attacked function", "images"
 
 
 def _identity(
@@ -339,13 +340,16 @@ def _identity(
     seed: int,
     attacks: Mapping[str, Attack],
 ) -> dict[str, str]:
-    chosen = hashlib.sha256()
+    chosen, images = hashlib.sha256(), hashlib.sha256()
     for tensor in (data.index, data.labels, data.head(sanity.SAMPLE)[0]):
         chosen.update(_bytes(tensor))
+    for batch in range(len(data)):
+        images.update(_bytes(data.batch(batch)[0]))
     return {
         "model": model_digest(model),
         _ATTACKED: "the model" if function is None else "its twin",
         "data": chosen.hexdigest(),
+        _IMAGES: images.hexdigest(),
         "seed": str(seed),
         "batch_size": str(data.batch_size),
         "attacks": "; ".join(f"{name} = {_text(attack)}" for name, attack in attacks.items()),
@@ -417,7 +421,8 @@ class _State:
 
 def _require_same(folder: Path, held: dict[str, str], wanted: dict[str, str]) -> None:
     for key, value in wanted.items():
-        missing = value if key == _ATTACKED else None  # earlier versions did not write it
+        # Earlier versions wrote neither of the two.
+        missing = value if key in (_ATTACKED, _IMAGES) else None
         if held.get(key, missing) != value:
             raise ValueError(
                 f"{folder} holds an evaluation whose {key} differs ({_short(held.get(key))} there, "

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training losses that harden a network: PGD-AT, TRADES, MART, RSLAD, Free and fast training.
 
-An objective is called as `objective(model, x, y) -> scalar loss`. Its attack runs in eval mode,
-the forward passes that are differentiated in the model's own mode. `replays` says how many
-optimiser steps a batch gets, `passes` how many forward + backward passes per image a step costs.
+An attack runs in eval mode, the forward passes that are differentiated in the model's own mode.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +21,27 @@ from harprune.robustness.attacks import (
 )
 from harprune.robustness.threat import Threat
 
-Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(model, x, y) -> scalar loss."""
+
+class Objective(Protocol):
+    """A training loss: called as (model, x, y), it gives a scalar."""
+
+    @property
+    def attack(self) -> Attack | None:
+        """What it trains against; None where it runs no attack of its own."""
+        ...
+
+    @property
+    def replays(self) -> int:
+        """Optimiser steps that a batch gets."""
+        ...
+
+    @property
+    def passes(self) -> int:
+        """Forward + backward passes that a step costs for each image."""
+        ...
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor: ...
+
 
 TRADES_ATTACK = {"start": normal_start, "loss": kl_divergence, "target": clean_logits}
 """Options of PGD that make it the attack of TRADES."""
@@ -45,13 +63,9 @@ def _adversarial(
 class Natural:
     """Cross-entropy on the images as they are."""
 
-    @property
-    def replays(self) -> int:
-        return 1
-
-    @property
-    def passes(self) -> int:
-        return 1
+    attack: ClassVar[None] = None
+    replays: ClassVar[int] = 1
+    passes: ClassVar[int] = 1
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(model(x), y)
@@ -69,10 +83,7 @@ class PGDAT:
 
     attack: Attack
     clean_forward: bool = False
-
-    @property
-    def replays(self) -> int:
-        return 1
+    replays: ClassVar[int] = 1
 
     @property
     def passes(self) -> int:
@@ -96,10 +107,7 @@ class TRADES:
     attack: Attack
     beta: float = 6.0
     clean_forward: bool = False
-
-    @property
-    def replays(self) -> int:
-        return 1
+    replays: ClassVar[int] = 1
 
     @property
     def passes(self) -> int:
@@ -127,10 +135,7 @@ class MART:
     attack: Attack
     beta: float = 5.0
     clean_forward: bool = False
-
-    @property
-    def replays(self) -> int:
-        return 1
+    replays: ClassVar[int] = 1
 
     @property
     def passes(self) -> int:
@@ -185,10 +190,7 @@ class RSLAD:
     teacher: Callable[[Tensor], Tensor] = field(repr=False)
     divergence: SoftLabels = SoftLabels()
     weight: float = 5 / 6
-
-    @property
-    def replays(self) -> int:
-        return 1
+    replays: ClassVar[int] = 1
 
     @property
     def passes(self) -> int:
@@ -213,6 +215,8 @@ class Free:
 
     threat: Threat
     replays: int = 4
+    attack: ClassVar[None] = None
+    passes: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if self.replays < 1:
@@ -220,10 +224,6 @@ class Free:
         self._noise: Tensor | None = None
 
     __repr__ = record
-
-    @property
-    def passes(self) -> int:
-        return 1
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         noise = self._rows(x).clone().requires_grad_()

@@ -14,6 +14,7 @@ not on the label. The paper prunes by ADMM at the same time; here the loss goes 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -44,15 +45,11 @@ class PwoA:
     lambda_y: float = 1e-4
     sigma: float = 5.0
 
+    attack: ClassVar[None] = None
+    replays: ClassVar[int] = 1
+    passes: ClassVar[int] = 2  # the second one is the teacher's, forward only
+
     __repr__ = record
-
-    @property
-    def replays(self) -> int:
-        return 1
-
-    @property
-    def passes(self) -> int:
-        return 2  # the second one is the teacher's, forward only
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
@@ -70,7 +67,7 @@ class PwoA:
         labels = F.one_hot(y, logits.shape[1]).to(logits.dtype)
         of_y = labels @ labels.t()  # linear kernel
         for z in hidden:
-            if z is not logits:
+            if not (z.shape == logits.shape and torch.equal(z, logits)):
                 of_z = gaussian_kernel(z, self.sigma)
                 loss = loss + self.lambda_x * hsic(of_x, of_z) - self.lambda_y * hsic(of_y, of_z)
         return loss
@@ -81,7 +78,8 @@ def hidden_layers(model: nn.Module) -> Iterator[list[Tensor]]:
     """A list that a forward pass inside fills: the outputs of convolutions and linear layers."""
     found: list[Tensor] = []
     hooks = [
-        module.register_forward_hook(lambda module, inputs, out: found.append(out))
+        # A copy, for what follows may work in place.
+        module.register_forward_hook(lambda module, inputs, out: found.append(out.clone()))
         for module in model.modules()
         if isinstance(module, _HIDDEN)
     ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harprune.modes import eval_mode
 from harprune.sparsity.layers import Layer
 
 Cost = Callable[[Mapping[str, Tensor]], Tensor]
@@ -34,7 +35,6 @@ def multiply_add_prices(
     Raises:
         ValueError: the forward pass never uses a layer.
     """
-    was_training = [(m, m.training) for m in model.modules()]
     # Gradients on, so that attention takes its open path instead of one fused operator.
     with parametrize.cached(), torch.enable_grad():
         # Under a mask, each place of a shared weight holds a product of its own.
@@ -44,13 +44,8 @@ def multiply_add_prices(
             for module, tensor_name in layer.places
         }
         counter = _MultiplyAdds(storages)
-        try:
-            model.eval()
-            with counter:
-                model(example)
-        finally:
-            for module, mode in was_training:
-                module.training = mode
+        with eval_mode(model), counter:
+            model(example)
     unused = [name for name in layers if not counter.total[name]]
     if unused:
         raise ValueError(f"{unused[0]} takes no part in the forward pass; exclude it from pruning")

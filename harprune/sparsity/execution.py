@@ -11,8 +11,6 @@ tolerance, and gradients to the input flow through it.
 `training_twin` is a model in training mode on the kernels, with gradients to its parameters.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 
 import torch
@@ -22,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from harprune.kernels import graph as kernel_nodes
 from harprune.kernels import native
+from harprune.modes import eval_mode
 from harprune.sparsity.bridge import FunctionRegion, Held, TrainingRegion, kernels_for
 from harprune.sparsity.masks import FixedMask, KeptWeights
 from harprune.sparsity.regions import split, traced
@@ -76,7 +75,9 @@ def twin(
     dtype: torch.dtype | None = None,
     execution: Execution = Execution.AUTO,
 ) -> Twin | None:
-    """The `Twin` of `model`, or None where it cannot be traced (its own forward then serves).
+    """The `Twin` of `model`, or None where its own forward has to serve.
+
+    It cannot be traced then, or hooks on its layers have a part in what they give.
 
     Args:
         dtype: precision of the whole function, such as torch.bfloat16; None keeps the model's.
@@ -102,9 +103,11 @@ def frozen(model: nn.Module) -> fx.GraphModule | None:
     Its convolutions, linear layers and batch norms are `Frozen` modules, which `read` fills.
     """
     try:
-        with _in_eval_mode(model):
+        with eval_mode(model):
             network = traced(model)
     except Exception:  # whatever the model's own control flow raises on fx's proxies
+        return None
+    if _is_hooked(network):
         return None
     modules = dict(network.named_modules())
     for node in list(network.graph.nodes):
@@ -119,18 +122,6 @@ def frozen(model: nn.Module) -> fx.GraphModule | None:
     network.delete_all_unused_submodules()
     network.recompile()
     return network
-
-
-@contextmanager
-def _in_eval_mode(*models: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for model in models for m in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _freeze(network: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module]) -> None:
@@ -277,6 +268,16 @@ def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, shift if norm.bias is None else shift + norm.bias.detach()
 
 
+def _is_hooked(network: fx.GraphModule) -> bool:
+    """Whether a hook may change what a layer gives, which no copy of the layer would know."""
+    return any(
+        hooks
+        for module in network.modules()
+        if _is_affine(module)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    )
+
+
 def _is_affine(module: nn.Module) -> bool:
     return _is_linear(module) or _is_convolution(module) or _is_frozen_norm(module)
 
@@ -321,7 +322,7 @@ class TrainingTwin(nn.Module):
             return None if module in frozen_norms else role_of_layer(module)
 
         # Shapes come from a run in eval mode: one image must not move batch-norm statistics.
-        with _in_eval_mode(self.model, network):
+        with eval_mode(self.model, network):
             if not split(network, x[:1].detach(), role):
                 return None
         for name, region in list(network.named_children()):
@@ -344,10 +345,10 @@ def training_twin(
     if execution is Execution.DENSE or native.best() is None or not on_cpu:
         return None
     try:
-        traced(model)
+        network = traced(model)
     except Exception:  # as in `twin`
         return None
-    return TrainingTwin(model)
+    return None if _is_hooked(network) else TrainingTwin(model)
 
 
 def role_of_layer(module: nn.Module) -> type[kernel_nodes.Node] | None:

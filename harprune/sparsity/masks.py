@@ -167,7 +167,9 @@ def expand(model: nn.Module) -> None:
 
 def _exchange(places, parametrization: nn.Module, values: Tensor) -> None:
     """Another parametrisation of the same weight, over one new parameter for all its places."""
-    parameter = nn.Parameter(values)
+    module, name = places[0]
+    frozen = not module.parametrizations[name].original.requires_grad
+    parameter = nn.Parameter(values, requires_grad=not frozen)
     for module, name in places:
         chain = module.parametrizations[name]
         chain[0], chain.original = parametrization, parameter

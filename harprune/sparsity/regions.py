@@ -102,8 +102,7 @@ def split(network: fx.GraphModule, x: Tensor, role: Role) -> bool:
     Returns:
         whether there is any region with a convolution or a linear layer.
     """
-    with torch.no_grad():
-        ShapeProp(network).propagate(x)
+    _propagate_shapes(network, x)
     _name_flattening(network)
     modules = dict(network.named_modules())
 
@@ -127,6 +126,12 @@ def split(network: fx.GraphModule, x: Tensor, role: Role) -> bool:
     return bool(worthwhile)
 
 
+def _propagate_shapes(network: fx.GraphModule, x: Tensor) -> None:
+    # What the network draws at random here must not be missing where it trains.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        ShapeProp(network).propagate(x)
+
+
 def _name_flattening(network: fx.GraphModule) -> None:
     """Put `flatten` where a view or reshape does just that, whatever it was computed from."""
     for node in list(network.graph.nodes):
@@ -147,8 +152,7 @@ def first_unsupported(network: fx.GraphModule, x: Tensor, role: Role) -> fx.Node
 
     The trace is run once on `x`, for shapes.
     """
-    with torch.no_grad():
-        ShapeProp(network).propagate(x)
+    _propagate_shapes(network, x)
     _name_flattening(network)
     translation = _Translation(dict(network.named_modules()), role)
     steps = (n for n in network.graph.nodes if n.op.startswith("call"))

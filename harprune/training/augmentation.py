@@ -5,7 +5,6 @@ The random numbers are drawn apart from their use: `draw` for the global batch, 
 a process holds, so that one process and many see the same images.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,38 +67,9 @@ class Crop:
         return torch.where(draws[:, 2].bool()[:, None, None, None], cropped.flip(3), cropped)
 
 
-def crop(padding: int = DEFAULT_PADDING) -> Crop:
-    """Random crop of the image padded by `padding` black pixels."""
-    return Crop(padding)
-
-
 def crop_flip(padding: int = DEFAULT_PADDING) -> Crop:
     """Random crop and horizontal flip: the usual augmentation of CIFAR."""
     return Crop(padding, flip=True)
-
-
-def none(padding: int = 0) -> None:
-    """No augmentation."""
-
-
-AUGMENTATIONS: dict[str, Callable[[int], Augmentation | None]] = {
-    "crop": crop,
-    "crop_flip": crop_flip,
-    "none": none,
-}
-
-
-def make_augmentation(name: str, padding: int = DEFAULT_PADDING) -> Augmentation | None:
-    """An augmentation by name; `none` is None.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if name not in AUGMENTATIONS:
-        raise ValueError(
-            f"unknown augmentation {name!r}; there are {', '.join(sorted(AUGMENTATIONS))}"
-        )
-    return AUGMENTATIONS[name](padding)
 
 
 def default_augmentation(dataset: str, image_size: int) -> Augmentation | None:

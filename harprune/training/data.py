@@ -80,11 +80,10 @@ def _cifar_layout(
     read: Callable[..., Arrays],
     *,
     records: int = 50_000,
-    test_records: int = 10_000,
 ) -> Layout:
     def read_all(folder: Path) -> tuple[Arrays, Arrays]:
         parts = [read(folder / file, records=records // len(train)) for file in train]
-        return _concatenated(parts), read(folder / test, records=test_records)
+        return _concatenated(parts), read(folder / test, records=10_000)
 
     return Layout((subfolder,), (*train, test), read_all)
 

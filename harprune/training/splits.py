@@ -106,6 +106,19 @@ def to_float(images: Tensor) -> Tensor:
     return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
+@dataclass(frozen=True)
+class Floats:
+    """Images as float batches in [0, 1], converted when they are asked for."""
+
+    images: Tensor | ImageFiles
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return to_float(self.images[index])
+
+
 def from_arrays(images: Any, labels: Any, *, num_classes: int | None = None) -> Split:
     """A split of NumPy arrays or tensors.
 

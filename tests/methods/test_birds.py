@@ -203,6 +203,20 @@ def test_plus_is_brought_to_the_budget_in_the_end(extra):
     assert moved == abs(extra)
 
 
+def test_what_plus_revives_in_the_end_starts_from_zero():
+    model, method = network(), FlyingBird(adaptive=True)
+    method.attach(model, BUDGET)
+    before = kept_of(model)
+    with torch.no_grad():
+        for _, mask in masks.installed(model).values():
+            mask.kept.view(-1)[mask.kept.flatten().nonzero().flatten()[:5]] = False
+    method.settle(model)
+    for name, (layer, mask) in masks.installed(model).items():
+        revived = mask.kept & ~before[name]
+        assert not layer.parameter[revived].any()
+    assert any((m.kept & ~before[n]).any() for n, (_, m) in masks.installed(model).items())
+
+
 # --- Robust Bird ------------------------------------------------------------------------------
 
 

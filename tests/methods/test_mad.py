@@ -88,6 +88,17 @@ def test_the_saliency_is_that_of_the_formulas(model):
         assert torch.equal(kept, expected[name] >= ranked[int(0.1 * 135) - 1]), name
 
 
+def test_what_follows_a_layer_may_work_in_place(model):
+    scores = []
+    for in_place in (False, True):
+        model[1] = nn.ReLU(inplace=in_place)
+        method = MAD(mask_steps=2)
+        method.attach(model, Budget(0.1, floor=0.0))
+        method.observe(model.eval(), [(X, Y)])
+        scores.append(method._scores)
+    assert all(torch.equal(scores[0][name], scores[1][name]) for name in NAMES)
+
+
 def test_the_masks_take_away_damage_and_never_add(model):
     method = MAD()
     method.attach(model, Budget(0.3))

@@ -14,7 +14,7 @@ from harprune.methods.base import Budget
 from harprune.methods.hydra import HYDRA
 from harprune.methods.s2ap import S2AP
 from harprune.pipeline import checks, hardening, pruning
-from harprune.pipeline.recipe import make_recipe
+from harprune.pipeline.recipe_text import make_recipe
 from harprune.robustness.attacks import PGD
 from harprune.robustness.objectives import PGDAT
 from harprune.robustness.threat import Linf

@@ -10,7 +10,7 @@ import torch
 from harprune.models import create_model, load_weights
 from harprune.pipeline import supply
 from harprune.pipeline.checks import check
-from harprune.pipeline.recipe import make_recipe
+from harprune.pipeline.recipe_text import make_recipe
 
 LAYERS = ("conv1", "linear", "layer2.0.shortcut.0")
 

@@ -104,6 +104,86 @@ def test_any_model_is_pruned_to_the_unit_and_plain_again(build, method, cost, im
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+class Frozen(nn.Module):
+    """Normalisation as parameters, and a first layer, that are not to be trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.full((3, 1, 1), 0.5), requires_grad=False)
+        self.std = nn.Parameter(torch.full((3, 1, 1), 0.25), requires_grad=False)
+        self.first = nn.Conv2d(3, 8, 3).requires_grad_(False)
+        self.unused = nn.Linear(8, 8)
+        self.last = nn.Linear(8 * 36, 4)
+
+    def forward(self, x):
+        return self.last(self.first((x - self.mean) / self.std).relu().flatten(1))
+
+
+QUICK = {
+    "density": 0.3, "prune_epochs": 1, "finetune_epochs": 1, "quiet": True,
+    "options": {"objective": {"steps": 1}, "validation": {"size": 8, "steps": 1},
+                "prune": {"batch_size": 32}, "finetune": {"batch_size": 32}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["harp", "li20", "snip", "grasp", "synflow", "mad"])
+def test_what_is_frozen_is_pruned_but_not_trained(method, images):
+    torch.manual_seed(0)
+    model = Frozen()
+    pruned = harprune.prune(model, images, images, method=method, **QUICK).model
+    assert torch.equal(pruned.mean, model.mean) and torch.equal(pruned.std, model.std)
+    kept = pruned.first.weight != 0
+    assert 0 < kept.sum() < kept.numel()
+    assert torch.equal(pruned.first.weight[kept], model.first.weight[kept])
+    assert not torch.equal(pruned.last.bias, model.last.bias)
+    assert not pruned.first.weight.requires_grad and pruned.last.weight.requires_grad
+
+
+class Several(nn.Module):
+    def __init__(self, when):
+        super().__init__()
+        self.body, self.when = mlp(), when
+
+    def forward(self, x):
+        logits = self.body(x)
+        return (logits, logits) if self.training in self.when else logits
+
+
+def one_layer(change):
+    model = mlp()
+    change(model[1])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "message"),
+    [
+        (Several([False]), {}, "the network gives a tuple, not logits"),
+        (Several([True]), {}, "the network gives a tuple in training mode, not logits"),
+        (one_layer(nn.utils.parametrizations.spectral_norm), {}, "1.weight is computed from other"),
+        (mlp(), {"options": {"model": {"mean": [0.5]}}}, r"options\['model'\] with 'mean' would"),
+        (mlp(), {"options": {"attack": {"size": 9}}}, r"options\['attack'\] with 'size' would"),
+        (mlp(), {"method": "snip"}, "prune.batch_size = 128 exceeds the 64"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(model, given, message, images):
+    with pytest.raises(ValueError, match=message):
+        harprune.prune(
+            model, images, images, density=0.1, prune_epochs=0, finetune_epochs=0, **given
+        )
+
+
+def test_a_layer_of_zeros_has_nothing_to_keep(images):
+    model = one_layer(lambda layer: nn.init.zeros_(layer.weight))
+    with pytest.raises(ValueError, match=r"layer collapse: 1\.weight keeps no weight"):
+        harprune.prune(model, images, images, **QUICK)
+
+
+def test_a_network_without_parameters_is_evaluated(images):
+    model = nn.Sequential(nn.AdaptiveAvgPool2d((1, 4)), nn.Flatten(), nn.AdaptiveAvgPool1d(4))
+    assert harprune.evaluate(model, images, attacks=["fgsm"], quiet=True).size == 64
+
+
 def test_the_example_runs(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "1"])
     runpy.run_path(str(EXAMPLE), run_name="__main__")

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from harprune.kernels import native
-from harprune.pipeline.recipe import Recipe, make_recipe, read_recipe
+from harprune.pipeline.recipe import Recipe
+from harprune.pipeline.recipe_text import make_recipe, read_recipe
 from harprune.pipeline.run import lock
 from harprune.reporting.records import read_run
 from harprune.robustness import evaluation

@@ -20,7 +20,7 @@ from torch import nn
 import harprune
 from harprune.files import write
 from harprune.models import create_model
-from harprune.pipeline.recipe import read_recipe
+from harprune.pipeline.recipe_text import read_recipe
 from harprune.pipeline.run import Run
 from harprune.pipeline.supply import load_network_weights
 from harprune.training import checkpoint
@@ -119,6 +119,7 @@ def test_a_wrong_recipe_is_one_line(command, here, setting, text, monkeypatch):
         (["data.name=stripes_of_tests:lod"], "data set 'stripes_of_tests:lod': stripes_of_tests "),
         (["data.name=stripes_of_tests:images"], "stripes_of_tests:images returned tuple; it must"),
         (["data.name=stripes_of_tests:too_bright"], "train images run from"),
+        (["objective.beta=3"], "objective.beta = 3.0 has no effect with objective.name ="),
         (["model.name=smal_cnn"], "unknown model 'smal_cnn'; nearest: small_cnn"),
         (["model.name=stripes_of_tests:load"], "stripes_of_tests:load takes no width; leave out"),
         (["model.mean=[0.5, 0.5]", "model.std=[1, 1]"], "mean has 2 values but the images have 1"),

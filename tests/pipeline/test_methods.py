@@ -13,7 +13,7 @@ from harprune.methods.base import Method
 from harprune.methods.flying_bird import FlyingBird
 from harprune.methods.snip import SNIP
 from harprune.pipeline import checks, supply
-from harprune.pipeline.recipe import make_recipe, read_recipe
+from harprune.pipeline.recipe_text import make_recipe, read_recipe
 from harprune.pipeline.run import Run
 from harprune.pipeline.stages import open_workshop, run_until
 from harprune.training import checkpoint
@@ -90,6 +90,21 @@ def test_a_sample_is_shown_once_in_eval_mode_and_attacked_where_asked(
         assert len(x) == len(y) == 20
         nearest = (clean[None] - x[:, None]).abs().flatten(2).amax(2).amin(1)
         assert nearest.max() == pytest.approx(8 / 255 if adversarial else 0.0, abs=1e-6)
+
+
+def test_a_sample_is_attacked_as_the_stage_attacks(here, monkeypatch):
+    """TRADES starts near the image, and one step of 2/255 leads no further away."""
+    shown = []
+    monkeypatch.setattr(SNIP, "settle", lambda self, model: 1 / 0)
+    monkeypatch.setattr(SNIP, "observe", lambda self, model, batches: shown.extend(batches))
+    for name in ("pgd-at", "trades"):
+        with pytest.raises(ZeroDivisionError):
+            ran(here / name, "method.name=snip", "method.adversarial=true", "prune.epochs=0",
+                f"objective.name={name}", "pretrain.epochs=0")  # fmt: skip
+    clean = supply.materials(read_recipe("tiny.toml")).train.images
+    for (x, _), near in zip(shown, (False, True), strict=True):
+        distance = (clean[None] - x[:, None]).abs().flatten(2).amax(2).amin(1)
+        assert bool(distance.max() < 4 / 255) is near
 
 
 def test_robust_bird_ends_its_search_early(here):

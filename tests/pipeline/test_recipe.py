@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: what is refused at the door, and in which words; what a recipe prints reads back."""
 
-import json
 import tomllib
 from pathlib import Path
 
@@ -13,15 +12,8 @@ from harprune.methods.base import Budget
 from harprune.models import create_model
 from harprune.pipeline import checks, pruning
 from harprune.pipeline.compare import cells_of
-from harprune.pipeline.recipe import (
-    Recipe,
-    Training,
-    as_toml,
-    changes,
-    describe,
-    make_recipe,
-    read_recipe,
-)
+from harprune.pipeline.recipe import Recipe, Training
+from harprune.pipeline.recipe_text import as_toml, describe, make_recipe, read_recipe
 from harprune.sparsity import masks
 
 HERE = Path(__file__).parents[2] / "recipes"
@@ -203,13 +195,6 @@ _VALUES = st.one_of(
 )
 def test_what_is_written_as_toml_reads_back(content):
     assert tomllib.loads("\n".join(as_toml(content))) == content
-
-
-def test_changes_name_the_leaves():
-    old = make_recipe({"seed": 1, "budget": {"density": 0.1}}).model_dump(mode="json")
-    new = make_recipe({"seed": 2, "budget": {"density": 0.2}}).model_dump(mode="json")
-    assert list(changes(old, new)) == ["budget.density: 0.1 -> 0.2", "seed: 1 -> 2"]
-    assert not list(changes(old, json.loads(json.dumps(old))))
 
 
 @pytest.mark.parametrize(

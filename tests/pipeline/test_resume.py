@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from harprune.pipeline.recipe import make_recipe, read_recipe
+from harprune.pipeline.recipe_text import make_recipe, read_recipe
 from harprune.pipeline.run import Run
 from harprune.pipeline.stages import open_workshop, run_until
 from harprune.training import checkpoint

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from harprune.pipeline import stages
-from harprune.pipeline.recipe import read_recipe
+from harprune.pipeline.recipe_text import read_recipe
 from harprune.pipeline.run import Run
 from harprune.pipeline.stages import open_workshop, run_until
 from harprune.sparsity.audit import audit
@@ -52,7 +52,8 @@ def test_the_teacher_is_the_dense_network_in_eval_mode(finished, here):
             stages.pretrain(shop)
             x = torch.rand(7, 1, 8, 8)
             wanted = stages.load_network(shop, "pretrain").eval()(x)
-            assert torch.allclose(stages._teacher(shop)(x), wanted, atol=1e-5)
+            fixed = stages._fixed(shop, stages.load_network(shop, "pretrain").eval())
+            assert torch.allclose(fixed(x), wanted, atol=1e-5)
 
 
 def test_distillation_changes_what_is_learned(finished, here):

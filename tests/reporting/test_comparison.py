@@ -8,7 +8,8 @@ from statistics import mean
 import numpy as np
 import pytest
 
-from harprune.reporting.comparison import compare_runs, write_comparison
+from harprune.reporting.comparison import compare_runs
+from harprune.reporting.comparison_report import write_comparison
 
 
 @pytest.fixture
@@ -119,13 +120,12 @@ def test_the_dense_network_stands_beside_the_baseline(make_run):
     ]
 
 
-def test_a_dense_network_is_known_to_all_that_start_from_its_weights(make_run):
+def test_a_dense_network_is_known_to_all_that_began_with_it(make_run):
     folders = [make_run(name, method=name) for name in ("harp", "hydra", "snip")]
-    for folder, weights in zip(folders, ("w", "w", "v"), strict=True):
-        record = folder / "recipe.json"
-        recipe = json.loads(record.read_text())
-        recipe["model"]["weights"] = weights
-        record.write_text(json.dumps(recipe))
+    for folder, digest in zip(folders, ("w", "w", "v"), strict=True):
+        (folder / "inputs.json").write_text(json.dumps({"dense network": digest}))
+    record = folders[0] / "attack" / "dense" / "evaluation.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"identity": {"model": "w"}}))
     for folder in folders[1:]:
         shutil.rmtree(folder / "attack" / "dense")
     paired = compare_runs(folders, baseline="dense")["paired"]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
+from harprune.modes import eval_mode
 from harprune.robustness import attacks
 from harprune.robustness.attacks import (
     APGD,
@@ -19,7 +20,6 @@ from harprune.robustness.attacks import (
     clean_logits,
     cross_entropy,
     dlr,
-    eval_mode,
     kl_divergence,
     no_start,
     normal_start,

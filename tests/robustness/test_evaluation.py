@@ -220,6 +220,7 @@ def test_a_folder_of_something_else_is_refused(run, model, images, labels, make_
         ("attacks", {"attacks": {**ATTACKS, "fgsm": FGSM(L2(0.1))}}),
         ("attacks", {"attacks": {"fgsm": FGSM(THREAT)}}),
         ("attacked function", {"function": model}),
+        ("images", {"x": torch.cat([images[:-1], 1 - images[-1:]])}),
     ]
     for key, options in other:
         with pytest.raises(ValueError, match=f"whose {key} differs") as caught:

@@ -62,6 +62,18 @@ def test_the_loss_is_the_sum_of_its_terms():
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_hidden_layers_are_seen_before_what_works_in_place():
+    found = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(in_place), nn.Flatten(), nn.Linear(12, 3))
+        with hidden_layers(model) as hidden:
+            model(X)
+        found.append(hidden)
+    assert (found[0][0] < 0).any()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_the_teacher_learns_nothing_and_the_network_does():
     model, teacher = network(), network().eval()
     PwoA(teacher)(model, X, Y).backward()

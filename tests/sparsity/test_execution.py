@@ -192,3 +192,33 @@ def test_a_map_of_the_model_itself_is_added_to_every_image():
 
     model, x = Placed().eval(), torch.rand(40, 3, 5, 5)
     assert torch.allclose(twin(model).current()(x), model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_layer_with_hooks_is_no_affair_of_a_twin(register):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
+    assert twin(model) is not None and training_twin(model) is not None
+    hook = getattr(model[3], register)(lambda *_: None)
+    assert twin(model) is None and training_twin(model) is None
+    hook.remove()
+    assert twin(model) is not None
+
+
+class Random(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3), nn.Linear(144, 3)
+
+    def forward(self, x):
+        return self.second(nn.functional.dropout(self.first(x).relu().flatten(1), 0.5, True))
+
+
+def test_the_first_pass_draws_as_all_others_do():
+    model = Random().train()
+    running = training_twin(model)
+    x = torch.rand(5, 1, 8, 8)
+    logits = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        logits.append(running(x))
+    assert torch.equal(*logits)

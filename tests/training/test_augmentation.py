@@ -6,10 +6,8 @@ import torch
 
 from harprune.training.augmentation import (
     Crop,
-    crop,
     crop_flip,
     default_augmentation,
-    make_augmentation,
 )
 
 
@@ -44,9 +42,9 @@ def test_crop_flip_equals_the_loop(padding, dtype):
 def test_crop_never_flips_and_equals_the_loop():
     torch.manual_seed(0)
     x = torch.rand(50, 1, 8, 8)
-    draws = crop(2).draw(50, seeded())
+    draws = Crop(2).draw(50, seeded())
     assert not draws[:, 2].any()
-    assert torch.equal(crop(2)(x, seeded()), one_by_one(x, draws, 2))
+    assert torch.equal(Crop(2)(x, seeded()), one_by_one(x, draws, 2))
 
 
 def test_draws_are_uniform():
@@ -66,14 +64,9 @@ def test_the_input_and_the_global_generator_are_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_names_and_defaults():
-    assert make_augmentation("crop_flip", 3) == Crop(3, flip=True)
-    assert make_augmentation("crop") == Crop(4)
-    assert make_augmentation("none") is None
-    with pytest.raises(ValueError, match="unknown augmentation 'flip'; there are crop, crop_flip"):
-        make_augmentation("flip")
+def test_defaults():
     with pytest.raises(ValueError, match="padding is -1"):
-        crop(-1)
+        Crop(-1)
     assert default_augmentation("cifar10", 32) == crop_flip(4)
     assert default_augmentation("folder", 224) == crop_flip(28)
     assert default_augmentation("svhn", 32) is None

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network before its judges: test images, attacks by name, and the twin that is searched on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from harprune.pipeline import hardening
+from harprune.pipeline.console import Console
+from harprune.robustness import evaluation
+from harprune.robustness.evaluation import Evaluation
+from harprune.robustness.threat import Threat
+from harprune.sparsity import execution as executions
+from harprune.sparsity.execution import Execution
+from harprune.training.splits import Floats, Split
+
+
+def judge(
+    model: nn.Module,
+    test: Split,
+    *,
+    attacks: Sequence[str],
+    threat: Threat,
+    index: Tensor,
+    seed: int,
+    batch_size: int,
+    folder: str | Path | None,
+    execution: Execution,
+    twin: bool,
+    console: Console,
+    name: str,
+    num_classes: int | None = None,
+) -> Evaluation:
+    """Evaluate `model` where it is, on the images `index` of `test`, under a progress bar.
+
+    Args:
+        attacks: as `hardening.attack` knows them.
+        index: positions of the images, (m,).
+        twin: whether attacks search on the model's twin, on the kernels if `execution` has it so.
+
+    The rest is as in `robustness.evaluation.evaluate`.
+    """
+    fast = executions.twin(model, execution=execution) if twin else None
+    named = {a: hardening.attack(a, threat, seed=seed, batch_size=batch_size) for a in attacks}
+    doing = "attack" if attacks else "evaluate"
+    with console.bar(f"{doing} {name}", len(index)) as bar:
+        return evaluation.evaluate(
+            model,
+            Floats(test.images),
+            test.labels,
+            named,
+            seed=seed,
+            batch_size=batch_size,
+            index=index,
+            folder=folder,
+            num_classes=num_classes,
+            progress=bar.update_of,
+            threat=threat,
+            function=None if fast is None else fast.current(),
+            name=name,
+        )

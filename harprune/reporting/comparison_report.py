@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several runs side by side for people: comparison.md with its plots, and the same as .json."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from types import MappingProxyType
+from typing import Any
+
+from harprune.files import to_json, write
+from harprune.reporting import plots
+from harprune.reporting.comparison import DENSE, compare_runs
+from harprune.reporting.document import Document, Plot, Section
+from harprune.reporting.records import WORST_CASE
+from harprune.reporting.summary import AUTOATTACK, measure_order
+from harprune.reporting.tables import (
+    ABSENT,
+    Table,
+    flatten,
+    format_density,
+    format_difference,
+    format_kept,
+    format_p,
+)
+
+
+def write_comparison(
+    folders: Sequence[str | Path],
+    out_md: str | Path,
+    *,
+    title: str,
+    note: str,
+    command: str,
+    makes_runs: bool = False,
+    baseline: str | None = None,
+    labels: Sequence[str] | None = None,
+    seconds: Sequence[float | None] | None = None,
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    failed: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Write `out_md`, and beside it the same as .json and plots as .svg; returns the comparison.
+
+    Args:
+        folders: finished run folders.
+        note: what a reader should know first; may be empty.
+        command: what makes this file again.
+        makes_runs: it makes the runs too, so that their own commands need not be shown.
+        baseline, labels, seconds, complete: see `compare_runs`.
+        failed: runs that should be here and are not, with the reason.
+    """
+    out = Path(out_md)
+    if out.suffix != ".md":
+        raise ValueError(f"a comparison is written to a Markdown file, not to {out}; end it in .md")
+    comparison = {"title": title, "note": note, "command": command}
+    comparison |= compare_runs(
+        folders, baseline=baseline, labels=labels, seconds=seconds, complete=complete
+    )
+    comparison |= {"makes_runs": makes_runs, "failed": dict(failed)}
+    pictures = dict(_pictures(out, comparison))
+    for plot in pictures.values():
+        write(out.with_name(plot.path), plot.svg)
+    write(out.with_suffix(".json"), to_json(comparison))
+    write(out, _document(comparison, pictures).markdown())
+    return comparison
+
+
+def _pictures(out: Path, comparison: Mapping[str, Any]) -> Iterator[tuple[str, Plot]]:
+    """What there is to see, by the section that shows it."""
+    title = comparison["title"]
+    picture = plots.to_svg(plots.points_by_row, comparison["rows"])
+    yield (
+        "result",
+        Plot(out.with_suffix(".svg").name, f"{title}: clean and robust accuracy", picture),
+    )
+    rows = [row for row in comparison["rows"] if row["configuration"] != DENSE]
+    if len({row["density"] for row in rows}) > 1:
+        baseline = comparison["baseline"]
+        picture = plots.to_svg(plots.accuracy_over_density, comparison["rows"], baseline)
+        name = f"{out.stem}-density.svg"
+        yield "density", Plot(name, f"{title}: accuracy over density", picture)
+    least = min(row["density"] for row in rows)
+    strategies = {r["configuration"]: r["layers"] for r in rows if r["density"] == least}
+    picture = plots.to_svg(plots.strategies, strategies)
+    caption = f"{title}: densities per layer at {format_density(least)}, first seed"
+    yield "strategies", Plot(f"{out.stem}-strategies.svg", caption, picture)
+
+
+def _document(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Document:
+    protocol = "; ".join(
+        f"{key}: {flatten(value)}" for key, value in comparison["protocol"].items()
+    )
+    explained = (
+        f"Protocol: {protocol}. Test accuracy in %, mean ± sample standard deviation over seeds; "
+        "AutoAttack is the robust accuracy."
+    )
+    return Document(
+        title=comparison["title"],
+        lead=tuple(filter(None, (comparison["note"], explained))),
+        warnings=tuple(_warned(comparison["warnings"])),
+        sections=tuple(_sections(comparison, pictures)),
+    )
+
+
+_FEW = 5
+"""As many warnings stand above the result, and runs in a cell of a table; of more the number."""
+
+
+def _warned(warnings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if len(warnings) > _FEW:
+        raised = len({(w["configuration"], w["density"], w["seed"]) for w in warnings})
+        yield f"checks failed or flags were raised in {raised} runs; see Flags and failed checks."
+        return
+    for w in warnings:
+        where = f"{w['configuration']}, {format_density(w['density'])}, seed {w['seed']}"
+        yield f"{where}, {w['model']}: {w['warning']}"
+
+
+def _sections(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Iterator[Section]:
+    yield Section("Result", _rows_table(comparison), pictures["result"])
+    if comparison["failed"]:
+        rows = tuple(comparison["failed"].items())
+        yield Section("Missing", Table(("run", "why"), rows, numeric=False))
+    if "density" in pictures:
+        yield Section("Accuracy over density", plot=pictures["density"])
+    yield Section("What it costs", _cost_table(comparison), text=_COST)
+    yield Section("Where weights are kept", plot=pictures["strategies"])
+    if comparison["baseline"] is not None:
+        yield _difference_section(comparison)
+    if len(comparison["warnings"]) > _FEW:
+        yield Section("Flags and failed checks", _warnings_table(comparison["warnings"]))
+    script = comparison["command"]
+    if not comparison["makes_runs"]:
+        held = [run["environment"] for run in comparison["runs"]]
+        commands = [e.get("command") for run in held for e in (run, *run.get("continued", []))]
+        script = "\n".join([*dict.fromkeys(filter(None, commands)), script])
+    yield Section("How this was made", _made_table(comparison), code=script)
+
+
+def _difference_section(comparison: Mapping[str, Any]) -> Section:
+    """Several seeds in one row; one seed with its test."""
+    name = comparison["baseline"]
+    start = f"Difference to {name} at the same density"
+    if name != DENSE and any(pair["configuration"] == DENSE for pair in comparison["paired"]):
+        start += " (of the dense network, to those pruned to the density named)"
+    if any(len(row["seeds"]) > 1 for row in comparison["pooled"]):
+        text = (
+            f"{start}, over pairs of the same image and seed: percentage points with the 95 % "
+            "interval over images, which seeds that agree do not narrow. The tests of each seed "
+            "are in the JSON file."
+        )
+        return Section(f"Against {name}", _pooled_table(comparison), text=text)
+    text = (
+        f"{start} and seed, on the same images: percentage points with the paired 95 % interval, "
+        "and the exact McNemar test."
+    )
+    table = _paired_table(comparison["paired"])
+    none = " There is no pair measured on the same images."
+    return Section(f"Against {name}", table, text=text if table else text + none)
+
+
+def _rows_table(comparison: Mapping[str, Any]) -> Table:
+    named = ("clean", AUTOATTACK, *(n for row in comparison["rows"] for n in row["measures"]))
+    known = measure_order(dict.fromkeys(named))
+    measures = [name for name in known if name != WORST_CASE]
+    rows = tuple(
+        (
+            _named(row, comparison["protocol"]["images"]),
+            format_density(row["density"]) if row["configuration"] != DENSE else "100 % kept",
+            ", ".join(map(str, row["seeds"])),
+            *(_mean(row["measures"].get(name)) for name in measures),
+            _kept(row),
+        )
+        for row in comparison["rows"]
+    )
+    titles = ("AutoAttack" if name == AUTOATTACK else name for name in measures)
+    header = ("configuration", "density", "seeds", *titles, "weights kept / total")
+    return Table(header, rows)
+
+
+def _named(row: Mapping[str, Any], images: int) -> str:
+    """A dense network may have been attacked on fewer images than the pruned ones."""
+    own = row.get("images", [images])
+    counts = " or ".join(f"{count:,}" for count in own)
+    return row["configuration"] + ("" if own == [images] else f" ({counts} images)")
+
+
+def _kept(row: Mapping[str, Any]) -> str:
+    least, most = min(row["kept"]), max(row["kept"])
+    return ("" if least == most else f"{least:,} to ") + format_kept(most, row["total"])
+
+
+_COST = (
+    "Multiply-adds of one image, as a share of the dense network's; forward and backward passes of "
+    "single images while pruning and finetuning; and, where it is known, the wall-clock time of "
+    "the run with its attacks and without a dense network that it shares, in minutes, the median "
+    "over seeds, which depends on what else the machine did."
+)
+
+
+def _cost_table(comparison: Mapping[str, Any]) -> Table:
+    rows = tuple(
+        (
+            row["configuration"],
+            format_density(row["density"]),
+            _shares(row["multiply_adds"], row["dense_multiply_adds"]),
+            f"{fmean(row['passes']):,.0f}",
+            _minutes(row["seconds"]),
+        )
+        for row in comparison["rows"]
+        if row["configuration"] != DENSE
+    )
+    return Table(("configuration", "density", "multiply-adds", "passes", "minutes"), rows)
+
+
+def _shares(kept: Sequence[int], dense: int | None) -> str:
+    return ABSENT if not kept or not dense else f"{100 * fmean(kept) / dense:.2f} %"
+
+
+def _minutes(seconds: Sequence[float | None]) -> str:
+    known = [value for value in seconds if value is not None]
+    return f"{median(known) / 60:.1f}" if known else ABSENT
+
+
+def _mean(statistics: Mapping[str, Any] | None) -> str:
+    if statistics is None:
+        return "not run"
+    spread = statistics["spread"]
+    return f"{100 * statistics['mean']:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+
+
+def _paired_table(paired: Sequence[Mapping[str, Any]]) -> Table | None:
+    rows = tuple(
+        (
+            pair["configuration"],
+            format_density(pair["density"]),
+            str(pair["seed"]),
+            "AutoAttack" if pair["measure"] == AUTOATTACK else pair["measure"],
+            format_difference(pair),
+            f"{pair['won']:,} / {pair['lost']:,}",
+            format_p(pair["p_value"]),
+            f"{pair['size']:,}",
+        )
+        for pair in paired
+    )
+    header = ("configuration", "density", "seed", "accuracy", "difference", "won / lost", "p", "n")
+    return Table(header, rows) if rows else None
+
+
+def _pooled_table(comparison: Mapping[str, Any]) -> Table:
+    """A row for each configuration and density; in how many seeds its AutoAttack is the higher."""
+    found: dict[tuple[str, float], dict[str, Mapping[str, Any]]] = {}
+    for row in comparison["pooled"]:
+        found.setdefault((row["configuration"], row["density"]), {})[row["measure"]] = row
+    higher: dict[tuple[str, float], int] = {}
+    for pair in comparison["paired"]:
+        if pair["measure"] == AUTOATTACK and pair["difference"] > 0:
+            point = pair["configuration"], pair["density"]
+            higher[point] = higher.get(point, 0) + 1
+    rows = tuple(
+        (
+            configuration,
+            format_density(density),
+            *(format_difference(known.get(name)) for name in ("clean", AUTOATTACK)),
+            f"{higher.get((configuration, density), 0)} of {len(known[AUTOATTACK]['seeds'])}"
+            if AUTOATTACK in known
+            else ABSENT,
+        )
+        for (configuration, density), known in found.items()
+    )
+    header = ("configuration", "density", "clean", "AutoAttack", "seeds with more AutoAttack")
+    return Table(header, rows)
+
+
+def _warnings_table(warnings: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each configuration and density with all that was raised there."""
+    found: dict[tuple[str, float], list[str]] = {}
+    for w in warnings:
+        said = f"seed {w['seed']}, {w['model']}: {w['warning']}"
+        found.setdefault((w["configuration"], w["density"]), []).append(said)
+    rows = tuple(
+        (configuration, format_density(density), "; ".join(said))
+        for (configuration, density), said in found.items()
+    )
+    return Table(("configuration", "density", "raised"), rows, numeric=False)
+
+
+def _successive(environment: Mapping[str, Any], key: str) -> str:
+    """A value of the environment; several where a run was continued under another one."""
+    every = [flatten(e.get(key)) for e in (environment, *environment.get("continued", []))]
+    return ", then ".join(v for i, v in enumerate(every) if i == 0 or v != every[i - 1])
+
+
+def _made_table(comparison: Mapping[str, Any]) -> Table:
+    """What the runs were made with; where they agree it is said once."""
+    rows = []
+    for key in ("commit", "python", "versions", "machine"):
+        found: dict[str, list[str]] = {}
+        for run in comparison["runs"]:
+            found.setdefault(_successive(run["environment"], key), []).append(run["run"])
+        for value, runs in found.items():
+            named = ", ".join(runs) if len(runs) <= _FEW else f"{len(runs)} runs"
+            rows.append((key, value, "all" if len(found) == 1 else named))
+    return Table(("", "", "runs"), tuple(rows), numeric=False)
