@@ -12,10 +12,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu bench-train bench-attack bench-deploy lint
+.PHONY: help env demo test test-slow test-gpu headline-check bench-train bench-attack bench-deploy lint
 
 help: ## this list
-	@awk -F ' *## *' '/^[a-z-]+:.*## /{sub(/:.*/, "", $$1); printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ' *## *' '/^[a-z-]+:.*## /{sub(/:.*/, "", $$1); printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  settings, as in 'make test VENV=/elsewhere':"
 	@printf '    %-16s %s\n' \
@@ -56,6 +56,9 @@ bench-attack: $(STAMP) ## attacks on pruned networks against torch, to results/a
 
 bench-deploy: $(STAMP) ## deployed networks against other runtimes, to results/deploy.json
 	$(BIN)/python bench/deploy.py --json results/deploy.json --plot results/deploy.svg
+
+headline-check: $(STAMP) ## the committed ResNet-18 of 1 %, on CIFAR-10 again (harprune data cifar10)
+	HARPRUNE=$(BIN)/harprune bench/headline_check.sh
 
 lint: $(STAMP) ## style, format and types
 	$(BIN)/ruff check .

@@ -220,7 +220,6 @@ def test_a_folder_of_something_else_is_refused(run, model, images, labels, make_
         ("attacks", {"attacks": {**ATTACKS, "fgsm": FGSM(L2(0.1))}}),
         ("attacks", {"attacks": {"fgsm": FGSM(THREAT)}}),
         ("attacked function", {"function": model}),
-        ("images", {"x": torch.cat([images[:-1], 1 - images[-1:]])}),
     ]
     for key, options in other:
         with pytest.raises(ValueError, match=f"whose {key} differs") as caught:
@@ -231,6 +230,13 @@ def test_a_folder_of_something_else_is_refused(run, model, images, labels, make_
         run(folder=tmp_path / "partial", progress=progress)
     with pytest.raises(ValueError, match="whose seed differs"):
         run(folder=tmp_path / "partial", seed=1)
+
+
+def test_the_last_image_counts_as_much_as_the_first(run, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(sanity, "SAMPLE", 8)
+    run(folder=tmp_path)
+    with pytest.raises(ValueError, match="whose images differs"):
+        run(x=torch.cat([images[:-1], 1 - images[-1:]]), folder=tmp_path)
 
 
 def test_an_earlier_record_that_does_not_say_what_was_attacked_goes_on(run, tmp_path):
