@@ -8,7 +8,7 @@ one also learns which part broke which image, and the reference's warnings becom
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -48,6 +48,20 @@ class Outcome:
 
     x_adv: Tensor
     clean: Tensor
+    survivors: dict[str, Tensor]
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Partway:
+    """Where AutoAttack stands with a batch, some of its parts done: enough to go on.
+
+    Attributes:
+        x_adv: float32, as in `Outcome`.
+        survivors, flags: as in `Outcome`, of the parts that are done.
+    """
+
+    x_adv: Tensor
     survivors: dict[str, Tensor]
     flags: tuple[str, ...]
 
@@ -96,8 +110,22 @@ class AutoAttack:
         """(model, x (N, C, H, W) in [0, 1], y (N,)) -> x_adv."""
         return self.attack(model, x, y).x_adv
 
-    def attack(self, model: nn.Module, x: Tensor, y: Tensor) -> Outcome:
-        """As the call, with which part broke which image and what the reference warned of."""
+    def attack(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        begun: Partway | None = None,
+        after_part: Callable[[Partway], None] = lambda partway: None,
+    ) -> Outcome:
+        """As the call, with which part broke which image and what the reference warned of.
+
+        Args:
+            begun: what `after_part` was given before an interruption; every part has a seed of its
+                own, so what follows is the same.
+            after_part: called when a part is done.
+        """
         _require_images(x, self.threat)
         with (
             eval_mode(model),
@@ -111,8 +139,15 @@ class AutoAttack:
             reference, extra = self._reference(net, classes, x.device)
             # The reference takes float32; another layout in memory breaks its views.
             images = x.detach().float().contiguous()
-            x_adv, clean, survivors = self._run(reference, net, images, y)
-        return Outcome(x_adv.to(x.dtype), clean, survivors, (*extra, *_flags(messages)))
+            before = () if begun is None else begun.flags
+
+            def part_done(x_adv: Tensor, survivors: dict[str, Tensor]) -> None:
+                flags = dict.fromkeys((*before, *extra, *_flags(messages)))
+                after_part(Partway(x_adv, survivors, tuple(flags)))
+
+            x_adv, clean, survivors = self._run(reference, net, images, y, begun, part_done)
+        flags = dict.fromkeys((*before, *extra, *_flags(messages)))
+        return Outcome(x_adv.to(x.dtype), clean, survivors, tuple(flags))
 
     def _reference(
         self, net: nn.Module, classes: int, device: torch.device
@@ -134,19 +169,30 @@ class AutoAttack:
         return reference, extra
 
     def _run(
-        self, reference: "Reference", net: nn.Module, x: Tensor, y: Tensor
+        self,
+        reference: "Reference",
+        net: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        begun: Partway | None,
+        part_done: Callable[[Tensor, dict[str, Tensor]], None],
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         clean = torch.cat(
             [net(a).argmax(1) == b for a, b in zip(self._split(x), self._split(y), strict=True)]
         )
-        x_adv, standing, survivors = x.clone(), clean.clone(), {}
+        x_adv = x.clone() if begun is None else begun.x_adv.clone()
+        survivors = {} if begun is None else dict(begun.survivors)
+        standing = list(survivors.values())[-1].clone() if survivors else clean.clone()
         for part in reference.attacks_to_run:
+            if part in survivors:
+                continue
             for rows in self._split(standing.nonzero().flatten()):
                 attacked = _perturb(reference, part, x[rows], y[rows])
                 broken = net(attacked).argmax(1) != y[rows]
                 x_adv[rows[broken]] = attacked[broken]
                 standing[rows[broken]] = False
             survivors[part] = standing.clone()
+            part_done(x_adv, survivors)
         return x_adv, clean, survivors
 
     def _split(self, rows: Tensor) -> tuple[Tensor, ...]:

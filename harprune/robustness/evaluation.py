@@ -2,7 +2,8 @@
 """Accuracy under attacks: which images fall, how sure the numbers are, whether to believe them.
 
 Every image's outcome is kept, so that evaluations can be paired image by image. With a folder the
-work is saved after each batch and goes on, bit for bit, where it was interrupted.
+work is saved after each batch, and in AutoAttack after each of its parts, and goes on, bit for bit,
+where it was interrupted.
 """
 
 import hashlib
@@ -23,12 +24,13 @@ from harprune.modes import eval_mode
 from harprune.pairing import PairedDifference, paired_difference
 from harprune.robustness import sanity
 from harprune.robustness.attacks import Attack, seeded
-from harprune.robustness.autoattack import SQUARE_TOLERANCE, AutoAttack, square_gain
+from harprune.robustness.autoattack import SQUARE_TOLERANCE, AutoAttack, Partway, square_gain
 from harprune.robustness.sanity import Check
 from harprune.robustness.threat import Threat
 
 WORST_CASE = "worst case"
-_RESERVED = ("clean", "index", "labels", "file", "progress", WORST_CASE)
+_PARTWAY = "partway"
+_RESERVED = ("clean", "index", "labels", "file", "progress", _PARTWAY, WORST_CASE)
 
 REPEATED = 0.01
 """Fraction of images that may differ where an evaluation is repeated on another machine."""
@@ -130,7 +132,8 @@ def evaluate(
         labels: (n,) integers.
         batch_size: images at a time; part of what is reproduced.
         index: which images; all when None.
-        folder: outcomes are kept here after each batch, and an interrupted evaluation goes on.
+        folder: outcomes are kept here after each batch and each part of AutoAttack, and an
+            interrupted evaluation goes on.
         num_classes: checked against labels and logits.
         device: where batches go; the model's when None.
         threat: what every x_adv must keep to; also sets the norm of the sanity checks.
@@ -149,17 +152,19 @@ def evaluate(
     device = torch.device(device) if device is not None else _device(model)
     data = _Data(images, labels.cpu().long()[index], index, batch_size, device, num_classes)
     attacked = model if function is None else function
+    report = progress or (lambda done, total, text: None)
     with eval_mode(model):
         identity = {} if folder is None else _identity(model, function, data, seed, attacks)
         state = _State.open(folder, identity, data)
         for row in ("clean", *attacks):
             for batch in range(state.done.get(row, 0), len(data)):
                 with seeded(_batch_seed(seed, batch), device):
-                    _run_batch(model, attacked, data, batch, row, attacks.get(row), threat, state)
-                state.done[row] = batch + 1
+                    _run_batch(
+                        model, attacked, data, batch, row, attacks.get(row), threat, state, report
+                    )
+                state.done[row], state.partway = batch + 1, None
                 state.save()
-                if progress is not None:
-                    progress(*_so_far(state, data, row, batch))
+                report(*_so_far(state, data, row, batch))
         if checks and not state.checks:
             with seeded(_batch_seed(seed, -1), device):
                 state.checks = _check(model, attacked, data, attacks, threat, state.outcomes)
@@ -226,6 +231,7 @@ def _run_batch(
     attack: Attack | None,
     threat: Threat | None,
     state: "_State",
+    report: Progress,
 ) -> None:
     """One batch under one attack, or clean without one: outcomes and flags into `state`."""
     rows, (x, y) = data.rows(batch), data.batch(batch)
@@ -238,7 +244,15 @@ def _run_batch(
         return
     x, y = x[right], y[right]
     if isinstance(attack, AutoAttack):
-        outcome = attack.attack(attacked, x, y)
+
+        def after_part(partway: Partway) -> None:
+            state.stand(row, batch, partway)
+            part, standing = list(partway.survivors.items())[-1]
+            share = float(standing.sum()) / (rows.stop - rows.start)
+            report(rows.start, len(data.index), f"{row}, this batch after {part} {share:.1%}")
+
+        begun = state.stood(row, batch, x.device)
+        outcome = attack.attack(attacked, x, y, begun=begun, after_part=after_part)
         x_adv = outcome.x_adv
         state.parts[row] = list(outcome.survivors)
         state.flags = list(dict.fromkeys([*state.flags, *(f"{row}: {f}" for f in outcome.flags)]))
@@ -375,6 +389,7 @@ class _State:
     parts: dict[str, list[str]] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     checks: dict[str, Check] = field(default_factory=dict)
+    partway: tuple[str, int, Partway] | None = None
 
     @classmethod
     def open(cls, folder: str | Path | None, identity: dict[str, str], data: _Data) -> "_State":
@@ -395,7 +410,8 @@ class _State:
             arrays = _arrays(folder / "partial.npz")
             note = json.loads(str(arrays.pop("progress")))
             _require_same(folder, note.pop("identity"), identity)
-            return cls(folder, identity, arrays, **note)
+            partway = _taken_up(note.pop("partway", None), arrays)
+            return cls(folder, identity, arrays, **note, partway=partway)
         return cls(folder, identity, outcomes)
 
     def put(self, row: str, rows: slice, correct: Tensor) -> None:
@@ -406,8 +422,27 @@ class _State:
         if self.folder is None:
             return
         note = {key: getattr(self, key) for key in ("identity", "done", "parts", "flags")}
-        arrays = {**self.outcomes, "progress": np.array(json.dumps(note))}
-        write_arrays(self.folder / "partial.npz", arrays)
+        arrays = dict(self.outcomes)
+        if self.partway is not None:
+            row, batch, partway = self.partway
+            held = {f"{_PARTWAY}:{name}": s for name, s in partway.survivors.items()}
+            held[_PARTWAY] = partway.x_adv
+            arrays |= {name: tensor.cpu().numpy() for name, tensor in held.items()}
+            note["partway"] = [row, batch, list(partway.survivors), list(partway.flags)]
+        write_arrays(self.folder / "partial.npz", arrays | {"progress": np.array(json.dumps(note))})
+
+    def stand(self, row: str, batch: int, partway: Partway) -> None:
+        """Keep where an attack on a batch stands."""
+        self.partway = row, batch, partway
+        self.save()
+
+    def stood(self, row: str, batch: int, device: torch.device) -> Partway | None:
+        """Where the attack on this batch stood, if it is this one that was interrupted."""
+        if self.partway is None or self.partway[:2] != (row, batch):
+            return None
+        held = self.partway[2]
+        survivors = {name: s.to(device) for name, s in held.survivors.items()}
+        return Partway(held.x_adv.to(device), survivors, held.flags)
 
     def finish(self, result: Evaluation) -> None:
         if self.folder is None:
@@ -417,6 +452,16 @@ class _State:
         write_arrays(self.folder / "outcomes.npz", self.outcomes)
         write(self.folder / "evaluation.json", to_json(record))
         (self.folder / "partial.npz").unlink(missing_ok=True)
+
+
+def _taken_up(note: list | None, arrays: dict[str, np.ndarray]) -> tuple[str, int, Partway] | None:
+    """Where an attack on a batch stood, its arrays taken out of those of partial.npz."""
+    if note is None:
+        return None
+    row, batch, parts, flags = note
+    x_adv = torch.from_numpy(arrays.pop(_PARTWAY))
+    survivors = {part: torch.from_numpy(arrays.pop(f"{_PARTWAY}:{part}")) for part in parts}
+    return row, batch, Partway(x_adv, survivors, tuple(flags))
 
 
 def _require_same(folder: Path, held: dict[str, str], wanted: dict[str, str]) -> None:
