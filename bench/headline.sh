@@ -3,8 +3,8 @@
 # The tables of results/headline-ARCH.md: a dense ResNet-18 and a dense VGG-16-BN, and from each HARP, HYDRA
 # with uniform densities, one-shot ERK and one-shot LAMP at 1 % and 0.1 % of the weights, each attacked
 # on 1,000 test images of CIFAR-10. Interrupted, the same command goes on. The dense networks, rounded to
-# float16, and the pruned ones are left in results/headline; a dense network that lies there is not
-# trained again.
+# float16, the pruned ones and the records of their runs are left in results/headline; a dense network
+# that lies there is not trained again, and records that lie there stand in the tables.
 #
 #   bench/headline.sh                              # all of it
 #   ARCHS=resnet18 DENSITIES=0.01 bench/headline.sh    # the part worth a night
@@ -53,9 +53,14 @@ pruned() { # arch density configuration [settings...] -- the run of a pruned net
         --set "budget.allocation=$allocation" --set "execution.threads=$threads" "${@:4}")
     stages "$runs/$name" prune finetune -- "${settings[@]}" &&
         "$harprune" export "$runs/$name" --out "$networks/$name.hpn" &&
-        stages "$runs/$name" attack report -- "${settings[@]}"
+        stages "$runs/$name" attack report -- "${settings[@]}" &&
+        record "$runs/$name" "$networks/$name"
 }
-export -f stages pruned
+record() { # run copy -- what tables are made of: all but the networks and the log
+    rm -rf "$2" && mkdir "$2"
+    tar -C "$1" -c recipe.json environment.json inputs.json metrics.jsonl audit.json attack | tar -C "$2" -x
+}
+export -f stages pruned record
 
 for arch in ${ARCHS:-resnet18 vgg16-bn}; do
     if [ ! -e "$networks/$arch-dense.safetensors" ]; then
@@ -69,7 +74,7 @@ for arch in ${ARCHS:-resnet18 vgg16-bn}; do
     # The dense network costs most, and all began with it: it is attacked once, and last.
     pruned "$arch" 0.01 harp --set attack.dense=true || true
     finished=()
-    for outcome in "$runs/$arch"-*/attack/finetuned/evaluation.json; do finished+=("${outcome%/attack/*}"); done
+    for outcome in "$networks/$arch"-*/attack/finetuned/evaluation.json; do finished+=("${outcome%/attack/*}"); done
     "$harprune" report "${finished[@]}" --out "results/headline-$arch.md" --baseline harp \
         --title "CIFAR-10, $arch, 1 % and 0.1 % of the weights" \
         --note "Made by bench/headline.sh. The dense network: fast adversarial training at epsilon 8/255, 8 epochs. \

@@ -284,9 +284,13 @@ def export(
     if data_dir is not None:
         section = recipe.data.model_copy(update={"folder": str(data_dir)})
         recipe = recipe.model_copy(update={"data": section})
-    stored = {"fp32": Values.FLOAT32, "fp16": Values.FLOAT16, "int8": Values.INT8}[values]
     result = export_recipe(
-        recipe, found.weights, out, format=Format(format), values=stored, metadata=found.metadata
+        recipe,
+        found.weights,
+        out,
+        format=Format(format),
+        values=Values(values),
+        metadata=found.metadata,
     )
     if as_json:
         _print_json(result.as_dict())

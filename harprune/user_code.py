@@ -31,6 +31,12 @@ def user_function(name: str, what: str) -> Callable[..., Any]:
     module_name, _, function_name = name.partition(":")
     if not (module_name and function_name):
         raise ValueError(f"{what} {name!r} is not of the form module:function")
+    if module_name.endswith(".py") or os.sep in module_name or module_name.startswith("."):
+        stem = os.path.basename(module_name).removesuffix(".py")
+        raise ValueError(
+            f"{what} {name!r} names a file where a module belongs; go to its folder and write "
+            f"{stem}:{function_name}"
+        )
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

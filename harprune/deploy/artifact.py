@@ -53,6 +53,10 @@ class Values(Enum):
     FLOAT16 = "float16"
     INT8 = "int8"
 
+    @classmethod
+    def _missing_(cls, value: object) -> "Values | None":
+        return {"fp32": cls.FLOAT32, "fp16": cls.FLOAT16}.get(str(value))
+
     @property
     def dtype(self) -> np.dtype:
         return np.dtype({"float32": "<f4", "float16": "<f2", "int8": "i1"}[self.value])

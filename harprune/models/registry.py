@@ -4,8 +4,10 @@
 import difflib
 import fnmatch
 import importlib
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -175,6 +177,16 @@ def _unknown_member(package: str, name: str, known: Sequence[str]) -> str:
     return f"{package} has no model {name!r}; nearest: {near}"
 
 
+def _require_callable_with(name: str, function: Callable, taken: Mapping[str, Any]) -> None:
+    try:
+        inspect.signature(function).bind(**taken)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} cannot be called with {', '.join(taken) or 'nothing'} ({error}); give its "
+            "other arguments defaults"
+        ) from None
+
+
 def _from_user(name: str, num_classes: int, in_channels: int, width: int | None) -> nn.Module:
     with current_directory_importable():
         function = user_function(name, "model")
@@ -182,6 +194,7 @@ def _from_user(name: str, num_classes: int, in_channels: int, width: int | None)
         taken = accepted(function, offered)
         if width is not None and "width" not in taken:
             raise ValueError(f"{name} takes no width; leave out width={width} or add the argument")
+        _require_callable_with(name, function, taken)
         network = function(**taken)
     if not isinstance(network, nn.Module):
         raise ValueError(

@@ -21,7 +21,7 @@ from harprune.pipeline.run import Run, lock
 from harprune.pipeline.supply import Materials
 from harprune.robustness import evaluation
 from harprune.robustness.evaluation import Evaluation, model_digest
-from harprune.robustness.threat import Linf, Threat
+from harprune.robustness.threat import L2, Linf, Threat
 from harprune.sparsity.audit import Audit
 from harprune.sparsity.execution import Execution
 from harprune.training.splits import Split, from_arrays, to_float
@@ -72,7 +72,7 @@ def prune(
     Raises:
         ValueError: whatever a recipe or the data refuse, in one line.
     """
-    threat = threat or Linf(8 / 255)
+    threat = _threat(threat)
     content = {
         "name": type(model).__name__,
         "seed": seed,
@@ -129,8 +129,11 @@ def evaluate(
         twin: whether attacks run on an equivalent of the model, batch norm folded and masks
             multiplied out, on the kernels if `execution` has it so; else on the plain model.
     """
-    threat = threat or Linf(8 / 255)
-    split = _split(test)
+    threat, split = _threat(threat), _split(test)
+    attacks = (attacks,) if isinstance(attacks, str) else attacks
+    example = to_float(split.images[torch.tensor([0])])
+    device = next((p.device for p in model.parameters()), example.device)
+    checks.require_logits(model, example.to(device), int(split.labels.max()) + 1)
     with _kept_in(out):
         return judge(
             model,
@@ -197,6 +200,9 @@ def evaluate_recipe(
 
 def _require_effect(section: str, values: Mapping[str, Any]) -> None:
     """Raises ValueError for keys of a recipe that speak of what is given in Python instead."""
+    if not isinstance(values, Mapping) and "." in section:
+        section, _, key = section.partition(".")
+        raise ValueError(f"write options = {{{section!r}: {{{key!r}: {values!r}}}}}")
     if section in ("model", "data", "attack"):
         key = next(iter(values), "")
         raise ValueError(
@@ -231,4 +237,19 @@ def _materials(model: nn.Module, train: Images, validation: Images) -> Materials
 
 
 def _split(images: Images) -> Split:
-    return images if isinstance(images, Split) else from_arrays(*images)
+    if isinstance(images, Split):
+        return images
+    if not isinstance(images, tuple | list) or len(images) != 2:
+        raise ValueError(
+            f"images are a {type(images).__name__}; give a pair of arrays (images, labels), or a "
+            "harprune.Split: of a torch Dataset, stack its images and its labels"
+        )
+    return from_arrays(*images)
+
+
+def _threat(threat: Threat | None) -> Threat:
+    if threat is None:
+        return Linf(8 / 255)
+    if not isinstance(threat, Linf | L2):
+        raise ValueError(f"threat = {threat!r} says no norm; give Linf(8 / 255) or L2(0.5)")
+    return threat

@@ -210,6 +210,11 @@ def require_logits(model: nn.Module, example: Tensor, classes: int) -> int:
             "another network or image size"
         ) from error
     _require_tensor(logits, "")
+    if not torch.isfinite(logits).all():
+        raise ValueError(
+            "the network's logits are not finite; its weights have diverged, or its normalisation "
+            "divides by zero"
+        )
     shape = tuple(logits.shape)
     if len(shape) != 2 or shape[1] < classes:
         raise ValueError(

@@ -52,6 +52,10 @@ class Format(Enum):
     TORCH = "torch"
 
 
+_SUFFIXES = {".hpn": Format.ARTIFACT, ".onnx": Format.ONNX, ".pt2": Format.TORCH}
+"""What the usual names of files promise."""
+
+
 @dataclass(frozen=True)
 class Exported:
     """What was written, and how it compares with the network.
@@ -89,9 +93,14 @@ class Exported:
                 f"{self.shrinkage.weights_removed:,} of them and "
                 f"{self.shrinkage.channels_removed:,} channels had no effect and are removed"
             )
+        than = (
+            f"{self.ratio:.1f} times smaller than"
+            if self.ratio > 1
+            else f"{1 / self.ratio:.1f} times as large as"
+        )
         return [
-            f"{self.path}: {self.bytes:,} bytes, {self.ratio:.1f} times smaller than the dense "
-            f"network in float32 ({self.dense_bytes:,} bytes)",
+            f"{self.path}: {self.bytes:,} bytes, {than} the dense network in float32 "
+            f"({self.dense_bytes:,} bytes)",
             f"{counts.kept:,} of {counts.total:,} {counts.denominator} kept "
             f"({100 * counts.density:.3f} %)",
             shrunk,
@@ -124,8 +133,8 @@ def export(
     path: str | Path,
     images: Tensor,
     *,
-    format: Format = Format.ARTIFACT,
-    values: Values = Values.FLOAT32,
+    format: Format | str = Format.ARTIFACT,
+    values: Values | str = Values.FLOAT32,
     classes: Sequence[str] = (),
     metadata: Mapping[str, Any] | None = None,
 ) -> Exported:
@@ -135,8 +144,9 @@ def export(
         model: images (N, C, H, W) in [0, 1] -> logits; masked or baked. It is not changed.
         images: some to compare on, float32 in [0, 1]; random ones are compared too. int8 ONNX
             reads the ranges of activations from them.
-        values: how an artifact stores weights. ONNX takes float32 or int8, then of activations
-            too; torch takes float32.
+        format: one of them, or its name: "artifact", "onnx" or "torch".
+        values: how an artifact stores weights, or its name: "float32", "float16" or "int8". ONNX
+            takes float32 or int8, then of activations too; torch takes float32.
         classes: what the logits stand for.
         metadata: whatever should travel with the network, as JSON has it.
 
@@ -144,7 +154,8 @@ def export(
         ValueError: the format does not take the network or the values, or what the file computes
             is not what the network does.
     """
-    path = Path(path)
+    path, format, values = Path(path), Format(format), Values(values)
+    images = torch.as_tensor(images)
     _require_possible(path, format, values)
     plain = copy.deepcopy(model).cpu().eval()
     x = _to_compare(images)
@@ -178,6 +189,12 @@ def export(
 def _require_possible(path: Path, format: Format, values: Values) -> None:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give --out the name of a file in it")
+    named = _SUFFIXES.get(path.suffix.lower(), format)
+    if named is not format:
+        raise ValueError(
+            f"{path} would be of format {format.value}, as its name does not say; take --format "
+            f"{named.value}, or another name"
+        )
     possible = {
         Format.ARTIFACT: tuple(Values),
         Format.ONNX: (Values.FLOAT32, Values.INT8),
@@ -185,7 +202,7 @@ def _require_possible(path: Path, format: Format, values: Values) -> None:
     }[format]
     if values not in possible:
         raise ValueError(
-            f"format {format.value} does not take values {values.value}; it takes "
+            f"format {format.value} does not take values in {values.value}; it takes "
             f"{' or '.join(v.value for v in possible)}"
         )
     if format is Format.ONNX:
@@ -270,9 +287,13 @@ def export_recipe(
     It is compared on images of the recipe's training split, and on random ones.
 
     Raises:
-        ValueError: the file does not fit the network, the network does not fit the images, and
-            whatever `export` refuses.
+        ValueError: `path` is one of the files read, the file does not fit the network, the network
+            does not fit the images, and whatever `export` refuses.
     """
+    path, weights = Path(path), Path(weights)
+    in_run = (path.parent / "recipe.json").exists() and path.suffix in (".safetensors", ".json")
+    if path.resolve() == weights.resolve() or in_run:
+        raise ValueError(f"--out {path} would destroy what it is made from; name another file")
     dataset = supply.load_data(recipe.data)
     given = recipe.model.model_copy(update={"weights": str(weights)})
     model = supply.network(given, dataset, recipe.seed)

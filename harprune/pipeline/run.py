@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run's folder: where each artifact lies, which stages are done, and who works in it.
 
-    recipe.toml        the recipe as given            recipe.json   the recipe as resolved
+    recipe.toml        the recipe that was run        recipe.json   with every default
     environment.json   versions, machine, command     log.txt       what was said
     inputs.json        digests of the images and, where one was given, of the dense network
     <stage>.progress   where an unfinished stage goes on, and <stage>.best its best epoch so far;
@@ -19,6 +19,7 @@ import platform
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any, TextIO
 from harprune.files import write
 from harprune.nested import differences, in_words
 from harprune.pipeline.recipe import Recipe
-from harprune.pipeline.recipe_text import as_toml, completed
+from harprune.pipeline.recipe_text import as_toml, completed, make_recipe
 from harprune.reporting.records import STAGES
 from harprune.training import checkpoint
 
@@ -109,7 +110,9 @@ class Run:
 
     def _write_recipe(self, source: str, resolved: dict) -> None:
         given = self.recipe.model_dump(mode="json", exclude_unset=True)
-        source = source or "\n".join(as_toml(given)) + "\n"
+        # As it was written where it says all; not where the command said more.
+        if not source or make_recipe(tomllib.loads(source)) != self.recipe:
+            source = "\n".join(as_toml(given)) + "\n"
         write(self.folder / "recipe.toml", source)
         write(self.folder / "recipe.json", json.dumps(resolved, indent=1) + "\n")
 

@@ -103,6 +103,12 @@ def pretrain(shop: Workshop) -> None:
         history = learn_weights(shop, "pretrain", model, prunable_layers(model))
     clean, robust = validate(shop, model, hardening.twin(shop.recipe, model))
     shop.console.say(f"dense network: {_percent(clean, robust)} on validation images")
+    chance = 1.0 / len(shop.materials.validation.labels.unique())
+    if clean <= 1.2 * chance:
+        shop.console.say(
+            f"warning: clean accuracy {clean:.1%} is what guessing gives; are these the right "
+            "weights, classes and normalisation (model.mean, model.std)?"
+        )
     _finish(shop, "pretrain", checkpoint.pack("model", model.state_dict()), history, clean, robust)
 
 
@@ -125,6 +131,12 @@ def prune(shop: Workshop) -> None:
         nearby = None if sharpness is None else partial(sharpness.nearby, model)
         history = learn(
             shop, "prune", model, groups, method=method, distillation=soft, nearby=nearby
+        )
+    if history and not method.budget_met(model):
+        shop.console.say(
+            f"warning: after {len(history)} epochs the densities learned have not come down to the "
+            "budget, so all layers are cut in proportion; prune longer, raise method.gamma or "
+            "lower method.start_factor"
         )
     method.settle(model)
     tensors = checkpoint.pack("mask", masks.kept_masks(model))

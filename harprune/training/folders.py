@@ -75,6 +75,12 @@ def _decode(path: Path, size: int) -> NDArray[np.uint8]:
         with Image.open(path) as image:
             # JPEG decodes straight to a smaller size where that is still large enough.
             image.draft("RGB", (size, size))
+            if image.mode in ("I", "F"):
+                raise ValueError(
+                    f"pixels of mode {image.mode} have no known range; save it with 8 or 16 bits"
+                )
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             return _centre(image.convert("RGB"), size).transpose(2, 0, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(

@@ -123,6 +123,9 @@ def test_a_run_prints_json_alone_and_can_be_repeated(command, here):
     assert first.code == 0
     assert json.loads(first.out)["missing"] == []
     assert Path("run/recipe.toml").read_text() == Path("tiny.toml").read_text()
+    other = ("--out", "b", "--until", "pretrain", "--set", "seed=7")
+    assert command("run", "tiny.toml", *other).code == 0
+    assert read_recipe("b/recipe.toml") == read_recipe("tiny.toml", ["seed=7"])
     before = contents(here / "run")
     again = command("run", "tiny.toml", "--out", "run", "--json")
     assert again.code == 0 and again.out == first.out

@@ -120,6 +120,9 @@ def test_a_wrong_recipe_is_one_line(command, here, setting, text, monkeypatch):
         (["data.name=stripes_of_tests:images"], "stripes_of_tests:images returned tuple; it must"),
         (["data.name=stripes_of_tests:too_bright"], "train images run from"),
         (["objective.beta=3"], "objective.beta = 3.0 has no effect with objective.name ="),
+        (["model.name=./nets.py:made"], "model './nets.py:made' names a file where a module belon"),
+        (["model.name=stripes_of_tests:wants"], "stripes_of_tests:wants cannot be called with num"),
+        (["model.name=stripes_of_tests:nan"], "the network's logits are not finite; its weights h"),
         (["model.name=smal_cnn"], "unknown model 'smal_cnn'; nearest: small_cnn"),
         (["model.name=stripes_of_tests:load"], "stripes_of_tests:load takes no width; leave out"),
         (["model.mean=[0.5, 0.5]", "model.std=[1, 1]"], "mean has 2 values but the images have 1"),
@@ -257,6 +260,8 @@ def test_floats_outside_the_unit_are_refused():
         ({"density": 2.0}, "harprune.prune: budget.density = 2.0: must lie strictly"),
         ({"options": {"prune": {"batch_size": 150}}}, "prune.batch_size = 150 exceeds the 140 "),
         ({"options": {"budget": {"include": ["x"]}}}, "layer pattern 'x' matches no parameter"),
+        ({"threat": 8 / 255}, "threat = 0.03137254901960784 says no norm; give Linf(8 / 255) or"),
+        ({"options": {"prune.batch_size": 8}}, "write options = {'prune': {'batch_size': 8}}"),
         ({"options": {"budgt": {}}}, "harprune.prune: unknown key 'budgt'; the nearest known is"),
     ],
 )
@@ -267,6 +272,13 @@ def test_the_call_from_python_refuses_before_it_makes_a_folder(tmp_path, options
         harprune.prune(model, images, images, out=tmp_path / "run", **{"density": 0.1} | options)
     assert str(caught.value).startswith(text)
     assert not (tmp_path / "run").exists()
+
+
+def test_images_that_are_no_pair_of_arrays_are_refused():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    images = [(torch.rand(1, 8, 8), 0), (torch.rand(1, 8, 8), 1), (torch.rand(1, 8, 8), 2)]
+    with pytest.raises(ValueError, match=r"images are a list; give a pair of arrays"):
+        harprune.evaluate(model, images, attacks=["fgsm"], quiet=True)
 
 
 def test_a_model_of_too_few_logits_is_refused():

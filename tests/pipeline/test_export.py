@@ -162,6 +162,41 @@ def test_other_weights_need_a_model_and_data(command, finished):
     assert harprune.deploy.load("a.hpn").classes == ("a", "b", "c", "d")
 
 
+def test_an_export_does_not_destroy_what_it_is_made_from(command, finished):
+    before = (finished / "finetuned.safetensors").read_bytes()
+    for name in ("finetuned.safetensors", "audit.json"):
+        refusal = command("export", finished, "--out", finished / name).refusal
+        assert refusal == f"--out {finished / name} would destroy what it is made from; name " + (
+            "another file"
+        )
+    assert (finished / "finetuned.safetensors").read_bytes() == before
+    model, _ = finetuned(finished)
+    torch.save(model.state_dict(), "mine.pt")
+    arguments = (
+        "--model",
+        "small_cnn",
+        "--data",
+        "stripes_of_tests:load",
+        "--set",
+        "model.width=4",
+    )
+    assert "would destroy" in command("export", "mine.pt", *arguments, "--out", "./mine.pt").refusal
+
+
+def test_a_name_does_not_promise_another_format(command, finished):
+    refusal = command("export", finished, "--out", "a.onnx").refusal
+    assert refusal.startswith("a.onnx would be of format artifact") and "--format onnx" in refusal
+    assert not Path("a.onnx").exists()
+
+
+def test_names_of_formats_and_values_will_do_in_python(finished):
+    model, images = finetuned(finished)
+    for values in ("float16", "fp16"):
+        harprune.export(model, "a.hpn", images.numpy(), format="artifact", values=values)
+    with pytest.raises(ValueError, match="fp17"):
+        harprune.export(model, "a.hpn", images, values="fp17")
+
+
 def test_spare_logits_have_no_names(command, here):
     (here / "spare_logits_of_tests.py").write_text(
         "from torch import nn\n"
