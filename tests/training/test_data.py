@@ -368,6 +368,18 @@ def test_a_folder_is_decoded_centre_cropped_and_labelled(photographs):
     assert torch.equal(grey[0], grey[1])
 
 
+def test_sixteen_bits_are_scaled_and_unknown_ranges_refused(photographs):
+    ramp = np.linspace(0, 65535, 100).reshape(10, 10)
+    path = photographs / "train" / "cat" / "a.png"
+    Image.fromarray(ramp.astype(np.uint16)).save(path)
+    decoded = load_dataset("folder", photographs).train.images[0]
+    assert np.abs(decoded[0].numpy() - ramp / 257).max() <= 1
+    path.unlink()
+    Image.fromarray((ramp / 65535).astype(np.float32)).save(path.with_suffix(".tiff"))
+    with pytest.raises(ValueError, match="pixels of mode F have no known range"):
+        load_dataset("folder", photographs)
+
+
 def test_a_folder_is_scaled_to_the_size_asked_for(photographs):
     dataset = load_dataset("folder", photographs, image_size=5)
     assert dataset.shape == (3, 5, 5)
