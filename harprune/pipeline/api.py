@@ -131,6 +131,7 @@ def evaluate(
     """
     threat, split = _threat(threat), _split(test)
     attacks = (attacks,) if isinstance(attacks, str) else attacks
+    checks.require_pixels(split, "test")
     example = to_float(split.images[torch.tensor([0])])
     device = next((p.device for p in model.parameters()), example.device)
     checks.require_logits(model, example.to(device), int(split.labels.max()) + 1)

@@ -118,7 +118,7 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
             of other layers, or a budget that the layers' floors exceed.
     """
     for part in ("train", "validation", "test"):
-        _require_pixels(getattr(materials, part), part)
+        require_pixels(getattr(materials, part), part)
     stages = ("prune", "finetune") if materials.given else ("pretrain", "prune", "finetune")
     for name in stages:
         section = getattr(recipe, name)
@@ -181,7 +181,7 @@ def require_comparable(folder: str | Path, recipe: Recipe, labels: Tensor) -> No
             )
 
 
-def _require_pixels(split: Split | None, what: str) -> None:
+def require_pixels(split: Split | None, what: str) -> None:
     """Raises ValueError where images given as floats leave [0, 1], the unit of every epsilon."""
     images = split.images if split is not None else None
     if not isinstance(images, Tensor) or images.dtype == torch.uint8:

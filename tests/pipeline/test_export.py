@@ -284,7 +284,7 @@ def test_a_run_becomes_onnx_and_a_program(command, finished):
         difference = np.abs(run(Path(arguments[-1]))(x.numpy()) - expected).max()
         assert difference < near * np.abs(expected).max()
     assert (
-        "does not take values float16"
+        "does not take values in float16"
         in command(
             "export", finished, "--format", "onnx", "--values", "fp16", "--out", "b.onnx"
         ).refusal

@@ -381,8 +381,8 @@ def test_weights_cached_before_the_attack_still_learn_after_it(model, batch):
 def test_eval_mode_restores_each_module_even_after_an_error(model):
     model.train()
     model[1].eval()
-    with pytest.raises(KeyError), eval_mode(model) as inside:
-        assert inside is model and not any(m.training for m in model.modules())
+    with pytest.raises(KeyError), eval_mode(model):
+        assert not any(m.training for m in model.modules())
         raise KeyError
     assert model.training and model[0].training and not model[1].training
 
