@@ -86,7 +86,7 @@ def prune(
         "finetune": {"epochs": finetune_epochs},
     }
     for section, values in (options or {}).items():
-        _require_effect(section, values)
+        _require_about_the_run(section, values)
         content[section] = {**content.get(section, {}), **values}
     recipe = make_recipe(content, source="harprune.prune")
     materials = _materials(model, train, validation)
@@ -199,7 +199,7 @@ def evaluate_recipe(
     )
 
 
-def _require_effect(section: str, values: Mapping[str, Any]) -> None:
+def _require_about_the_run(section: str, values: Mapping[str, Any]) -> None:
     """Raises ValueError for keys of a recipe that speak of what is given in Python instead."""
     if not isinstance(values, Mapping) and "." in section:
         section, _, key = section.partition(".")
@@ -221,7 +221,7 @@ def _kept_in(out: str | Path | None) -> AbstractContextManager:
 
 def _materials(model: nn.Module, train: Images, validation: Images) -> Materials:
     try:
-        copy.deepcopy(model)
+        given = copy.deepcopy(model).cpu()
     except RuntimeError as error:
         raise ValueError(
             f"the network cannot be copied ({error}); remove weight_norm or whatever else computes "
@@ -232,7 +232,7 @@ def _materials(model: nn.Module, train: Images, validation: Images) -> Materials
         validation=_split(validation),
         test=None,
         num_classes=None,
-        network=lambda: copy.deepcopy(model).cpu(),
+        network=lambda: copy.deepcopy(given),
         given=False,
     )
 

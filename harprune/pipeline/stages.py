@@ -104,7 +104,7 @@ def pretrain(shop: Workshop) -> None:
     clean, robust = validate(shop, model, hardening.twin(shop.recipe, model))
     shop.console.say(f"dense network: {_percent(clean, robust)} on validation images")
     chance = 1.0 / len(shop.materials.validation.labels.unique())
-    if clean <= 1.2 * chance:
+    if shop.materials.given and clean <= 1.2 * chance:
         shop.console.say(
             f"warning: clean accuracy {clean:.1%} is what guessing gives; are these the right "
             "weights, classes and normalisation (model.mean, model.std)?"
@@ -132,7 +132,7 @@ def prune(shop: Workshop) -> None:
         history = learn(
             shop, "prune", model, groups, method=method, distillation=soft, nearby=nearby
         )
-    if history and not method.budget_met(model):
+    if history and "density" in method.metrics(model) and not method.budget_met(model):
         shop.console.say(
             f"warning: after {len(history)} epochs the densities learned have not come down to the "
             "budget, so all layers are cut in proportion; prune longer, raise method.gamma or "

@@ -106,3 +106,44 @@ def test_a_method_may_report_what_it_likes():
     assert stages._summary({"loss": 1.0, "density": 0.5}) == "loss 1.000, density 0.5000"
     assert stages._summary({"loss": 1.0, "gamma": 2.0}) == "loss 1.000, gamma 2"
     assert stages._summary({"loss": 1.0, "mine": [3]}) == "loss 1.000"
+
+
+def said(here, folder, *settings, last="prune"):
+    with Run(here / folder, read_recipe("tiny.toml", settings)) as run:
+        stages.run_until(open_workshop(run), last)
+    return (here / folder / "log.txt").read_text()
+
+
+def test_densities_that_never_came_down_are_warned_of_where_they_are_learned(finished, here):
+    warning = "densities learned have not come down"
+    # One epoch without a penalty leaves HARP's where they began; ADMM is by design never within.
+    assert warning in said(here, "a", "method.gamma=0.0", "pretrain.epochs=0")
+    started = ("method.start_factor=1.0", "method.enforce_after=0", "pretrain.epochs=0")
+    assert warning not in said(here, "b", *started)
+    assert warning not in said(here, "c", "method.name=admm", "pretrain.epochs=0")
+
+
+def test_weights_that_only_guess_are_warned_of_where_they_were_given(finished, here, monkeypatch):
+    warning, given = "is what guessing gives", f"model.weights={finished / 'dense.safetensors'}"
+    for accuracy, setting, warned in (
+        (0.26, given, True),  # four classes
+        (0.9, given, False),
+        (0.26, "pretrain.epochs=0", False),
+    ):
+        monkeypatch.setattr(stages, "validate", lambda *_, clean=accuracy: (clean, 0.0))
+        folder = f"{accuracy}{len(setting)}"
+        assert (warning in said(here, folder, setting, last="pretrain")) is warned
+
+
+def test_logits_cut_off_from_the_image_are_warned_of(finished, here):
+    warning = "are the same for 12 images"
+    settings = (
+        "pretrain.epochs=0",
+        "method.name=magnitude",
+        "budget.granularity=filter",
+        "budget.density=0.4",
+        "budget.allocation=uniform",
+    )
+    cut_off = said(here, "a", *settings)
+    assert warning in cut_off and "budget.exclude" in cut_off
+    assert warning not in said(here, "b", *settings, "budget.exclude=['linear']")
