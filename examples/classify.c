@@ -28,17 +28,19 @@ int main(int arguments, char **argument) {
     }
     int64_t shape[3];
     hpn_image(network, shape);
-    const size_t numbers = (size_t)(shape[0] * shape[1] * shape[2]);
+    const size_t bytes = (size_t)(shape[0] * shape[1] * shape[2]) * sizeof(float);
     const int64_t classes = hpn_classes(network);
-    float *images = malloc(TOGETHER * numbers * sizeof *images);
+    float *images = malloc(TOGETHER * bytes);
     float *logits = malloc((size_t)(TOGETHER * classes) * sizeof *logits);
     FILE *file = fopen(argument[2], "rb");
     if (!images || !logits || !file) {
         fprintf(stderr, "%s cannot be read\n", argument[2]);
         return 2;
     }
-    size_t count;
-    while ((count = fread(images, numbers * sizeof *images, TOGETHER, file)) > 0) {
+    size_t read = 0, rest = 0;
+    while (!rest && (read = fread(images, 1, TOGETHER * bytes, file)) > 0) {
+        const size_t count = read / bytes;
+        rest = read % bytes;
         hpn_run(network, images, (int64_t)count, logits);
         for (size_t i = 0; i < count; i++) {
             const float *own = logits + (int64_t)i * classes;
@@ -51,9 +53,10 @@ int main(int arguments, char **argument) {
             printf("\n");
         }
     }
+    if (rest) fprintf(stderr, "%s ends within an image of %zu bytes\n", argument[2], bytes);
     fclose(file);
     free(images);
     free(logits);
     hpn_close(network);
-    return 0;
+    return rest ? 2 : 0;
 }

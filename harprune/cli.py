@@ -31,17 +31,11 @@ app = typer.Typer(
     ),
 )
 
-Model = Annotated[
-    str,
-    typer.Option(
-        help="Network: a name that `harprune doctor` lists, module:function of yours, "
-        "torchvision:NAME or timm:NAME."
-    ),
-]
-DataName = Annotated[
-    str,
-    typer.Option(help="Data set: digits, cifar10, ..., folder, or module:function of yours."),
-]
+NETWORKS = (
+    "a name that `harprune doctor` lists, module:function of yours, torchvision:NAME or timm:NAME"
+)
+IMAGES = "digits, cifar10, ..., folder, or module:function of yours"
+
 Set = Annotated[
     list[str],
     typer.Option(
@@ -62,8 +56,6 @@ Folder = Annotated[
         "--data-dir", help="Where the data files lie; $HARPRUNE_DATA or the user's cache if absent."
     ),
 ]
-Epsilon = Annotated[str, typer.Option(help="Radius for images in [0, 1], as 8/255 or 0.031.")]
-Norm = Annotated[Literal["linf", "l2"], typer.Option(help="Norm that bounds the perturbation.")]
 Backend = Annotated[
     Literal["auto", "dense", "sparse"] | None,
     typer.Option(help="Run masked networks on the sparse CPU kernels, or in torch alone."),
@@ -114,14 +106,18 @@ def run(
     "--density 0.01 --out runs/mine"
 )
 def prune(
-    model: Model,
+    model: Annotated[str, typer.Option(help=f"Network: {NETWORKS}.")],
     weights: Annotated[Path, typer.Option(help="Its robust weights (safetensors or state dict).")],
-    data: DataName,
+    data: Annotated[str, typer.Option(help=f"Data set: {IMAGES}.")],
     density: Annotated[float, typer.Option(help="Fraction of the weights to keep, as 0.01.")],
     out: Out,
     data_dir: Folder = None,
-    norm: Norm = "linf",
-    epsilon: Epsilon = "8/255",
+    norm: Annotated[
+        Literal["linf", "l2"], typer.Option(help="Norm that bounds the perturbation.")
+    ] = "linf",
+    epsilon: Annotated[
+        str, typer.Option(help="Its radius for images in [0, 1], as 8/255 or 0.031.")
+    ] = "8/255",
     method: Annotated[str, typer.Option(help="As method.name of a recipe.")] = "harp",
     prune_epochs: Annotated[int, typer.Option(help="Epochs of the method's stage.")] = 20,
     finetune_epochs: Annotated[int, typer.Option(help="Epochs of finetuning.")] = 100,
@@ -155,12 +151,25 @@ def prune(
 
 
 @app.command(
-    epilog="Example: harprune evaluate --model small_cnn --data digits "
-    "--weights runs/digits/finetuned.safetensors --epsilon 0.1 --attack pgd-20"
+    epilog="Example: harprune evaluate runs/digits --attack pgd-20\n\n"
+    "  harprune evaluate --model resnet18 --weights robust.pt --data cifar10 --size 1000"
 )
 def evaluate(
-    model: Model,
-    data: DataName,
+    source: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RUN",
+            help="A finished run folder, or one of its networks: images, threat and whatever is "
+            "not said here are the run's.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Without a run, the network: {NETWORKS}, or a file that `harprune export` made."
+        ),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help=f"Its data set: {IMAGES}.")] = None,
     weights: Annotated[
         Path | None, typer.Option(help="Its weights: an artifact of a run, or others'.")
     ] = None,
@@ -175,20 +184,30 @@ def evaluate(
         ),
     ] = None,
     data_dir: Folder = None,
-    norm: Norm = "linf",
-    epsilon: Epsilon = "8/255",
+    norm: Annotated[
+        Literal["linf", "l2"] | None,
+        typer.Option(help="Norm that bounds the perturbation; linf when absent."),
+    ] = None,
+    epsilon: Annotated[
+        str | None,
+        typer.Option(help="Radius for images in [0, 1], as 0.031; 8/255 when absent."),
+    ] = None,
     attack: Annotated[
         list[str],
         typer.Option(
             help="fgsm, pgd-STEPS, cw-STEPS, apgd-ce, apgd-dlr or autoattack; repeat for several. "
-            "none for clean accuracy alone."
+            "none for clean accuracy alone. autoattack when absent."
         ),
-    ] = ["autoattack"],  # noqa: B006
+    ] = [],  # noqa: B006
     size: Annotated[
         int | None, typer.Option(help="Number of test images; all when absent.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the images and starts the attacks.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images attacked at a time.")] = 250,
+    seed: Annotated[
+        int | None, typer.Option(help="Draws the images and starts the attacks; 0 when absent.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images attacked at a time; 250 when absent.")
+    ] = None,
     overrides: Set = [],  # noqa: B006
     execution: Backend = None,
     device: Device = None,
@@ -196,23 +215,39 @@ def evaluate(
 ) -> None:
     """Measure clean accuracy and robustness of a network on test images.
 
-    Robust accuracy means autoattack; the other attacks only bound it from above. The model may also
-    be a file that `harprune export` made, which holds its weights: --model digits.hpn.
+    Robust accuracy means autoattack; the other attacks only bound it from above.
     """
     from harprune.pipeline.api import evaluate_recipe
-    from harprune.pipeline.recipe_text import make_recipe
+    from harprune.pipeline.recipe_text import make_recipe, settings
+    from harprune.pipeline.source import find_source
     from harprune.robustness.evaluation import REPEATED, differing, load_evaluation
 
-    attack = [] if attack == ["none"] else attack
-    content = {
-        "name": f"{model}-evaluation",
-        "data": {"name": data, **({"folder": str(data_dir)} if data_dir else {})},
-        "model": {"name": model, **({"weights": str(weights)} if weights else {})},
-        "threat": {"norm": norm, "epsilon": epsilon},
-        "attack": {"attacks": attack, "size": size, "seed": seed, "batch_size": batch_size},
+    if (source is None) == (model is None) or (source is None) == (data is None):
+        raise ValueError(
+            "name either a run folder, or a network by --model and its images by --data"
+        )
+    if source is not None and weights is not None:
+        raise ValueError(f"--weights {weights} beside {source}, whose weights are its own")
+    said = {
+        "data.folder": data_dir and str(data_dir),
+        "threat.norm": norm,
+        "threat.epsilon": epsilon,
+        "attack.attacks": [] if attack == ["none"] else attack or None,
+        "attack.size": size,
+        "attack.seed": seed,
+        "attack.batch_size": batch_size,
     }
-    overrides = [*overrides, *_machine(execution, device)]
-    recipe = make_recipe(content, overrides, source="harprune evaluate")
+    overrides = [*settings(said), *_machine(execution, device), *overrides]
+    if source is not None:
+        recipe = find_source(source, overrides).recipe
+    else:
+        content = {
+            "name": f"{model}-evaluation",
+            "data": {"name": data},
+            "model": {"name": model, "weights": weights and str(weights)},
+            "attack": {"attacks": ["autoattack"]},
+        }
+        recipe = make_recipe(content, overrides, source="harprune evaluate")
     if against is not None and out is not None and against.resolve() == out.resolve():
         raise ValueError(f"--against and --out both name {out}; keep what is new in another folder")
     # Read now: the attacks may take hours.
@@ -266,27 +301,24 @@ def export(
     artifact on a CPU at the cost of its kept weights, without torch.
     """
     from harprune.deploy.artifact import Values
-    from harprune.pipeline.export import Format, Source, export_recipe, find_source
-    from harprune.pipeline.recipe_text import make_recipe
+    from harprune.pipeline.export import Format, export_recipe
+    from harprune.pipeline.recipe_text import make_recipe, settings
+    from harprune.pipeline.source import Source, find_source
 
     if (model is None) != (data is None):
         raise ValueError("--model and --data describe other weights together; give both or none")
+    overrides = [*settings({"data.folder": data_dir and str(data_dir)}), *overrides]
     if model is None:
         found = find_source(source, overrides)
     else:
         content = {
             "name": f"{model}-export",
             "data": {"name": data},
-            "model": {"name": model},
+            "model": {"name": model, "weights": str(source)},
         }
-        found = Source(make_recipe(content, overrides, source="harprune export"), source, {})
-    recipe = found.recipe
-    if data_dir is not None:
-        section = recipe.data.model_copy(update={"folder": str(data_dir)})
-        recipe = recipe.model_copy(update={"data": section})
+        found = Source(make_recipe(content, overrides, source="harprune export"), {})
     result = export_recipe(
-        recipe,
-        found.weights,
+        found.recipe,
         out,
         format=Format(format),
         values=Values(values),
@@ -351,8 +383,9 @@ def bench_deploy(
 
 def _machine(execution: str | None, device: str | None) -> list[str]:
     """What a command's own options say of `execution`, as `--set` would."""
-    said = {"backend": execution, "device": device}
-    return [f'execution.{key}="{value}"' for key, value in said.items() if value is not None]
+    from harprune.pipeline.recipe_text import settings
+
+    return settings({"execution.backend": execution, "execution.device": device})
 
 
 @app.command(

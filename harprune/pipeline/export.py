@@ -6,7 +6,6 @@ folded, what cannot matter removed. A file that computes anything else never rea
 """
 
 import copy
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,6 @@ from harprune.deploy.shrink import Shrinkage, shrink
 from harprune.files import replacing
 from harprune.pipeline import checks, supply
 from harprune.pipeline.recipe import Recipe
-from harprune.pipeline.recipe_text import make_recipe
 from harprune.sparsity import masks
 from harprune.sparsity.audit import Audit, audit
 from harprune.sparsity.extraction import extract
@@ -275,28 +273,26 @@ def _compared(runner: Runner, x: np.ndarray, expected: np.ndarray, tolerance: fl
 
 def export_recipe(
     recipe: Recipe,
-    weights: str | Path,
     path: str | Path,
     *,
     format: Format = Format.ARTIFACT,
     values: Values = Values.FLOAT32,
     metadata: Mapping[str, Any] | None = None,
 ) -> Exported:
-    """Export the network of `recipe` with the weights of a file; see `export`.
+    """Export the network of `recipe` with the weights that it names; see `export`.
 
     It is compared on images of the recipe's training split, and on random ones.
 
     Raises:
-        ValueError: `path` is one of the files read, the file does not fit the network, the network
+        ValueError: `path` is one of the files read, the weights do not fit the network, the network
             does not fit the images, and whatever `export` refuses.
     """
-    path, weights = Path(path), Path(weights)
+    path, weights = Path(path), Path(recipe.model.weights)
     in_run = (path.parent / "recipe.json").exists() and path.suffix in (".safetensors", ".json")
     if path.resolve() == weights.resolve() or in_run:
         raise ValueError(f"--out {path} would destroy what it is made from; name another file")
     dataset = supply.load_data(recipe.data)
-    given = recipe.model.model_copy(update={"weights": str(weights)})
-    model = supply.network(given, dataset, recipe.seed)
+    model = supply.network(recipe.model, dataset, recipe.seed)
     train, _ = split_validation(dataset.train, recipe.data.validation, recipe.seed)
     # From all over the split: the images of a folder stand in the order of their classes.
     some = torch.linspace(0, len(train) - 1, min(_CALIBRATION, len(train))).long()
@@ -312,56 +308,3 @@ def export_recipe(
         classes=dataset.classes if outputs == dataset.num_classes else (),
         metadata=metadata,
     )
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a user named: a recipe, the file of its weights, and what is known of their making."""
-
-    recipe: Recipe
-    weights: Path
-    metadata: Mapping[str, Any]
-
-
-def find_source(given: str | Path, overrides: Sequence[str] = ()) -> Source:
-    """The network of a finished run folder, or of one of its files; see `make_recipe`.
-
-    Raises:
-        ValueError: neither of them, or a run without its finetuned network.
-    """
-    given = Path(given)
-    weights = given / "finetuned.safetensors" if given.is_dir() else given
-    record = weights.parent / "recipe.json"
-    if not weights.is_file() and given.is_dir() and record.is_file():
-        raise ValueError(
-            f"{given} holds no finetuned network yet; finish it with `harprune run`, or name one "
-            "of its files"
-        )
-    if not weights.is_file() or not record.is_file():
-        raise ValueError(
-            f"{given} is neither a run folder nor a file of one; for other weights give --model "
-            "and --data too"
-        )
-    text = record.read_bytes()
-    try:
-        recipe = make_recipe(json.loads(text), overrides, source=str(record))
-    except json.JSONDecodeError:
-        raise ValueError(f"{record} is damaged; give --model and --data too") from None
-    return Source(recipe, weights, _origin(recipe, text, weights))
-
-
-def _origin(recipe: Recipe, text: bytes, weights: Path) -> dict[str, Any]:
-    """Which recipe, commit, seed and file a network comes from, as far as the run knows."""
-    try:
-        environment = json.loads((weights.parent / "environment.json").read_bytes())
-        commit = [environment, *environment.get("continued", [])][-1].get("commit")
-    except (OSError, ValueError, AttributeError):
-        commit = None
-    return {
-        "recipe": recipe.name,
-        "recipe_sha256": hashlib.sha256(text).hexdigest(),
-        "commit": commit,
-        "seed": recipe.seed,
-        "weights": weights.name,
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-    }

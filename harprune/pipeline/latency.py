@@ -25,7 +25,8 @@ from harprune.deploy.module import Module
 from harprune.deploy.network import Network
 from harprune.deploy.runtime import Engine
 from harprune.kernels import native
-from harprune.pipeline.export import export_recipe, find_source
+from harprune.pipeline.export import export_recipe
+from harprune.pipeline.source import find_source
 from harprune.pipeline.timing import circumstances, interleaved, seconds, summary
 from harprune.reporting.plots import BLACK, BLUE, PALE
 
@@ -60,8 +61,8 @@ def network_of(source: str | Path) -> Network:
     with tempfile.TemporaryDirectory() as folder:
         path = source
         if source.is_dir() or source.suffix == ".safetensors":
-            found, path = find_source(source), Path(folder) / "network.hpn"
-            export_recipe(found.recipe, found.weights, path)
+            path = Path(folder) / "network.hpn"
+            export_recipe(find_source(source).recipe, path)
         return artifact.load(path)
 
 

@@ -79,17 +79,13 @@ def method(recipe: Recipe) -> Method:
     Raises:
         ValueError: an unknown method or option (the nearest is named), or a bad value.
     """
-    parity = recipe.parity
     kind, plug_ins = _kinds(recipe)
     known = _options(kind)
-    wanted = {
-        "train_batch_norm": parity.batch_norm_affine,
-        "decay_scores": parity.score_decay,
-        "decay_densities": parity.density_decay,
+    options = {
+        option: value
+        for key, (option, value) in _PARITY.items()
+        if getattr(recipe.parity, key) and option in known
     }
-    options = {name: True for name, on in wanted.items() if on and name in known}
-    if parity.start_density and "start_density" in known:
-        options["start_density"] = 0.1
     everyone = known.union(*map(_options, plug_ins))
     for name in recipe.method.options:
         if name not in everyone:
@@ -97,6 +93,22 @@ def method(recipe: Recipe) -> Method:
             hint = f"; the nearest known is 'method.{near[0]}'" if near else ""
             raise ValueError(f"unknown key 'method.{name}' of {recipe.method.name}{hint}")
     return _made(kind, {**options, **_given(recipe, kind)})
+
+
+_PARITY = {
+    "batch_norm_affine": ("train_batch_norm", True),
+    "score_decay": ("decay_scores", True),
+    "density_decay": ("decay_densities", True),
+    "start_density": ("start_density", 0.1),
+}
+"""Keys of parity that are a method's own option, and its value then."""
+
+
+def parity_without_effect(recipe: Recipe) -> list[str]:
+    """The keys of parity that are set, and that the recipe's method has no option for."""
+    known = _options(_kinds(recipe)[0])
+    wanted = [key for key in _PARITY if getattr(recipe.parity, key)]
+    return [key for key in wanted if _PARITY[key][0] not in known]
 
 
 def sharpness(recipe: Recipe) -> S2AP | None:

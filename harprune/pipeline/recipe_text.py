@@ -49,6 +49,11 @@ def overridden(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str
     return merged
 
 
+def settings(values: Mapping[str, Any]) -> list[str]:
+    """`section.key` -> value as overrides; None, which is nothing said, is left out."""
+    return [f"{key}={_toml(value)}" for key, value in values.items() if value is not None]
+
+
 def completed(held: Mapping[str, Any]) -> Mapping[str, Any]:
     """A resolved recipe of an earlier version with the defaults of keys that came since."""
     try:

@@ -23,6 +23,7 @@ from harprune.pipeline import checks, hardening, machinery, pruning, supply
 from harprune.pipeline.console import Console
 from harprune.pipeline.course import Course
 from harprune.pipeline.judging import judge
+from harprune.pipeline.outlook import outlook
 from harprune.pipeline.recipe import Distillation, Recipe
 from harprune.pipeline.run import Run
 from harprune.pipeline.supply import Materials
@@ -86,6 +87,8 @@ def run_until(shop: Workshop, last: str = "report") -> dict:
     order = {f.__name__: f for f in (pretrain, prune, finetune, attack, report)}
     if last not in order:
         raise ValueError(f"--until {last!r} is no stage; choose one of {', '.join(order)}")
+    for line in outlook(shop.recipe, shop.materials, shop.engine.device):
+        shop.console.say(line)
     for name, stage in order.items():
         result = stage(shop)
         if name == last:

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,17 @@ from torch import Tensor, nn
 from harprune.modes import eval_mode
 from harprune.robustness.threat import Threat
 
-Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(model, x, y) -> x_adv, same shape, in [0, 1]."""
+
+class Attack(Protocol):
+    """Called as (model, x, y), it gives x_adv: the shape of x, in [0, 1]."""
+
+    @property
+    def passes(self) -> int:
+        """Forward + backward passes that it spends on an image."""
+        ...
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor: ...
+
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits (N, K), what they are compared with) -> loss per image (N,), which an attack raises."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from harprune.files import to_json, write
+from harprune.sparsity.selection import keep_top
 
 Allocation = Callable[[Mapping[str, Tensor], float], dict[str, float]]
 
@@ -189,7 +190,7 @@ def _hand_out(counts, shares, units, price, budget) -> dict[str, int]:
 
 
 def global_top(scores: Mapping[str, Tensor], density: float) -> dict[str, float]:
-    """The density of each layer when the highest scores of all are kept; it may be 0."""
+    """The density of each layer when the highest of all scores, >= 0, are kept; it may be 0."""
     _check(density)
     sizes = {name: s.numel() for name, s in scores.items()}
     everything = torch.cat([s.double().flatten() for s in scores.values()])
@@ -198,9 +199,7 @@ def global_top(scores: Mapping[str, Tensor], density: float) -> dict[str, float]
         raise ValueError(
             f"density {density:g} keeps none of {everything.numel()} weights; raise it"
         )
-    kept = torch.zeros(everything.numel(), dtype=torch.bool, device=everything.device)
-    kept[everything.argsort(descending=True, stable=True)[:count]] = True
-    parts = kept.split(list(sizes.values()))
+    parts = keep_top(everything, count).split(list(sizes.values()))
     return {name: int(part.sum()) / sizes[name] for name, part in zip(scores, parts)}
 
 

@@ -49,6 +49,17 @@ def extract(model: nn.Module, example: Tensor) -> Extracted:
         ValueError: the model cannot be traced, is not float32, has other than one output, or does
             what the kernels cannot run; the first such operation is named.
     """
+    return _with_weights(*_translated(model, example))
+
+
+@torch.no_grad()
+def require_extractable(model: nn.Module, example: Tensor) -> None:
+    """Raise the ValueError that `extract` would raise, for the price of one image's pass."""
+    _translated(model, example)
+
+
+def _translated(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, nn.Module]]:
+    """The graph of the whole model, and its layers by the graph's names."""
     dtypes = {parameter.dtype for parameter in model.parameters()} | {example.dtype}
     if dtypes != {torch.float32}:
         raise ValueError(
@@ -62,8 +73,8 @@ def extract(model: nn.Module, example: Tensor) -> Extracted:
     network = frozen(model)
     if network is None:
         raise ValueError(
-            "the model cannot be traced by torch.fx; take control flow that depends on values out "
-            "of its forward"
+            "the model cannot be traced by torch.fx, or has hooks on its layers; take control flow "
+            "that depends on values out of its forward, and hooks away"
         )
     for module in network.modules():
         if isinstance(module, Frozen):
@@ -78,8 +89,7 @@ def extract(model: nn.Module, example: Tensor) -> Extracted:
     _fold_channel_arithmetic(network, example[:1])
     _require_whole(network, example[:1])
     modules = dict(network.named_modules())
-    graph, layers = translate(network, modules, _role, [Shape(*example.shape[1:])])
-    return _with_weights(graph, layers)
+    return translate(network, modules, _role, [Shape(*example.shape[1:])])
 
 
 def _require_whole(network: fx.GraphModule, example: Tensor) -> None:

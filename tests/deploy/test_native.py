@@ -262,6 +262,10 @@ def test_the_example_classifies(tmp_path):
         *name, _, _, _ = line.split()
         assert " ".join(name) == network.classes[logits.argmax()]
         assert np.array_equal(np.array(line.split()[-3:], np.float32), logits)
+    (tmp_path / "images.raw").write_bytes(images[:3].tobytes()[:-1])
+    cut = subprocess.run(command, capture_output=True, text=True)
+    assert cut.returncode == 2 and f"an image of {images[0].nbytes} bytes" in cut.stderr
+    assert cut.stdout.splitlines() == said.splitlines()[:2]
     refused = subprocess.run([program, program, program], capture_output=True, text=True)
     assert refused.returncode == 2 and "does not start as a network does" in refused.stderr
 

@@ -183,6 +183,50 @@ def test_evaluate_resumes_and_refuses_another_model(command, finished):
     assert lines[0].startswith("clean ") and lines[1].startswith("pgd-10 ")
 
 
+def test_evaluate_a_run_as_its_own_attack_stage_did(command, finished):
+    kept = finished / "attack" / "finetuned"
+    again = command("evaluate", finished, "--against", kept)
+    assert again.code == 0
+    assert again.out.splitlines()[-1] == f"pgd-2: 0 of 16 images differ from {kept}"
+    dense = json.loads(command("evaluate", finished / "dense.safetensors", "--json").out)
+    record = json.loads((finished / "attack" / "dense" / "evaluation.json").read_text())
+    assert dense["attacks"] == record["attacks"] and dense["threat"] == record["threat"]
+
+
+def test_evaluate_a_run_otherwise_where_something_is_said(command, finished):
+    said = command(
+        "evaluate", finished, "--attack", "fgsm", "--size", 12, "--epsilon", 0.01, "--json"
+    )
+    record = json.loads(said.out)
+    assert list(record["attacks"]) == ["fgsm"] and record["size"] == 12
+    assert record["threat"] == "Linf(epsilon=0.01)"
+
+
+def test_evaluate_takes_a_run_or_a_network_and_images(command, finished):
+    network, images = ("--model", "small_cnn"), ("--data", "digits")
+    for given in ((), network, images, (finished, *network), (finished, *network, *images)):
+        refusal = command("evaluate", *given).refusal
+        assert refusal.startswith("name either a run folder, or a network by --model")
+    weights = command("evaluate", finished, "--weights", "w.pt").refusal
+    assert weights == f"--weights w.pt beside {finished}, whose weights are its own"
+    assert "neither a run folder" in command("evaluate", finished.parent).refusal
+
+
+def test_a_run_that_began_with_scores_is_evaluated_by_its_own_weights(command, finished):
+    path = finished / "recipe.json"
+    recipe = json.loads(path.read_text())
+    recipe["model"] |= {"weights": "scores.pt", "weights_density": 0.1}
+    path.write_text(json.dumps(recipe))
+    kept = finished / "attack" / "finetuned"
+    again = command("evaluate", finished, "--attack", "none", "--out", "clean", "--json")
+    assert (
+        json.loads(again.out)["clean"]
+        == json.loads((kept / "evaluation.json").read_text())["clean"]
+    )
+    exported = command("export", finished, "--out", "mine.hpn")
+    assert exported.code == 0 and Path("mine.hpn").exists()
+
+
 def test_evaluate_against_what_was_kept_before(command, finished):
     def evaluate(weights: str, *more: object):
         return command(

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says before it begins: counts against the tensors, a note only where it is true."""
+
+import pytest
+import torch
+from torch import nn
+
+from harprune.kernels import native
+from harprune.pipeline.outlook import outlook
+from harprune.pipeline.recipe_text import make_recipe
+from harprune.pipeline.supply import Materials
+from harprune.training.splits import from_arrays
+
+IMAGES = from_arrays(torch.rand(4, 1, 8, 8), torch.arange(4) % 2)
+
+
+class Recurrent(nn.Module):
+    """Rows of an image, one after another."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.LSTM(8, 5, batch_first=True)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head(self.rows(x.squeeze(1))[0][:, -1])
+
+
+def small() -> nn.Module:
+    layers = (nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 2))
+    return nn.Sequential(*layers)
+
+
+def lines(network, device: str = "cpu", **content) -> list[str]:
+    materials = Materials(IMAGES, IMAGES, None, 2, network, given=False)
+    return list(outlook(make_recipe(content), materials, torch.device(device)))
+
+
+def test_a_network_for_the_kernels_is_counted_and_no_more():
+    assert lines(small) == ["network: 243 of 254 parameters to prune, in 2 layers"]
+    left_out = lines(small, budget={"exclude": ["0"]})
+    assert left_out == ["network: 216 of 254 parameters to prune, in one layer"]
+
+
+def test_weights_that_are_not_pruned_unasked_are_named():
+    said = lines(Recurrent)
+    assert said[0] == "network: 10 of 312 parameters to prune, in one layer"
+    assert said[1] == (
+        "note: rows.weight_hh_l0 and 1 more, together 260 parameters, are of no kind that is "
+        "pruned unasked; budget.include can name them"
+    )
+    asked = lines(Recurrent, budget={"include": ["rows.weight*", "head"]})
+    assert asked[0] == "network: 270 of 312 parameters to prune, in 3 layers"
+    assert not any("unasked" in line for line in asked)
+
+
+def test_what_the_kernels_cannot_run_is_named():
+    def with_sigmoid() -> nn.Module:
+        return nn.Sequential(*small(), nn.Sigmoid())
+
+    (_, note) = lines(with_sigmoid)
+    assert note.startswith("note: the sparse kernels cannot run this network whole")
+    assert "Sigmoid" in note
+
+
+def test_missing_kernels_are_no_news_where_torch_was_asked_for(monkeypatch):
+    monkeypatch.setattr(native, "best", lambda: None)
+    assert any("kernels are not built" in line for line in lines(small))
+    for elsewhere in (lines(small, "meta"), lines(small, execution={"backend": "dense"})):
+        assert not any("kernels are not built" in line for line in elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("method", "without"),
+    [("harp", []), ("hydra", ["density_decay"]), ("mad", ["density_decay", "score_decay"])],
+)
+def test_parity_that_a_method_does_not_know_is_named(method, without):
+    parity = {"density_decay": True, "score_decay": True, "epsilon": True}
+    said = lines(small, method={"name": method}, parity=parity)
+    named = [line.split()[1].removeprefix("parity.") for line in said if "parity" in line]
+    assert sorted(named) == without
