@@ -49,4 +49,4 @@ class Random(OneShot):
     _budget: Budget = field(init=False, repr=False)
 
     def score(self, layer: Layer, magnitude: Tensor) -> Tensor:
-        return torch.rand_like(magnitude)
+        return torch.rand(magnitude.shape).to(magnitude)

@@ -65,7 +65,7 @@ def top_among(scores: Tensor, among: Tensor, count: int) -> Tensor:
     """The boolean mask of the `count` highest `scores`, sign included, where `among`."""
     index = among.flatten().nonzero().flatten()
     best = index[scores.flatten()[index].topk(count).indices]
-    chosen = torch.zeros_like(among)
+    chosen = torch.zeros_like(among, memory_format=torch.contiguous_format)
     chosen.view(-1)[best] = True
     return chosen
 
