@@ -20,8 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help=(
         "Prune adversarially robust networks to 1 % of their weights, and measure how robust they "
-        "still are.\n\nEvery command can be repeated safely: what is done is not done again, what "
-        "was interrupted goes on."
+        "still are.\n\nEvery command can be repeated safely: in the folder of --out what is done "
+        "is not done again, and what was interrupted goes on."
     ),
     epilog=(
         "Start here (a few minutes on a laptop):\n\n"
@@ -62,7 +62,7 @@ Backend = Annotated[
 ]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
-    typer.Option(help="Where everything runs; an accelerator if there is one when absent."),
+    typer.Option(help="Where everything runs; as the recipe says when absent."),
 ]
 Stage = Literal["pretrain", "prune", "finetune", "attack", "report"]
 
@@ -130,7 +130,7 @@ def prune(
     """Prune *your* robust network, without writing a recipe.
 
     Anything else a recipe can say goes through --set, as in
-    `--set model.mean='[0.49, 0.48, 0.45]' --set attack.size=1000`.
+    `--set finetune.learning_rate=0.02 --set attack.size=1000`.
     """
     from harprune.pipeline.recipe_text import make_recipe
 
@@ -166,7 +166,8 @@ def evaluate(
     model: Annotated[
         str | None,
         typer.Option(
-            help=f"Without a run, the network: {NETWORKS}, or a file that `harprune export` made."
+            help=f"Without a run, the network: {NETWORKS}, or an .hpn file that `harprune export` "
+            "made."
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(help=f"Its data set: {IMAGES}.")] = None,
@@ -297,8 +298,9 @@ def export(
 ) -> None:
     """Write a pruned network as one file that runs elsewhere, once it is seen to compute the same.
 
-    Batch norm is folded, and what cannot matter is removed. `harprune.deploy.load` runs an
-    artifact on a CPU at the cost of its kept weights, without torch.
+    Batch norm is folded, and what cannot matter is removed; of a network that the sparse kernels do
+    not know ONNX and torch hold the whole. `harprune.deploy.load` runs an artifact on a CPU at the
+    cost of its kept weights, without torch.
     """
     from harprune.deploy.artifact import Values
     from harprune.pipeline.export import Format, export_recipe

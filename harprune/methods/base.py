@@ -220,7 +220,7 @@ class Method(ABC):
 
     @property
     def watches(self) -> bool:
-        """Whether `judged` is to be called, at the cost of one more validation; no by default."""
+        """Whether `judged` is to be called, at the cost of two more validations; no by default."""
         return False
 
     def judged(self, gap: float, loss: float) -> None:

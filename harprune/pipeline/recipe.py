@@ -33,7 +33,7 @@ class Data(Section):
     """digits, cifar10, cifar100, svhn, mnist, fashion_mnist, tiny_imagenet, folder, or
     module:function."""
     folder: str | None = None
-    """Where the files lie; the user's cache when absent (see `harprune data`)."""
+    """Where the files lie; $HARPRUNE_DATA or the user's cache when absent (see `harprune data`)."""
     image_size: int | None = Field(None, ge=1)
     """Side in pixels to which the images of a folder are scaled and cropped."""
     validation: float | int = Field(0.1, gt=0)
@@ -247,7 +247,7 @@ class Validation(Section):
     """How epochs are selected."""
 
     size: int | None = Field(1000, ge=1)
-    """Validation images attacked after each epoch; all when absent."""
+    """Validation images attacked after each epoch, at most."""
     steps: int = Field(10, ge=1)
     """Steps of the PGD attack that selects the epoch."""
 
@@ -262,7 +262,7 @@ class Attack(Section):
     seed: int = Field(0, ge=0)
     """Draws the subset and starts the attacks."""
     batch_size: int = Field(250, ge=1)
-    """Images attacked at a time, and the grain of resuming."""
+    """Images attacked at a time, and the grain of resuming (of AutoAttack each of its parts)."""
     dense: bool = True
     """Attack the dense network as well, for comparison."""
     dense_size: int | None = Field(None, ge=1)
@@ -277,7 +277,7 @@ class Execution(Section):
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Number format of training."""
     attack_precision: Literal["32", "bf16"] = "32"
-    """Number format inside training attacks; bf16 is a different, cheaper attack."""
+    """Number format inside training attacks; bf16 is a different, cheaper attack, on the twin."""
     backend: Literal["auto", "sparse", "dense"] = "auto"
     """What runs masked networks on a CPU: the sparse kernels where they are built, or torch."""
     twin: bool = True
@@ -297,7 +297,8 @@ class Parity(Section):
     score_decay: bool = False
     """Weight decay on the scores."""
     clean_forward: bool = False
-    """A clean batch passes in training mode before each adversarial step."""
+    """A clean batch passes in training mode before each adversarial step (pgd-at, trades and mart,
+    where they learn from labels)."""
     batch_norm_affine: bool = False
     """Scale and shift of batch norm train while pruning."""
     cosine_offset: bool = False
