@@ -98,8 +98,7 @@ def prune(
         console = Console(run.folder / "log.txt", quiet=quiet)
         shop = stages.Workshop(run, materials, machinery.fabric(recipe.execution), console)
         stages.run_until(shop)
-        pruned = stages.load_network(shop, "finetune").eval()
-        pruned = pruned.cpu().to(memory_format=torch.contiguous_format)
+        pruned = stages.load_network(shop, "finetune").cpu().eval()
         return Pruned(pruned, pruning.budget(recipe, materials.example).audit(pruned))
 
 

@@ -7,7 +7,6 @@ import os
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
 
 from harprune.pipeline import recipe as recipes
 from harprune.pipeline.recipe import Recipe
@@ -44,14 +43,6 @@ def _part() -> None:
     if torch.distributed.is_initialized():
         gc.collect()  # wrappers that hold the group lie in cycles
         torch.distributed.destroy_process_group()
-
-
-def placed(model: nn.Module, engine: Fabric) -> nn.Module:
-    """`model` on the device of `engine`; on an accelerator with channels innermost."""
-    model = model.to(engine.device)
-    if engine.device.type != "cpu":
-        model = model.to(memory_format=torch.channels_last)
-    return model
 
 
 def batches(

@@ -100,7 +100,7 @@ def pretrain(shop: Workshop) -> None:
     """Dense robust training, or the weights the recipe names -> dense.safetensors."""
     if shop.run.artifact("pretrain").exists():
         return
-    model = machinery.placed(shop.materials.network(), shop.engine)
+    model = shop.materials.network().to(shop.engine.device)
     history: list[dict] = []
     if not shop.materials.given and shop.recipe.pretrain.epochs:
         history = learn_weights(shop, "pretrain", model, prunable_layers(model))
@@ -485,7 +485,7 @@ def load_network(shop: Workshop, stage: str) -> nn.Module:
     """The plain network that `stage` left, strictly loaded."""
     model = shop.materials.network()
     supply.load_artifact(model, shop.run.artifact(stage))
-    return machinery.placed(model, shop.engine)
+    return model.to(shop.engine.device)
 
 
 def _attacked(shop: Workshop, model: nn.Module) -> Twin | None:

@@ -224,7 +224,8 @@ def _affine_of(network: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, Tensor,
         return None
     left = constants[0] is not None
     source, constant = node.args[left], constants[not left]
-    shape = source.meta["tensor_meta"].shape
+    # A traced size has no shape of its own, nor has a tuple of tensors.
+    shape = getattr(source.meta.get("tensor_meta"), "shape", ())
     if len(shape) not in (2, 4):
         return None
     found = step(_per_channel(constant, shape), left) if _fits(constant, shape) else None

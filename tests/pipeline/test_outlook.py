@@ -63,6 +63,23 @@ def test_what_the_kernels_cannot_run_is_named():
     assert "Sigmoid" in note
 
 
+class Shuffled(nn.Module):
+    """Counts with the sizes that it meets."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Conv2d(1, 2, 3), nn.Linear(72, 2)
+
+    def forward(self, x):
+        y = self.layer(x)
+        count, channels, height, width = y.shape
+        return self.head(y.reshape(count, channels * height * width * 1))
+
+
+def test_arithmetic_with_sizes_is_no_fault():
+    assert lines(Shuffled)[0] == "network: 162 of 166 parameters to prune, in 2 layers"
+
+
 def test_missing_kernels_are_no_news_where_torch_was_asked_for(monkeypatch):
     monkeypatch.setattr(native, "best", lambda: None)
     assert any("kernels are not built" in line for line in lines(small))
