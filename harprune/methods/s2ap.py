@@ -14,32 +14,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from harprune.ascent import uphill
+from harprune.ascent import Ascent, uphill
 from harprune.sparsity import masks
 from harprune.sparsity.masks import LearnedMask
 
 
 @dataclass(frozen=True)
-class S2AP:
-    """Where the scores' gradient is taken.
-
-    Attributes:
-        radius: length of the perturbation as a fraction of the scores', layer by layer.
-        warm_up: share of the training that passes first, without perturbation; 5 epochs of 20 in
-            the paper.
-
-    Raises:
-        ValueError: radius not above 0, or warm_up outside [0, 1).
-    """
+class S2AP(Ascent):
+    """Where the scores' gradient is taken; the paper warms up for 5 epochs of 20."""
 
     radius: float = 0.01
     warm_up: float = 0.25
-
-    def __post_init__(self):
-        if not self.radius > 0.0:
-            raise ValueError(f"radius {self.radius:g} must be above 0; leave s2ap out instead")
-        if not 0.0 <= self.warm_up < 1.0:
-            raise ValueError(f"warm_up {self.warm_up:g} must lie in [0, 1)")
 
     def nearby(self, model: nn.Module, progress: float) -> AbstractContextManager | None:
         """A context with the scores at s + z, from their present gradients; None in the warm-up."""

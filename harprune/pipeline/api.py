@@ -73,6 +73,8 @@ def prune(
         ValueError: whatever a recipe or the data refuse, in one line.
     """
     threat = _threat(threat)
+    if out is None and machinery.processes() > 1:
+        raise ValueError("several processes share one run, which needs a folder; give out")
     content = {
         "name": type(model).__name__,
         "seed": seed,
@@ -131,10 +133,11 @@ def evaluate(
     """
     threat, split = _threat(threat), _split(test)
     attacks = (attacks,) if isinstance(attacks, str) else attacks
+    checks.require_labels(split.labels, None, "test")
     checks.require_pixels(split, "test")
     example = to_float(split.images[torch.tensor([0])])
-    device = next((p.device for p in model.parameters()), example.device)
-    checks.require_logits(model, example.to(device), int(split.labels.max()) + 1)
+    example = example.to(evaluation.device_of(model))
+    checks.require_logits(model, example, int(split.labels.max()) + 1)
     with _kept_in(out):
         return judge(
             model,
@@ -204,6 +207,11 @@ def _require_about_the_run(section: str, values: Mapping[str, Any]) -> None:
     if not isinstance(values, Mapping) and "." in section:
         section, _, key = section.partition(".")
         raise ValueError(f"write options = {{{section!r}: {{{key!r}: {values!r}}}}}")
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"options[{section!r}] = {values!r} is no section; options are sections with their "
+            "keys, as {'finetune': {'learning_rate': 0.02}}, and all else is an argument"
+        )
     if section in ("model", "data", "attack"):
         key = next(iter(values), "")
         raise ValueError(
@@ -220,13 +228,7 @@ def _kept_in(out: str | Path | None) -> AbstractContextManager:
 
 
 def _materials(model: nn.Module, train: Images, validation: Images) -> Materials:
-    try:
-        given = copy.deepcopy(model).cpu()
-    except RuntimeError as error:
-        raise ValueError(
-            f"the network cannot be copied ({error}); remove weight_norm or whatever else computes "
-            "its weights from other tensors"
-        ) from None
+    given = supply.plain_copy(model)
     return Materials(
         train=_split(train),
         validation=_split(validation),

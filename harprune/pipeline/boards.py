@@ -23,6 +23,8 @@ IMAGES = 10_000
 """Test images that both boards count on."""
 THREATS = {str(Linf(8 / 255)): ("Linf", "8/255"), str(L2(0.5)): ("L2", "0.5")}
 """What RobustBench ranks on small images: the board, and its radius as it writes it."""
+BENCHMARK_THREATS = (str(Linf(8 / 255)), str(Linf(0.031)))
+"""What the pruning benchmark ranks."""
 DATASETS = ("cifar10", "cifar100")
 NETWORKS = {"resnet18": "R18", "vgg16_bn": "V16"}
 """The pruning benchmark's base networks, as they are called here."""
@@ -121,7 +123,14 @@ def _submission(run: RunRecord, paper: Paper) -> Mapping[str, str | bytes]:
         raise ValueError(
             f"the network is {model.get('name')}{other}; it ranks {' and '.join(NETWORKS)}"
         )
+    if str(evaluation.threat) not in BENCHMARK_THREATS:
+        raise ValueError(
+            f"the threat is {evaluation.threat}; it ranks Linf of 8/255 or 0.031, so evaluate with "
+            "one of them"
+        )
     budget = run.section("budget")
+    if (cost := budget.get("cost", "parameters")) != "parameters":
+        raise ValueError(f"the budget counts {cost}; it ranks by the share of weights")
     structure = budget.get("granularity", "weight")
     density = float(budget.get("density", 1.0))
     sparsity = f"{100 * (1 - density):g}"

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from harprune.modes import eval_mode
-from harprune.pipeline import hardening, pruning
+from harprune.pipeline import hardening, machinery, pruning
 from harprune.pipeline.recipe import Objective, Recipe, Threat
 from harprune.pipeline.supply import Materials
 from harprune.robustness import evaluation
 from harprune.robustness.threat import parse_epsilon
 from harprune.sparsity.layers import require_weights_of_its_own
 from harprune.training.schedules import make_schedule
-from harprune.training.splits import Split
+from harprune.training.splits import Split, require_labels
 
 
 def check(recipe: Recipe, *, weights_follow: bool = False) -> None:
@@ -42,6 +42,11 @@ def check(recipe: Recipe, *, weights_follow: bool = False) -> None:
         section = attrgetter(f"{prefix}objective")(recipe)
         if section is not None:
             _require_effect(f"{prefix}objective", section)
+    if recipe.execution.attack_precision == "bf16" and not recipe.execution.twin:
+        raise ValueError(
+            "execution.attack_precision = 'bf16' is the twin's, and execution.twin = false leaves "
+            "it out; set one of them otherwise"
+        )
     bound = hardening.threat(recipe)
     for name in recipe.attack.attacks:
         hardening.attack(name, bound)
@@ -118,7 +123,9 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
             of other layers, or a budget that the layers' floors exceed.
     """
     for part in ("train", "validation", "test"):
-        require_pixels(getattr(materials, part), part)
+        if (split := getattr(materials, part)) is not None:
+            require_labels(split.labels, materials.num_classes, part)
+            require_pixels(split, part)
     stages = ("prune", "finetune") if materials.given else ("pretrain", "prune", "finetune")
     for name in stages:
         section = getattr(recipe, name)
@@ -128,8 +135,14 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
                 f"{name}.batch_size = {section.batch_size} exceeds the {len(materials.train)} "
                 "training images; lower it"
             )
+        if (section.epochs or shown) and section.batch_size % machinery.processes():
+            raise ValueError(
+                f"{name}.batch_size = {section.batch_size} does not divide among "
+                f"{machinery.processes()} processes; make it a multiple of them"
+            )
     model, limit = materials.network(), pruning.budget(recipe, materials.example)
-    classes = materials.num_classes or int(materials.train.labels.max()) + 1
+    seen = torch.cat([materials.train.labels, materials.validation.labels])
+    classes = materials.num_classes or int(seen.max()) + 1
     require_logits(model, materials.example, classes)
     if materials.test is not None and classes < 3 and "apgd-dlr" in recipe.attack.attacks:
         raise ValueError(
@@ -141,7 +154,7 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
     limit.counts(model, dict.fromkeys(limit.layers(model), limit.density))
     pruning.method(recipe).check(model, limit)
     model.train()
-    _require_tensor(model(torch.cat([materials.example] * 2)), " in training mode")
+    _logits(model, torch.cat([materials.example] * 2), " in training mode")
 
 
 def require_comparable(folder: str | Path, recipe: Recipe, labels: Tensor) -> None:
@@ -181,9 +194,9 @@ def require_comparable(folder: str | Path, recipe: Recipe, labels: Tensor) -> No
             )
 
 
-def require_pixels(split: Split | None, what: str) -> None:
+def require_pixels(split: Split, what: str) -> None:
     """Raises ValueError where images given as floats leave [0, 1], the unit of every epsilon."""
-    images = split.images if split is not None else None
+    images = split.images
     if not isinstance(images, Tensor) or images.dtype == torch.uint8:
         return
     low, high = (float(end) for end in images.aminmax())
@@ -201,15 +214,8 @@ def require_logits(model: nn.Module, example: Tensor, classes: int) -> int:
     Raises:
         ValueError: it does not take images of this shape, or gives something else.
     """
-    try:
-        with eval_mode(model):
-            logits = model(example)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"the network refuses images of shape {tuple(example.shape[1:])} ({error}); choose "
-            "another network or image size"
-        ) from error
-    _require_tensor(logits, "")
+    with eval_mode(model):
+        logits = _logits(model, example, "")
     if not torch.isfinite(logits).all():
         raise ValueError(
             "the network's logits are not finite; its weights have diverged, or its normalisation "
@@ -224,9 +230,21 @@ def require_logits(model: nn.Module, example: Tensor, classes: int) -> int:
     return shape[1]
 
 
-def _require_tensor(logits: object, when: str) -> None:
+def _logits(model: nn.Module, images: Tensor, when: str) -> Tensor:
+    try:
+        logits = model(images)
+    except Exception as error:  # whatever the network's own code raises, an assertion or else
+        raise ValueError(
+            f"the network refuses images of shape {tuple(images.shape[1:])}{when} "
+            f"({_in_a_line(error)}); choose another network or image size"
+        ) from error
     if not isinstance(logits, Tensor):
         raise ValueError(
             f"the network gives a {type(logits).__name__}{when}, not logits; wrap it in a module "
             "whose forward returns the logits alone"
         )
+    return logits
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

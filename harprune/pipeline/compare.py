@@ -12,7 +12,6 @@ import json
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from harprune.nested import differences, in_words
 from harprune.pipeline import checks
 from harprune.pipeline.console import Console
 from harprune.pipeline.recipe import Recipe, Section
-from harprune.pipeline.recipe_text import as_toml, completed, make_recipe, overridden
+from harprune.pipeline.recipe_text import as_toml, completed, make_recipe, overridden, read_toml
 from harprune.pipeline.run import IN_USE, in_use, read_record
 from harprune.reporting.comparison import DENSE
 from harprune.reporting.comparison_report import write_comparison
@@ -113,8 +112,10 @@ class Cell:
     def finished(self) -> bool:
         """Whether nothing is left to do for it."""
         # A report may also be of an unfinished run.
-        last = ("attack/finetuned/evaluation.json", "report/report.json")
-        files = ("dense.safetensors",) if self.until == "pretrain" else last
+        last = ["attack/finetuned/evaluation.json", "report/report.json"]
+        if self.recipe.attack.dense:
+            last.append("attack/dense/evaluation.json")
+        files = ["dense.safetensors"] if self.until == "pretrain" else last
         return all((self.folder / file).exists() for file in files)
 
 
@@ -124,8 +125,8 @@ def read_grid(path: str | Path) -> Grid:
     Raises:
         ValueError: unreadable, an unknown key or a value out of range.
     """
+    content = read_toml(path, f"grid {path}")
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         return Grid.model_validate(content)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
@@ -136,8 +137,6 @@ def read_grid(path: str | Path) -> Grid:
         raise ValueError(
             f"{path}: unknown key {where!r}{known}" if unknown else f"{path}: {where}: {rule}"
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def cells_of(
@@ -162,11 +161,7 @@ def cells_of(
         if density not in grid.densities:
             known = ", ".join(f"{known:g}" for known in grid.densities)
             raise ValueError(f"--density {density:g} is none of {path}; choose among {known}")
-    base = Path(path).parent / grid.base
-    try:
-        content = tomllib.loads(base.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"base = {grid.base!r} of {path} cannot be read: {error}") from None
+    content = read_toml(Path(path).parent / grid.base, f"base = {grid.base!r} of {path}")
     content = _over(content, grid.common)
     shared = overridden(content, overrides)
     given = make_recipe(shared, source=str(path))

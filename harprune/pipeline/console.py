@@ -27,11 +27,11 @@ class Bar:
         self._plain = not console.is_terminal
         self._console = console
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
         )
         self._progress = Progress(*columns, console=console, transient=True)
         self._task = self._progress.add_task(title, total=total, text="")
@@ -53,7 +53,8 @@ class Bar:
         elif time.monotonic() - self._printed >= self._every:
             self._printed = time.monotonic()
             left = self._left(done)
-            self._console.print(f"{self._title} {done}/{self._total}{left} {text}".rstrip())
+            line = f"{self._title} {done}/{self._total}{left} {text}".rstrip()
+            self._console.print(line, markup=False)
 
     def update_of(self, done: int, total: int, text: str) -> None:
         """`update`, for work that says its own total."""

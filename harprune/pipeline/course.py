@@ -21,7 +21,8 @@ class Course:
     """Progress of `stage`: step reached, metrics per epoch, best epoch so far.
 
     An epoch has `steps` batches. Where there is an `average`, it is the network that counts: epochs
-    are judged by it and the best one holds it.
+    are judged by it and the best one holds it. A stage that is not `divisible` can only go on from
+    the end of an epoch.
 
     `save` and `restore` carry it, with model, average, method, optimiser and the objective's own
     state, through the run's progress file. Randomness needs no saving: it is a function of the
@@ -36,6 +37,7 @@ class Course:
     method: Method | None
     steps: int
     average: Average | None = None
+    divisible: bool = True
     step: int = 0
     loss_sum: float = 0.0
     passes: int = 0
@@ -117,7 +119,7 @@ class Course:
         self._losses.append(loss)
         self.passes += images * self.objective.passes
         # What follows the last step of an epoch must not be skipped: `epoch_ended` saves it.
-        within = self.step % self.steps != 0
+        within = self.divisible and self.step % self.steps != 0
         age = time.monotonic() - self._saved
         if within and age > 60 * self.run.recipe.execution.checkpoint_minutes:
             self.save()

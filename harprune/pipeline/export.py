@@ -5,7 +5,6 @@ What is written is the function of the network in eval mode: masks multiplied ou
 folded, what cannot matter removed. A file that computes anything else never reaches its place.
 """
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -153,9 +152,9 @@ def export(
             is not what the network does.
     """
     path, format, values = Path(path), Format(format), Values(values)
-    images = torch.as_tensor(images)
+    images = torch.as_tensor(images).detach().cpu()
     _require_possible(path, format, values)
-    plain = copy.deepcopy(model).cpu().eval()
+    plain = supply.plain_copy(model).eval()
     x = _to_compare(images)
     with torch.no_grad():
         expected = plain(x).numpy()

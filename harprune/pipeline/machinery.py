@@ -23,19 +23,25 @@ def fabric(section: recipes.Execution) -> Fabric:
         raise ValueError(
             "execution.device = 'cuda', but torch sees no GPU; `harprune doctor` says why"
         )
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # Convolutions as exact as products: torch shortens their factors to 10 bits where it may.
+    torch.backends.cudnn.allow_tf32 = False
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     engine = Fabric(
         accelerator=section.device,
         devices=local,
-        num_nodes=processes // local,
-        strategy="ddp" if processes > 1 else "auto",
+        num_nodes=processes() // local,
+        strategy="ddp" if processes() > 1 else "auto",
         precision=section.precision,
     )
     engine.launch()
-    if processes > 1:
+    if processes() > 1:
         atexit.register(_part)
     return engine
+
+
+def processes() -> int:
+    """How many processes work at one run, as `torchrun` tells each of them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _part() -> None:

@@ -7,7 +7,6 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from harprune.methods.snip import SNIP
 from harprune.methods.synflow import SynFlow
 from harprune.methods.twinrep import TwinRep
 from harprune.pipeline.recipe import Recipe
+from harprune.robustness.evaluation import device_of
 from harprune.sparsity import allocation, costs
 from harprune.sparsity.granularity import Granularity
 from harprune.user_code import current_directory_importable, user_function
@@ -187,10 +187,10 @@ def budget(recipe: Recipe, example: Tensor) -> Budget:
     section = recipe.budget
 
     def multiply_adds(model: nn.Module, layers: Mapping) -> dict[str, int]:
-        return costs.multiply_add_prices(model, layers, example.to(_device(model)))
+        return costs.multiply_add_prices(model, layers, example.to(device_of(model)))
 
     def mixed(model: nn.Module, layers: Mapping) -> dict[str, int]:
-        images = example.to(_device(model))
+        images = example.to(device_of(model))
         return costs.mixed_prices(model, layers, images, section.multiply_add_share)
 
     choices = {"multiply-adds": {"prices": multiply_adds}, "mixed": {"prices": mixed}}
@@ -206,10 +206,6 @@ def budget(recipe: Recipe, example: Tensor) -> Budget:
         limit=None if bound is None else Limit(bound, multiply_adds),
         **prices,
     )
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def allocate(name: str) -> allocation.Allocation:

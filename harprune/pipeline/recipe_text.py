@@ -20,11 +20,15 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ValueError: unreadable, an unknown key (the nearest is named) or a value out of range.
     """
+    return make_recipe(read_toml(path, f"recipe {path}"), overrides, source=str(path))
+
+
+def read_toml(path: str | Path, what: str) -> dict[str, Any]:
+    """The nested values of a TOML file; ValueError, naming it as `what`, where it is none."""
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"recipe {path} cannot be read: {error}") from None
-    return make_recipe(content, overrides, source=str(path))
+        raise ValueError(f"{what} cannot be read: {error}") from None
 
 
 def make_recipe(

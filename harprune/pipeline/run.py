@@ -148,6 +148,11 @@ class Run:
         if held != dict(inputs):
             write(path, json.dumps(dict(inputs), indent=1) + "\n")
 
+    @property
+    def corrected(self) -> bool:
+        """Whether it goes on with another recipe, in keys that no result depended on before."""
+        return self._changed is not None
+
     def note_change(self) -> None:
         """Keep what the run goes on with: other keys, and other code, machine or command.
 

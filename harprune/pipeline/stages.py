@@ -31,7 +31,8 @@ from harprune.reporting.records import STAGES
 from harprune.reporting.report import write_report
 from harprune.reporting.tables import results_table
 from harprune.robustness import evaluation
-from harprune.robustness.objectives import Objective
+from harprune.robustness.attacks import seeded
+from harprune.robustness.objectives import Free, Objective
 from harprune.sparsity import allocation, masks
 from harprune.sparsity.audit import Audit, connected
 from harprune.sparsity.costs import multiply_add_prices
@@ -234,9 +235,10 @@ def attack(shop: Workshop) -> None:
         wanted["dense"] = ("pretrain", min(index, fewer, key=len))
     # All are read before one is attacked: a damaged file should not be found after hours.
     networks = {name: load_network(shop, stage) for name, (stage, _) in wanted.items()}
+    pending = [n for n in networks if not (shop.run.attack(n) / "evaluation.json").exists()]
+    if pending or shop.run.corrected:
+        shop.run.note_change()
     for name, model in networks.items():
-        if not (shop.run.attack(name) / "evaluation.json").exists():
-            shop.run.note_change()
         result = judge(
             model,
             test,
@@ -321,7 +323,11 @@ def learn(
     batches = machinery.batches(
         shop.materials.train, shop.recipe, section, shop.engine, shop.seed(stage)
     )
-    course = Course(shop.run, stage, model, optimiser, objective, method, len(batches), average)
+    # Of noise that stays from batch to batch each process has its own rows, and one file holds one.
+    divisible = shop.engine.world_size == 1 or not isinstance(objective, Free)
+    course = Course(
+        shop.run, stage, model, optimiser, objective, method, len(batches), average, divisible
+    )
     fast = hardening.twin(shop.recipe, course.network)
     earlier = _earlier(shop, stage)
     if method is not None:
@@ -460,8 +466,8 @@ def _judge(
     index = evaluation.subset(split.labels, section.size, shop.recipe.seed)
     function = model if fast is None else fast.current()
     hits, loss = torch.zeros(2, dtype=torch.int64), 0.0
-    with parametrize.cached(), eval_mode(function), torch.random.fork_rng():
-        torch.manual_seed(shop.recipe.seed)
+    random = seeded(shop.recipe.seed, shop.engine.device)
+    with parametrize.cached(), eval_mode(function), random:
         for part in index.split(_VALIDATION_BATCH):
             x = to_float(split.images[part]).to(shop.engine.device)
             y = split.labels[part].to(shop.engine.device)
@@ -497,8 +503,8 @@ def _attacked(shop: Workshop, model: nn.Module) -> Twin | None:
 
 
 def _fixed(shop: Workshop, model: nn.Module) -> nn.Module:
-    """A network in eval mode as a fixed function, its twin where attacks run on twins."""
-    fast = _attacked(shop, model)
+    """A network in eval mode as a fixed function: its twin, never in the precision of attacks."""
+    fast = hardening.twin(shop.recipe, model) if shop.recipe.execution.twin else None
     return model if fast is None else fast.current()
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recipe's images and network, and the networks that runs and exports leave behind."""
 
+import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from harprune.models.registry import create_model
 from harprune.models.weights import load_weights
 from harprune.pipeline import recipe as recipes
 from harprune.pipeline.recipe import Recipe
+from harprune.robustness.attacks import seeded
 from harprune.robustness.evaluation import model_digest
 from harprune.training import checkpoint
 from harprune.training.data import load_dataset
@@ -89,8 +91,7 @@ def network(section: recipes.Model, dataset: Dataset, seed: int) -> nn.Module:
             "`harprune evaluate` takes it, everything else its run"
         )
     channels = dataset.train.images[torch.tensor([0])].shape[1]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed, torch.device("cpu")):
         model = create_model(
             section.name,
             dataset.num_classes,
@@ -102,6 +103,21 @@ def network(section: recipes.Model, dataset: Dataset, seed: int) -> nn.Module:
     if section.weights is not None:
         load_network_weights(model, section.weights, section.weights_density)
     return model
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """The network of a caller, apart from it and in main memory.
+
+    Raises:
+        ValueError: it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model).cpu()
+    except RuntimeError as error:
+        raise ValueError(
+            f"the network cannot be copied ({error}); remove weight_norm or whatever else computes "
+            "its weights from other tensors"
+        ) from None
 
 
 def is_exported(name: str) -> bool:

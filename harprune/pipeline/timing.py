@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from harprune.files import write
 from harprune.kernels import native
 from harprune.pipeline.run import environment_of
 
@@ -74,4 +75,4 @@ def _cell(value) -> str:
 def write_rows(path: Path | None, rows: Sequence[Mapping]) -> None:
     """The rows as JSON, where a path is given; written anew whenever there are more."""
     if path is not None:
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+        write(path, json.dumps(rows, indent=1) + "\n")

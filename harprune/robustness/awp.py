@@ -14,30 +14,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from harprune.ascent import uphill
+from harprune.ascent import Ascent, uphill
 
 
 @dataclass(frozen=True)
-class AWP:
-    """Where the weights' gradient is taken.
-
-    Attributes:
-        radius: length of the perturbation as a fraction of the weights', layer by layer; 0.005 in
-            the paper for adversarial training.
-        warm_up: share of the training that passes first, without perturbation.
-
-    Raises:
-        ValueError: radius not above 0, or warm_up outside [0, 1).
-    """
+class AWP(Ascent):
+    """Where the weights' gradient is taken; the paper takes 0.005 for adversarial training."""
 
     radius: float = 0.005
     warm_up: float = 0.0
-
-    def __post_init__(self):
-        if not self.radius > 0.0:
-            raise ValueError(f"radius {self.radius:g} must be above 0; leave awp out instead")
-        if not 0.0 <= self.warm_up < 1.0:
-            raise ValueError(f"warm_up {self.warm_up:g} must lie in [0, 1)")
 
     def nearby(self, weights: Sequence[Tensor], progress: float) -> AbstractContextManager | None:
         """A context with the weights at w + v, from their present gradients; None in the warm-up.

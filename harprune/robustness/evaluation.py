@@ -66,8 +66,8 @@ class Evaluation:
     Attributes:
         outcomes: "clean", each attack, and "attack:part" of AutoAttack -> bool (n,), still correct;
             "index" and "labels" -> int (n,).
-        identity: what the outcomes depend on: model, attacked function, data, seed, batch size
-            and attacks.
+        identity: what the outcomes depend on: model, attacked function, images, their choice and
+            labels, seed, batch size and attacks.
     """
 
     model: str
@@ -149,7 +149,7 @@ def evaluate(
     index = torch.arange(len(labels)) if index is None else torch.as_tensor(index).long().cpu()
     if not len(index) or batch_size < 1:
         raise ValueError(f"{len(index)} images in batches of {batch_size}: both must be at least 1")
-    device = torch.device(device) if device is not None else _device(model)
+    device = torch.device(device) if device is not None else device_of(model)
     data = _Data(images, labels.cpu().long()[index], index, batch_size, device, num_classes)
     attacked = model if function is None else function
     report = progress or (lambda done, total, text: None)
@@ -319,7 +319,8 @@ def _require_names(attacks: Mapping[str, Attack]) -> None:
         )
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network's parameters lie; in main memory where it has none."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 

@@ -67,9 +67,11 @@ class PwoA:
         labels = F.one_hot(y, logits.shape[1]).to(logits.dtype)
         of_y = labels @ labels.t()  # linear kernel
         for z in hidden:
-            if not (z.shape == logits.shape and torch.equal(z, logits)):
-                of_z = gaussian_kernel(z, self.sigma)
-                loss = loss + self.lambda_x * hsic(of_x, of_z) - self.lambda_y * hsic(of_y, of_z)
+            of_z = gaussian_kernel(z, self.sigma)
+            bottleneck = self.lambda_x * hsic(of_x, of_z) - self.lambda_y * hsic(of_y, of_z)
+            if z.shape == logits.shape:  # no term of its own where these are the logits
+                bottleneck = torch.where((z == logits).all(), 0.0, bottleneck)
+            loss = loss + bottleneck
         return loss
 
 

@@ -318,7 +318,7 @@ class _Training(torch.autograd.Function):
             layer = name.removesuffix("/gradient")
             if layer in ctx.statistics:
                 found[layer] = _denormalise(
-                    ctx.layers[layer], executable.vectors, layer, ctx.statistics[layer], sums, many
+                    executable.vectors, layer, ctx.statistics[layer], sums, many
                 )
             else:
                 found[layer] = (None, sums[:, 0])
@@ -382,7 +382,7 @@ def _normalise(norm: nn.Module, vectors, name: str, sums: np.ndarray, many: int)
     return mean, inverse, gamma
 
 
-def _denormalise(norm, vectors, name: str, statistics, sums: np.ndarray, many: int):
+def _denormalise(vectors, name: str, statistics, sums: np.ndarray, many: int):
     """Set the backward vectors; the gradients to scale and shift.
 
     With x' = (x - mean) inverse and g the gradient of gamma x' + beta, the gradient to x is

@@ -256,8 +256,13 @@ class _FrozenNorm(Frozen):
         self.scale, self.shift = scale.to(dtype or scale.dtype), shift.to(dtype or shift.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = (-1, *[1] * (x.dim() - 2))
-        return x * self.scale.view(shape) + self.shift.view(shape)
+        return affine(x, self.scale, self.shift)
+
+
+def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale[c] x + shift[c] for each channel c of (N, C, ...)."""
+    shape = (-1, *[1] * (x.dim() - 2))
+    return x * scale.view(shape) + shift.view(shape)
 
 
 def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:

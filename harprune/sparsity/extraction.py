@@ -20,7 +20,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from harprune.kernels import graph as g
 from harprune.kernels.graph import Graph, Shape
 from harprune.kernels.lists import Pattern, sift
-from harprune.sparsity.execution import Frozen, frozen, role_of_frozen
+from harprune.sparsity.execution import Frozen, affine, frozen, role_of_frozen
 from harprune.sparsity.regions import first_unsupported, translate
 
 
@@ -154,8 +154,7 @@ class _Affine(nn.Module):
         return self.shift64.float()
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = (-1, *[1] * (x.dim() - 2))
-        return x * self.scale.view(shape) + self.shift.view(shape)
+        return affine(x, self.scale, self.shift)
 
 
 def _role(module: nn.Module) -> type[g.Node] | None:

@@ -143,13 +143,13 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         own = [name for name, value in module._parameters.items() if value is not None]
         if parametrize.is_parametrized(module):
             own += [n for n in module.parametrizations if isinstance(_original(module, n), Tensor)]
-        for tensor_name in sorted(own, key=_declaration_order(module)):
+        for tensor_name in sorted(own, key=_declared):
             yield (f"{prefix}.{tensor_name}" if prefix else tensor_name), module, tensor_name
 
 
-def _declaration_order(module: nn.Module):
+def _declared(tensor_name: str) -> tuple[bool, str]:
     # A mask moves `weight` behind `bias` in the module's own table; names must not change order.
-    return lambda name: (name == "bias", name)
+    return tensor_name == "bias", tensor_name
 
 
 def _original(module: nn.Module, tensor_name: str):

@@ -88,7 +88,11 @@ class KeptWeights(nn.Module):
 
 
 def install(layer: Layer, mask: Mask) -> None:
-    """Put `mask` on every place that holds the layer's weight, in place of an earlier one."""
+    """Put `mask` on every place that holds the layer's weight, in place of an earlier one.
+
+    It moves to the weight's device, and so does the density it may share with other layers.
+    """
+    mask.to(layer.parameter.device)
     for module, tensor_name in layer.places:
         if parametrize.is_parametrized(module, tensor_name):
             module.parametrizations[tensor_name][0] = mask

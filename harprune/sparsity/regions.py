@@ -26,6 +26,7 @@ Role = Callable[[nn.Module], "type[g.Node] | None"]
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _RECTIFIERS = (torch.relu, F.relu, torch.relu_)
+_VIEWS = {"view": "reshape", "view_as": "reshape_as"}
 
 
 def traced(model: nn.Module) -> fx.GraphModule:
@@ -33,6 +34,7 @@ def traced(model: nn.Module) -> fx.GraphModule:
 
     A trace says of `y = relu_(x)` only that y comes from x, not that x is y from then on. What
     runs its nodes in another order, or makes a new tensor of y, would compute something else.
+    Views become reshapes, which do not ask in which order their tensor lies in memory.
     """
     tracer = _Tracer()
     network = fx.GraphModule(model, tracer.trace(model))
@@ -43,6 +45,8 @@ def traced(model: nn.Module) -> fx.GraphModule:
         if isinstance(changed, fx.Node) and _is_in_place(node, modules):
             changed.replace_all_uses_with(node, delete_user_cb=lambda user: user not in seen)
             _make_pure(node, modules)
+        elif node.op == "call_method" and node.target in _VIEWS and not _is_cast(node):
+            node.target = _VIEWS[node.target]
     network.recompile()
     return network
 
@@ -74,6 +78,11 @@ def _is_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     asked = node.kwargs.get("inplace", node.target is F.relu and True in node.args[1:]) is True
     name = getattr(node.target, "__name__", "")
     return asked or node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def _is_cast(node: fx.Node) -> bool:
+    """Whether a view is of the same bytes under another type."""
+    return any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
 
 
 def _make_pure(node: fx.Node, modules: Mapping[str, nn.Module]) -> None:

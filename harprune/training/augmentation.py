@@ -57,7 +57,7 @@ class Crop:
     def apply(self, x: Tensor, draws: Tensor) -> Tensor:
         """Cut each image out of its padded self at its offsets, then flip it where told."""
         height, width = x.shape[-2:]
-        draws = draws.to(x.device)
+        draws = draws.to(x.device, non_blocking=True)
         padded = F.pad(x, (self.padding,) * 4)
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)
         rows = torch.arange(len(x), device=x.device)

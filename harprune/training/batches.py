@@ -105,13 +105,18 @@ class Batches:
     def _batch(self, epoch: int, order: Tensor, number: int) -> tuple[Tensor, Tensor]:
         rows = order[number * self.batch_size : (number + 1) * self.batch_size]
         first, last = (len(rows) * rank // self.world for rank in (self.rank, self.rank + 1))
-        mine = rows[first:last].to(self.device)
-        x = self.images[mine].to(self.device)
+        mine = rows[first:last]
+        # Small copies from ordinary memory, for which an accelerator's work is not waited for.
+        there = mine.to(self.device, non_blocking=True)
+        if isinstance(self.images, Tensor):
+            x = self.images[there]
+        else:
+            x = self.images[mine].to(self.device, non_blocking=True)
         if self.augment is not None:
             # Drawn for all processes' rows, so that each gets the numbers it would have had alone.
             draws = self.augment.draw(len(rows), self._generator(AUGMENT, epoch, number))
             x = self.augment.apply(x, draws[first:last])
-        return to_float(x), self.labels[mine]
+        return to_float(x), self.labels[there]
 
 
 def _one_ahead(

@@ -78,11 +78,9 @@ def _cifar_layout(
     train: tuple[str, ...],
     test: str,
     read: Callable[..., Arrays],
-    *,
-    records: int = 50_000,
 ) -> Layout:
     def read_all(folder: Path) -> tuple[Arrays, Arrays]:
-        parts = [read(folder / file, records=records // len(train)) for file in train]
+        parts = [read(folder / file, records=50_000 // len(train)) for file in train]
         return _concatenated(parts), read(folder / test, records=10_000)
 
     return Layout((subfolder,), (*train, test), read_all)

@@ -118,7 +118,7 @@ def list_classes(folder: Path) -> list[str]:
         ValueError: there are fewer than two.
     """
     classes = sorted(
-        entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry)
+        entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(Path(entry.name))
     )
     if len(classes) < 2:
         raise ValueError(f"{folder} holds {len(classes)} class folders; it must hold at least 2")
@@ -142,7 +142,8 @@ def list_images(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[
         found = _images_below(folder / name)
         paths += found
         labels += [label] * len(found)
-    absent = [name for label, name in enumerate(classes) if label not in set(labels)]
+    found = set(labels)
+    absent = [name for label, name in enumerate(classes) if label not in found]
     if absent:
         raise ValueError(f"{folder} holds no images of: {_some(absent)}")
     return paths, labels
@@ -173,13 +174,12 @@ def _list_annotated(folder: Path, classes: Sequence[str]) -> tuple[list[Path], l
 def _images_below(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not _hidden(path)
-    )
+    images = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in images if not _hidden(path.relative_to(folder)))
 
 
 def _hidden(path: Path) -> bool:
-    return path.name.startswith(".")
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _some(names: Iterable[str]) -> str:

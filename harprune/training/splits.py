@@ -37,6 +37,12 @@ class Split:
             raise ValueError(
                 f"images have shape {tuple(self.images.shape)}; they must be (N, C, H, W)"
             )
+        for tensor in (self.images, self.labels):
+            if isinstance(tensor, Tensor) and (tensor.is_cuda or tensor.requires_grad):
+                raise ValueError(
+                    "images and labels must lie in main memory, without gradients; give "
+                    "images.detach().cpu(), or use from_arrays"
+                )
         if self.labels.dtype != torch.int64 or self.labels.shape != (len(self.images),):
             raise ValueError(
                 f"labels are {self.labels.dtype} {tuple(self.labels.shape)}; expected int64 "
@@ -84,7 +90,7 @@ class Dataset:
                 f"{self.test.shape}"
             )
         for part, split in (("train", self.train), ("test", self.test)):
-            _check_labels(split.labels, self.num_classes, f"{self.name} {part}")
+            require_labels(split.labels, self.num_classes, f"{self.name} {part}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -92,7 +98,8 @@ class Dataset:
         return self.train.shape
 
 
-def _check_labels(labels: Tensor, num_classes: int | None, what: str) -> None:
+def require_labels(labels: Tensor, num_classes: int | None, what: str) -> None:
+    """Raises ValueError where there are no labels, or where they leave 0..num_classes - 1."""
     if len(labels) == 0:
         raise ValueError(f"{what}: there are no images")
     low, high = int(labels.min()), int(labels.max())
@@ -141,13 +148,15 @@ def from_arrays(images: Any, labels: Any, *, num_classes: int | None = None) -> 
             "3, 1, 2)"
         )
     split = Split(_pixels(pixels), _integers(_tensor(labels)))
-    _check_labels(split.labels, num_classes, "labels")
+    require_labels(split.labels, num_classes, "labels")
     return split
 
 
 def _tensor(values: Any) -> Tensor:
-    """Arrays are copied: the caller's may be read-only, reversed or changed later."""
-    return values if isinstance(values, Tensor) else torch.tensor(np.array(values))
+    """A tensor in main memory; arrays are copied, for they may be read-only or reversed."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    return torch.tensor(np.array(values))
 
 
 def _pixels(images: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 
 import harprune
 from harprune.sparsity.layers import prunable_layers
+from harprune.training.splits import Split
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "prune_your_model.py"
 
@@ -229,3 +230,36 @@ def test_images_given_in_python_are_augmented_where_that_is_said(images):
     )
     assert all(torch.equal(plain[n], same[n]) for n in plain)
     assert not all(torch.equal(plain[n], other[n]) for n in plain)
+
+
+def test_labels_count_wherever_they_are(images):
+    x, y = images
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    few = (x[y < 2], y[y < 2])
+    with pytest.raises(ValueError, match=r"gives \(1, 2\) for one image of 4 classes"):
+        harprune.prune(network, few, images, **QUICK)
+    with pytest.raises(ValueError, match=r"validation: labels run from -1 to 3; they must lie in"):
+        harprune.prune(mlp(), images, Split(x, torch.where(y == 0, -1, y)), **QUICK)
+    with pytest.raises(ValueError, match="train: there are no images"):
+        harprune.prune(mlp(), Split(x[:0], y[:0]), images, **QUICK)
+    with pytest.raises(ValueError, match="test: labels run from -1 to 2"):
+        harprune.evaluate(mlp(), Split(x, y - 1), attacks=(), quiet=True)
+
+
+def test_images_may_come_with_gradients_but_a_split_holds_plain_tensors(images):
+    x, y = images[0].clone().requires_grad_(), images[1]
+    assert harprune.evaluate(mlp(), (x, y), attacks=(), quiet=True).size == 64
+    with pytest.raises(ValueError, match="must lie in main memory, without gradients; give"):
+        Split(x, y)
+
+
+@pytest.mark.parametrize("options", [{"seed": 1}, {"finetune": 5}])
+def test_options_are_sections(images, options):
+    with pytest.raises(ValueError, match=r"options\['\w+'\] = \d is no section; options are sec"):
+        harprune.prune(mlp(), images, images, density=0.1, options=options)
+
+
+def test_several_processes_need_a_folder(images, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="several processes share one run, which needs a folder"):
+        harprune.prune(mlp(), images, images, density=0.1)

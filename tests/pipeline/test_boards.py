@@ -105,6 +105,7 @@ def test_what_breaks_the_rules_of_both_is_refused_in_one_line(rule, eligible, tm
     [
         ({"model": {"name": "resnet18", "width": 16}}, "resnet18 of another width; it ranks"),
         ({"model": {"name": "small_cnn"}}, "the network is small_cnn; it ranks resnet18"),
+        ({"budget": {"density": 0.01, "cost": "multiply-adds"}}, "the budget counts multiply-adds"),
         ({"budget": {"density": 0.02}}, "the sparsity is 98 %; of weights it ranks 90, 95, 99"),
         ({"data": {"name": "cifar100"}}, "the data set is cifar100"),
     ],
@@ -121,3 +122,10 @@ def test_another_threat_is_for_the_pruning_benchmark_alone(eligible, tmp_path):
     found = write_entries(folder, tmp_path / "out", PAPER)
     assert "the threat is Linf(epsilon=0.031); it ranks Linf" in found["RobustBench"]
     assert found["pruning benchmark"].endswith("US_99.md")
+
+
+def test_another_norm_is_for_robustbench_alone(eligible, tmp_path):
+    folder, *_ = eligible(evaluation={"threat": "L2(epsilon=0.5)"})
+    found = write_entries(folder, tmp_path / "out", PAPER)
+    assert found["RobustBench"].endswith("L2/Zhao2023Holistic.json")
+    assert "the threat is L2(epsilon=0.5); it ranks Linf" in found["pruning benchmark"]

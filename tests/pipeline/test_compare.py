@@ -126,6 +126,20 @@ def test_the_dense_network_is_attacked_in_each_part_of_a_grid(grid, here):
         assert len(attacked) == len({c.recipe.seed for c in cells})
 
 
+def test_a_cell_is_finished_when_its_dense_network_is_attacked_too(grid, here):
+    dense, _, _, *others = cells_of(grid, here / "out", densities=[0.2])
+    attacking = next(cell for cell in others if cell.recipe.attack.dense)
+    other = next(cell for cell in others if not cell.recipe.attack.dense)
+    for name in ("attack/finetuned/evaluation.json", "report/report.json"):
+        for cell in (attacking, other):
+            (cell.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (cell.folder / name).touch()
+    assert other.finished and not attacking.finished
+    (attacking.folder / "attack/dense").mkdir()
+    (attacking.folder / "attack/dense/evaluation.json").touch()
+    assert attacking.finished and not dense.finished
+
+
 def test_a_grid_without_attacks_measures_clean_images(grid, command, here):
     smaller(grid)
     assert command("compare", grid, "--out", "out", "--set", "attack.attacks=[]").code == 0

@@ -14,15 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
 from safetensors.torch import save_file
 from torch import nn
 
 import harprune
 from harprune.files import write
 from harprune.models import create_model
+from harprune.pipeline import machinery
 from harprune.pipeline.recipe_text import read_recipe
 from harprune.pipeline.run import Run
 from harprune.pipeline.supply import load_network_weights
+from harprune.reporting.records import read_run
 from harprune.training import checkpoint
 
 from .conftest import contents
@@ -93,6 +96,10 @@ def test_a_wrong_command_is_one_line(command, here, arguments, text):
         ),
         ("finetune.awp.radius=0", "tiny.toml: finetune.awp.radius = 0: must be greater than 0"),
         ("pretrain={awp = {}, objective = {name = 'free'}}", "objective.name = 'free' moves"),
+        (
+            "execution={attack_precision = 'bf16', twin = false}",
+            "execution.attack_precision = 'bf16' is the twin's",
+        ),
         ("budget.allocation=erkk", "budget.allocation = 'erkk' is unknown; choose one of uniform"),
         ("prune.schedule=cosin", "tiny.toml: prune.schedule = 'cosin': must be 'cosine', 'one_cy"),
         ("density", "--set 'density' must have the form section.key=value, as --set prune.epochs"),
@@ -128,6 +135,8 @@ def test_a_wrong_recipe_is_one_line(command, here, setting, text, monkeypatch):
         (["model.mean=[0.5, 0.5]", "model.std=[1, 1]"], "mean has 2 values but the images have 1"),
         (["model.mean=[0.5]"], "mean and std go together"),
         (["model.name=vgg16_bn"], "the network refuses images of shape (1, 8, 8) ("),
+        (["model.name=stripes_of_tests:picky"], "the network refuses images of shape (1, 8, 8) ("),
+        (["model.name=stripes_of_tests:lonely"], "the network refuses images of shape (1, 8, 8) i"),
         (["model.weights=tiny.toml"], "tiny.toml: not a PyTorch file (it starts with"),
         (["data.validation=1000"], "validation size 1000 of 72 images leaves a part empty; give"),
         (["data.validation=1.0"], "validation size 1.0 of 72 images leaves a part empty; give a"),
@@ -145,6 +154,13 @@ def test_what_does_not_fit_is_one_line_before_training(command, here, settings, 
     refusal = run_with(command, *settings).refusal
     assert refusal.startswith(text)
     assert not list(Path("new").glob("*.safetensors"))
+
+
+def test_batches_that_do_not_divide_among_processes_are_refused(command, here, monkeypatch):
+    monkeypatch.setattr(machinery, "processes", lambda: 3)
+    monkeypatch.setattr(machinery, "fabric", lambda section: Fabric(accelerator="cpu", devices=1))
+    refusal = run_with(command, "prune.batch_size=21", "finetune.batch_size=24").refusal
+    assert refusal.startswith("pretrain.batch_size = 20 does not divide among 3 processes; make it")
 
 
 def test_a_folder_in_which_nothing_was_done_takes_the_corrected_recipe(command, here):
@@ -331,6 +347,7 @@ def test_the_dense_network_may_be_attacked_later_and_on_fewer_images(command, he
     assert "(attack.dense_size: 7 -> 8)" in again
     assert run_with(command, *changed, "attack.dense=false", out="run").code == 0
     shutil.rmtree(finished / "attack" / "dense")
+    assert read_run(finished).missing == ()
     assert run_with(command, "attack.dense_size=1000", out="run").code == 0
     assert outcomes_of(finished / "attack" / "dense") == whole
 

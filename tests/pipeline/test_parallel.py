@@ -219,9 +219,11 @@ def metrics(run: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_two_processes_killed_together_go_on_with_the_same_bits(place):
+@pytest.mark.parametrize("objective", ["trades", "free"])
+def test_two_processes_killed_together_go_on_with_the_same_bits(place, objective):
     """With batch norm and noise: what rank 0 saved is enough for both."""
-    recipe = RECIPE.replace("parallel_parts:plain", "small_cnn").replace('"natural"', '"trades"')
+    recipe = RECIPE.replace("parallel_parts:plain", "small_cnn")
+    recipe = recipe.replace('"natural"', f'"{objective}"')
     for folder in ("one", "two"):
         (place / folder / "recipe.toml").write_text(recipe)
     pair = (*TORCHRUN, "--no-python", *PYTHON, *HARPRUNE)

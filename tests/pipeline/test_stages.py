@@ -46,8 +46,8 @@ def test_the_average_is_what_is_validated_selected_and_kept(finished, here):
 
 
 def test_the_teacher_is_the_dense_network_in_eval_mode(finished, here):
-    for settings in ((), ("execution.twin=false",)):
-        with Run(here / f"run{len(settings)}", read_recipe("tiny.toml", settings)) as run:
+    for settings in ((), ("execution.twin=false",), ("execution.attack_precision=bf16",)):
+        with Run(here / f"run{settings}", read_recipe("tiny.toml", settings)) as run:
             shop = open_workshop(run)
             stages.pretrain(shop)
             x = torch.rand(7, 1, 8, 8)

@@ -13,9 +13,10 @@ from torch.nn.utils import parametrize
 from harprune.models import create_model, list_models
 from harprune.sparsity import masks
 from harprune.sparsity.density import GivenDensity
-from harprune.sparsity.execution import training_twin, twin
+from harprune.sparsity.execution import Execution, training_twin, twin
 from harprune.sparsity.layers import prunable_layers
 
+DENSE = Execution.DENSE
 SMALL = [n for n in list_models() if not n.startswith(("wrn", "resnet34", "resnet50", "vgg"))]
 
 
@@ -179,6 +180,34 @@ def test_bf16_is_near_and_gives_logits_in_the_type_of_the_images():
     logits = twin(model, dtype=torch.bfloat16).current()(x)
     assert logits.dtype == torch.float32
     assert torch.allclose(logits, model(x), atol=0.05)
+
+
+class Viewed(nn.Module):
+    """Flattens by a view, which asks how its tensor lies in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4 * 36, 5)
+
+    def forward(self, x):
+        maps = self.conv(x).view_as(self.conv(x))
+        return self.linear(maps.view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("options", [{}, {"execution": DENSE}, {"dtype": torch.bfloat16}])
+def test_a_view_does_not_mind_the_layout(options):
+    model, x = Viewed().eval(), torch.rand(2, 3, 8, 8)
+    assert torch.allclose(twin(model, **options).current()(x), model(x), atol=0.05)
+    assert torch.allclose(training_twin(model)(x), model(x), atol=1e-6)
+
+
+def test_a_view_under_another_type_stays_one():
+    class Bits(Viewed):
+        def forward(self, x):
+            return super().forward(x) + (x.view(torch.int32) >> 31).sum()
+
+    model, x = Bits().eval(), -torch.rand(2, 3, 8, 8)
+    assert torch.allclose(twin(model).current()(x), model(x), atol=1e-4)
 
 
 def test_a_map_of_the_model_itself_is_added_to_every_image():

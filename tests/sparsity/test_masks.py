@@ -189,3 +189,12 @@ def test_training_kept_values_alone_equals_training_under_the_mask(on_kernels):
     wanted = masks.bake(masked).state_dict()
     for name, value in masks.bake(alone).state_dict().items():
         assert torch.allclose(value, wanted[name], rtol=1e-10, atol=1e-12), name
+
+
+def test_a_mask_goes_where_the_weight_is():
+    model, density = network().to("meta"), LearnedDensity(0.5, 0.1)
+    (layer, other) = prunable_layers(model).values()
+    masks.install(layer, masks.LearnedMask(torch.rand(layer.shape), density))
+    masks.install(other, masks.OpenMask(note=torch.zeros(3)))
+    assert density.logit.is_meta
+    assert all(tensor.is_meta for tensor in model.state_dict().values())

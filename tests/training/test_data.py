@@ -353,6 +353,7 @@ def photographs(tmp_path, rng):
         write_images(tmp_path / part / "dog" / "deeper", "ab", rng, mode="L", suffix=".JPEG")
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
     (tmp_path / "train" / ".cache").mkdir()
+    write_images(tmp_path / "train" / "cat" / ".thumbnails", "a", rng)
     return tmp_path
 
 
@@ -422,7 +423,7 @@ def test_folders_that_do_not_match_are_named(photographs, rng):
     write_images(photographs / "test" / "bird", "a", rng)
     with pytest.raises(ValueError, match="holds classes that were not trained on: bird"):
         load_dataset("folder", photographs)
-    for path in (photographs / "train" / "cat").iterdir():
+    for path in (photographs / "train" / "cat").glob("?.*"):
         path.unlink()
     with pytest.raises(ValueError, match="train holds no images of: cat"):
         load_dataset("folder", photographs)
