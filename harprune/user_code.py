@@ -5,6 +5,7 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -44,10 +45,38 @@ def user_function(name: str, what: str) -> Callable[..., Any]:
             f"{what} {name!r}: cannot import {module_name!r} from {os.getcwd()} or the installed "
             f"packages ({error})"
         ) from error
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise ValueError(
+            f"{what} {name!r}: importing {module_name} fails{_in_short(error)}"
+        ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"{what} {name!r}: {module_name} defines no function {function_name!r}")
     return function
+
+
+def called(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """What a user's function, called `name`, makes of the arguments.
+
+    Raises:
+        ValueError: its own, or whatever else it raises, in one line with the place.
+    """
+    try:
+        return function(**arguments)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} fails{_in_short(error)}") from error
+
+
+def _in_short(error: Exception) -> str:
+    """Where an error was raised and what it says, in one line."""
+    if isinstance(error, SyntaxError):
+        place = f" in line {error.lineno} of {error.filename}"
+    else:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f" in line {last.lineno} of {last.filename}"
+    return f"{place} ({type(error).__name__}: {' '.join(str(error).split())})"
 
 
 def accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:

@@ -161,6 +161,11 @@ def _fastest() -> native.Kernels:
 def _parting(node: MeanPool, source: Shape, usual: Shape) -> MeanPool:
     """`node` with windows that part a map of `source` into as many as make `usual`."""
     sides = source.height // usual.height, source.width // usual.width
+    if 0 in sides:
+        raise ValueError(
+            f"a map of {source.height} x {source.width} is pooled to {usual.height} x "
+            f"{usual.width}; give larger images"
+        )
     return replace(node, window=Window(sides, sides))
 
 

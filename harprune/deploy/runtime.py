@@ -14,6 +14,7 @@ from harprune.deploy import artifact
 from harprune.deploy.network import Network
 from harprune.kernels import native
 from harprune.kernels.forward import Forward
+from harprune.kernels.runtime import renewed_after_fork
 
 _TOGETHER = 256
 """Images that run in one go, and so bound the memory that an engine holds."""
@@ -48,8 +49,8 @@ class Engine:
     def __init__(
         self, network: Network, *, threads: int = 1, kernels: native.Kernels | None = None
     ):
-        if threads < 1:
-            raise ValueError(f"threads = {threads} must be at least 1")
+        if not isinstance(threads, int) or threads < 1:
+            raise ValueError(f"threads = {threads} must be a whole number from 1 on")
         if kernels is not None and kernels.dtype != np.float32:
             raise ValueError(
                 f"kernels {kernels.name} compute in {kernels.dtype}; give float32 ones"
@@ -61,9 +62,18 @@ class Engine:
             )
         self.network, self.threads, self._kernels = network, threads, kernels
         self._runners: dict[tuple[int, int], Forward] = {}
-        self._turn = threading.Lock()
+        self.renew()
+        renewed_after_fork(self)
         runner = self._runner(*network.input_shape[1:])
         runner.for_few  # noqa: B018 - made now, to raise now what stands against it
+
+    def __reduce__(self):
+        """A copy, or an engine in another process, makes runners of its own."""
+        return _again, (self.network, self.threads, self._kernels and self._kernels.name)
+
+    def renew(self) -> None:
+        """It is nobody's turn, as in the child of a process that had threads at work here."""
+        self._turn = threading.Lock()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -123,3 +133,8 @@ class Engine:
         while len(self._runners) > _SIZES:
             del self._runners[next(iter(self._runners))]
         return made
+
+
+def _again(network: Network, threads: int, kernels: str | None) -> Engine:
+    chosen = None if kernels is None else native.named(kernels)
+    return Engine(network, threads=threads, kernels=chosen)

@@ -28,12 +28,14 @@ class Pattern:
     Attributes:
         shape: of the weight, (filters, channels per group, rows, columns).
         index: ascending flat positions in it, int64; None keeps every weight.
-        source: what the pattern was made from, for who wants to know whether it still holds.
+        source, version: what the pattern was made from, for who wants to know whether it still
+            holds.
     """
 
     shape: tuple[int, int, int, int]
     index: np.ndarray | None
     source: object = None
+    version: int = 0
 
     @property
     def filters(self) -> int:

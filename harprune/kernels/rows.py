@@ -39,7 +39,7 @@ from harprune.kernels.rowsteps import (
     taps_and_phases,
     whole,
 )
-from harprune.kernels.runtime import aligned, each
+from harprune.kernels.runtime import aligned, each, renewed_after_fork
 from harprune.kernels.team import Pace, helped
 
 GROUP = SUMS
@@ -125,6 +125,11 @@ class RowGradient:
         given = (graph, kernels, patterns, vectors, threads, self._record_bytes)
         self._forward, self._backward = _Program(forward, *given), _Program(backward, *given)
         self._spare: list[np.ndarray] = []
+        self.renew()
+        renewed_after_fork(self)
+
+    def renew(self) -> None:
+        """Forget who is at work: nobody, in the child of a process."""
         self._choosing = Lock()
 
     def load(self, name: str, kept: np.ndarray) -> None:
@@ -161,6 +166,7 @@ class RowGradient:
             for position, spare in enumerate(self._spare):
                 if len(spare) >= images:
                     return self._spare.pop(position)
+            self._spare.clear()  # shorter ones, which a longer one soon stands in for
         return aligned((images, self._record_bytes))
 
 
@@ -203,12 +209,18 @@ class _Program:
             int(patterns[node.name].starts[-1]) * prod(graph.shapes[node.out][1:]) for node in nodes
         )
         bytes_ = self._place()
-        self._free: SimpleQueue[np.ndarray] = SimpleQueue()  # arenas
-        for _ in range(threads):
-            self._free.put(aligned((1, bytes_))[0])
+        self._arenas = [aligned((1, bytes_))[0] for _ in range(threads)]
+        self.renew()
+        renewed_after_fork(self)
         self._linked = np.zeros(len(steps), ROW_STEP)
         for row, step in zip(self._linked, steps):
             self._link(row, step)
+
+    def renew(self) -> None:
+        """All arenas are free, as in the child of a process that had threads at work in them."""
+        self._free: SimpleQueue[np.ndarray] = SimpleQueue()
+        for arena in self._arenas:
+            self._free.put(arena)
 
     # Running --------------------------------------------------------------------------------
 

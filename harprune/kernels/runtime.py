@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from mmap import mmap
 from queue import SimpleQueue
+from threading import Lock
+from weakref import WeakSet
 
 import numpy as np
 
@@ -88,6 +90,12 @@ class Executable:
         self._externals = 2 * (len(plan.graph.inputs) + len(plan.graph.outputs))
         self._forward = self._link(plan.forward)
         self._backward = self._link(plan.backward)
+        self.renew()
+        renewed_after_fork(self)
+
+    def renew(self) -> None:
+        """Forget who is at work: nobody, in the child of a process."""
+        self._choosing = Lock()
 
     # Weights --------------------------------------------------------------------------------
 
@@ -230,11 +238,13 @@ class Executable:
     def _memory(self, images: int) -> Memory:
         blocks = -(-images // LANES)
         arenas = blocks if self.plan.training else min(self.threads, blocks)
-        for position, spare in enumerate(self.plan.spare):
-            if len(spare.kept) >= blocks and len(spare.arena) >= arenas:
-                del self.plan.spare[position]
-                spare.images = images
-                return spare
+        with self._choosing:
+            for position, spare in enumerate(self.plan.spare):
+                if len(spare.kept) >= blocks and len(spare.arena) >= arenas:
+                    del self.plan.spare[position]
+                    spare.images = images
+                    return spare
+            self.plan.spare.clear()  # smaller ones, which a larger one soon stands in for
         arena = aligned((arenas, self.plan.arena_bytes))
         return Memory(images, arena, aligned((blocks, self.plan.kept_bytes)))
 
@@ -363,5 +373,19 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="harprune")
 
 
-if hasattr(os, "register_at_fork"):  # threads do not follow into a child, which makes its own
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+_renewed: WeakSet = WeakSet()
+
+
+def renewed_after_fork(worker) -> None:
+    """`worker.renew()` is called in a child, into which no thread follows that is at work in it."""
+    _renewed.add(worker)
+
+
+def _renew() -> None:
+    _pool.cache_clear()
+    for worker in list(_renewed):
+        worker.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)

@@ -26,7 +26,7 @@ from harprune.models.resnet import (
 from harprune.models.small import small_cnn
 from harprune.models.vgg import vgg16_bn
 from harprune.models.wideresnet import wrn28_4, wrn28_10, wrn34_10
-from harprune.user_code import accepted, current_directory_importable, user_function
+from harprune.user_code import accepted, called, current_directory_importable, user_function
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "cifar_base": cifar_base,
@@ -195,7 +195,7 @@ def _from_user(name: str, num_classes: int, in_channels: int, width: int | None)
         if width is not None and "width" not in taken:
             raise ValueError(f"{name} takes no width; leave out width={width} or add the argument")
         _require_callable_with(name, function, taken)
-        network = function(**taken)
+        network = called(name, function, taken)
     if not isinstance(network, nn.Module):
         raise ValueError(
             f"{name} returned {type(network).__name__}; it must return a torch.nn.Module"

@@ -99,11 +99,25 @@ def load_weights(
         raise ValueError(_refusal(report, _head(target)))
     if not report.loaded:
         raise ValueError(f"{report}: this checkpoint is of another network")
-    _check_finite(path, {name: named[name] for name in report.loaded})
+    fitting = {name: _as(wanted[name], named[name], f"{path}: {name}") for name in report.loaded}
+    _check_finite(path, fitting)
     with torch.no_grad():
-        for name in report.loaded:
-            wanted[name].copy_(named[name])
+        for name, tensor in fitting.items():
+            wanted[name].copy_(tensor)
     return report
+
+
+def _as(wanted: Tensor, given: Tensor, what: str) -> Tensor:
+    """`given` in the type of `wanted`; ValueError where that is another kind of number."""
+    plain = given.layout == torch.strided and not (given.is_meta or given.is_quantized)
+    same_kind = given.is_floating_point() == wanted.is_floating_point()
+    if not plain or not same_kind or given.is_complex():
+        kind = str(given.dtype if plain else given.layout).removeprefix("torch.")
+        raise ValueError(
+            f"{what} is a {kind} tensor, where the model has {wanted.dtype}; save "
+            "model.state_dict() of the plain network"
+        )
+    return given.to(wanted.dtype)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -183,7 +197,7 @@ def _read_torch(path: Path) -> object:
             f"{path}: holds more than tensors and would have to be unpickled, which can run any "
             "code; save the state dict alone: torch.save(model.state_dict(), path)"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # a damaged pickle makes torch raise almost anything
         size = path.stat().st_size
         raise ValueError(
             f"{path}: not a complete PyTorch file of {size} bytes ({_line(error)}); get it again"
@@ -195,14 +209,16 @@ def _first_bytes(path: Path) -> bytes:
         return file.read(4)
 
 
-def _unwrapped(content: object) -> dict[str, Tensor] | None:
+def _unwrapped(content: object, depth: int = 8) -> dict[str, Tensor] | None:
     """The state dict inside the dicts and lists that training programs save around it."""
+    if depth == 0:
+        return None
     if isinstance(content, list | tuple):
-        return _unwrapped(content[0]) if content else None
+        return _unwrapped(content[0], depth - 1) if content else None
     if not isinstance(content, Mapping):
         return None
     for key in WRAPPERS:
-        inner = _unwrapped(content.get(key))
+        inner = _unwrapped(content.get(key), depth - 1)
         if inner is not None:
             return inner
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}

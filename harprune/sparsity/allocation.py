@@ -108,8 +108,10 @@ def read_allocation(path: str | Path) -> Explicit:
     """An allocation from a JSON file `{layer: density}`, as `write_allocation` writes it."""
     try:
         content = json.loads(Path(path).read_text())
+        if not all(type(value) in (int, float) for value in content.values()):
+            raise ValueError("a density is no number")
         return Explicit({str(name): float(value) for name, value in content.items()})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not an allocation ({error}); expected JSON of the form "
             '{"layer name": density}'

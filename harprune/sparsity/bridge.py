@@ -83,6 +83,12 @@ class _Region(nn.Module):
         shapes = [Shape(*x.shape[1:]) for x in inputs]
         return translate(region, dict(region.named_modules()), self._role, shapes)
 
+    @staticmethod
+    def computable(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Inputs in a type that kernels compute in; what torch runs may have rounded some."""
+        double = any(x.dtype == torch.float64 for x in inputs)
+        return tuple(x.to(torch.float64 if double else torch.float32) for x in inputs)
+
     def in_torch(self, inputs: tuple[Tensor, ...]) -> bool:
         """Whether an input is no batch of images, but something for torch to broadcast."""
         return len({len(x) for x in inputs}) > 1
@@ -106,6 +112,7 @@ class FunctionRegion(_Region):
     def forward(self, *inputs: Tensor):
         if self.in_torch(inputs):
             return self._region[0](*inputs)
+        inputs = self.computable(inputs)
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
             outputs = _Function.apply(self, *inputs)
         else:
@@ -206,6 +213,7 @@ class TrainingRegion(_Region):
     def forward(self, *inputs: Tensor):
         if self.in_torch(inputs):
             return self._region[0](*inputs)
+        inputs = self.computable(inputs)
         plan, layers = self._plan(inputs)
         held = {name: self._held(layers[name]) for name in _convolutions(plan)}
         parameters = []
@@ -248,11 +256,11 @@ def _pattern(held: Held, known: Pattern | None) -> Pattern:
     """Where the weights are kept; `known` if it was made from the same fixed mask."""
     if held.kept is None:
         return pattern_of(array(held.tensor))
-    if known is not None and known.source is held.kept:
+    if known is not None and known.source is held.kept and known.version == held.kept._version:
         return known
-    kept = array(held.kept)
-    pattern = pattern_of(kept)
-    pattern.source = held.kept
+    pattern = pattern_of(array(held.kept))
+    # The version, because a state dict may be loaded into the mask.
+    pattern.source, pattern.version = held.kept, held.kept._version
     return pattern
 
 
@@ -301,8 +309,7 @@ class _Training(torch.autograd.Function):
         def normalise(name: str, sums: np.ndarray, many: int) -> None:
             statistics[name] = _normalise(layers[name], executable.vectors, name, sums, many)
 
-        with torch.autocast("cpu", enabled=False):
-            inputs = [array(x.to(tensors[0].dtype)) for x in tensors[:count]]
+        inputs = [array(x) for x in tensors[:count]]
         outputs, ctx.memory = executable.forward(inputs, normalise)
         ctx.shapes = [x.shape for x in tensors[:count]]
         return region.shaped(outputs)

@@ -26,6 +26,7 @@ from harprune.sparsity.masks import FixedMask, KeptWeights
 from harprune.sparsity.regions import split, traced
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -113,15 +114,21 @@ def frozen(model: nn.Module) -> fx.GraphModule | None:
     for node in list(network.graph.nodes):
         if node.op == "call_module" and _is_affine(modules[node.target]):
             _freeze(network, node, modules)
-        elif node.op == "call_module" and isinstance(
-            modules[node.target], nn.modules.dropout._DropoutNd
-        ):
+        elif _is_asleep(node, modules):
             node.replace_all_uses_with(node.args[0])
             network.graph.erase_node(node)
     network.graph.eliminate_dead_code()
     network.delete_all_unused_submodules()
     network.recompile()
     return network
+
+
+def _is_asleep(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node is a dropout in eval mode."""
+    if node.op == "call_module":
+        return isinstance(modules[node.target], nn.modules.dropout._DropoutNd)
+    given = dict(zip(("input", "p", "training"), node.args)) | node.kwargs
+    return node.target in _DROPOUTS and bool(node.args) and given.get("training") is False
 
 
 def _freeze(network: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module]) -> None:
@@ -274,11 +281,10 @@ def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _is_hooked(network: fx.GraphModule) -> bool:
-    """Whether a hook may change what a layer gives, which no copy of the layer would know."""
+    """Whether a hook may change what a module gives, which nothing in its place would know."""
     return any(
         hooks
         for module in network.modules()
-        if _is_affine(module)
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
     )
 
@@ -292,8 +298,12 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_convolution(module: nn.Module) -> bool:
+    # A mask makes a leaf of a user's own convolution, and says no more of what it overrides.
     return any(
-        isinstance(module, kind) and type(module).forward is kind.forward for kind in _CONVOLUTIONS
+        isinstance(module, kind)
+        and type(module).forward is kind.forward
+        and type(module)._conv_forward is kind._conv_forward
+        for kind in _CONVOLUTIONS
     )
 
 

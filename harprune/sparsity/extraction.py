@@ -89,7 +89,15 @@ def _translated(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, nn.
     _fold_channel_arithmetic(network, example[:1])
     _require_whole(network, example[:1])
     modules = dict(network.named_modules())
-    return translate(network, modules, _role, [Shape(*example.shape[1:])])
+    graph, layers = translate(network, modules, _role, [Shape(*example.shape[1:])])
+    for node in graph.nodes:
+        if isinstance(node, g.MeanPool) and 0 in node.window.stride:
+            small = graph.shapes[node.sources[0]]
+            raise ValueError(
+                f"an adaptive pooling repeats the numbers of a map of {small.height} x "
+                f"{small.width}, which no file says; give larger images"
+            )
+    return graph, layers
 
 
 def _require_whole(network: fx.GraphModule, example: Tensor) -> None:
@@ -103,8 +111,8 @@ def _require_whole(network: fx.GraphModule, example: Tensor) -> None:
         place = next(reversed(node.meta.get("nn_module_stack") or ["the model itself"]))
         raise ValueError(
             f"{node.name} ({what}, in {place}) cannot run without torch; deploy a network of 2-d "
-            "convolutions, linear layers, batch norm, ReLU, sums, concatenations, pooling and "
-            "flattening"
+            "convolutions (zeros as padding, as many at both ends), linear layers, batch norm, "
+            "ReLU, sums, concatenations, pooling and flattening"
         )
     inputs = [n for n in network.graph.nodes if n.op == "placeholder"]
     (output,) = (n for n in network.graph.nodes if n.op == "output")

@@ -21,7 +21,8 @@ class Granularity(Enum):
         """Shape of the scores of `layer`, broadcastable to its weight.
 
         Raises:
-            ValueError: channels of a grouped convolution, which groups do not share.
+            ValueError: channels of a grouped convolution, which groups do not share, or filters of
+                a transposed one.
         """
         if self is Granularity.WEIGHT:
             return layer.shape
@@ -29,6 +30,11 @@ class Granularity(Enum):
             raise ValueError(
                 f"{layer.name}: a convolution in {layer.groups} groups has no common input "
                 "channels to prune; exclude it or prune by filter"
+            )
+        if self is Granularity.FILTER and layer.groups > 1 and layer.output_axis:
+            raise ValueError(
+                f"{layer.name}: filters of a transposed convolution in {layer.groups} groups lie "
+                "one upon another; exclude it or prune by weight"
             )
         axis = layer.output_axis if self is Granularity.FILTER else 1 - layer.output_axis
         return torch.Size(n if i == axis else 1 for i, n in enumerate(layer.shape))

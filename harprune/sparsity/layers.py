@@ -13,6 +13,8 @@ from torch.nn.utils import parametrize
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *_TRANSPOSED)
+_Place = tuple[str, nn.Module, str]
+"""The name of a parameter, the module that holds it, and its name there."""
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -21,8 +23,8 @@ class Layer:
     """One prunable parameter.
 
     `places` lists every (module, tensor name) that holds it: a shared weight has several, and is
-    masked and counted once. `output_axis` is the axis of its filters: 0, but 1 in a transposed
-    convolution. `groups` is the number of groups of a convolution, else 1.
+    masked and counted once, under the name of the first. `output_axis` is the axis of its filters:
+    0, but 1 in a transposed convolution. `groups` is the number of groups of a convolution, else 1.
     """
 
     name: str
@@ -65,7 +67,8 @@ def prunable_layers(
 
     By default the weights of all convolutions, transposed convolutions and linear layers, and the
     input projections of attention. `include` replaces that choice by name patterns
-    (`"features.*"`), which may name any parameter with at least two axes; `exclude` takes away.
+    (`"features.*"`), which may name any parameter with at least two axes; `exclude` takes away, a
+    shared weight under any of its names.
 
     Raises:
         ValueError: a pattern matches nothing, or nothing is left to prune.
@@ -73,17 +76,20 @@ def prunable_layers(
     names = {name for name, _, _ in _parameters(model)}
     for pattern in (*(include or ()), *exclude):
         _require_match(pattern, names)
-    layers: dict[str, Layer] = {}
-    seen: dict[int, str] = {}
-    for name, module, tensor_name in _parameters(model):
-        parameter = _parameter(module, tensor_name)
-        chosen = _is_weight(module, tensor_name) if include is None else _matches(name, include)
-        known = seen.get(id(parameter))
-        if known is not None:
-            layers[known] = _with_place(layers[known], module, tensor_name)
-        elif chosen and not _matches(name, exclude) and parameter.dim() >= 2:
-            seen[id(parameter)] = name
-            layers[name] = _layer(name, module, tensor_name)
+    held: dict[int, list[_Place]] = {}
+    for place in _parameters(model):
+        held.setdefault(id(_parameter(*place[1:])), []).append(place)
+
+    def chosen(name: str, module: nn.Module, tensor_name: str) -> bool:
+        return _is_weight(module, tensor_name) if include is None else _matches(name, include)
+
+    layers = {
+        places[0][0]: _layer(places)
+        for places in held.values()
+        if any(chosen(*place) for place in places)
+        and not any(_matches(name, exclude) for name, _, _ in places)
+        and _parameter(*places[0][1:]).dim() >= 2
+    }
     if not layers:
         raise ValueError(
             "nothing to prune: no parameter with two or more axes is selected; "
@@ -106,11 +112,15 @@ def require_weights_of_its_own(
     Raises:
         ValueError: one of the layers to prune has no weight of its own.
     """
-    for prefix, module in model.named_modules():
-        if not isinstance(module, _WEIGHTED) or module._parameters.get("weight") is not None:
-            continue
-        name = f"{prefix}.weight" if prefix else "weight"
-        if (include is None or _matches(name, include)) and not _matches(name, exclude):
+    computed = [
+        (f"{prefix}.weight" if prefix else "weight", module, "weight")
+        for prefix, module in model.named_modules()
+        if isinstance(module, _WEIGHTED) and module._parameters.get("weight") is None
+    ]
+    computed += [place for place in _parameters(model) if parametrize.is_parametrized(*place[1:])]
+    for name, module, tensor_name in computed:
+        chosen = _is_weight(module, tensor_name) if include is None else _matches(name, include)
+        if chosen and not _matches(name, exclude):
             raise ValueError(
                 f"{name} is computed from other tensors, as by weight_norm, spectral_norm or "
                 "torch.nn.utils.prune; make it a parameter again before pruning, for instance by "
@@ -123,19 +133,15 @@ def weights(layers: dict[str, Layer]) -> dict[str, Tensor]:
     return {name: layer.parameter.detach() for name, layer in layers.items()}
 
 
-def _layer(name: str, module: nn.Module, tensor_name: str) -> Layer:
+def _layer(places: Sequence[_Place]) -> Layer:
+    name, module, tensor_name = places[0]
     shape = _parameter(module, tensor_name).shape
     axis = 1 if isinstance(module, _TRANSPOSED) else 0
     groups = module.groups if isinstance(module, nn.modules.conv._ConvNd) else 1
-    return Layer(name, shape, ((module, tensor_name),), axis, groups)
+    return Layer(name, shape, tuple((m, n) for _, m, n in places), axis, groups)
 
 
-def _with_place(layer: Layer, module: nn.Module, tensor_name: str) -> Layer:
-    places = (*layer.places, (module, tensor_name))
-    return Layer(layer.name, layer.shape, places, layer.output_axis, layer.groups)
-
-
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def _parameters(model: nn.Module) -> Iterator[_Place]:
     """Every (qualified name, holding module, tensor name), masks looked through."""
     for prefix, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList) or ".parametrizations." in prefix:

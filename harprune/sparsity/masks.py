@@ -2,7 +2,7 @@
 """Masks as parametrisations: a layer's weight *becomes* weight * mask, on any `nn.Module`.
 
 While a mask is installed the model is ordinary PyTorch: it trains, copies and attacks as before.
-`settle` freezes what was learned, `bake` removes the mechanism and leaves plain tensors.
+`freeze` fixes what was learned, `bake` removes the mechanism and leaves plain tensors.
 
 A parametrised model cannot be pickled whole, `type(layer) is nn.Conv2d` is false for its layers
 (use isinstance), and its state-dict keys change (`conv.parametrizations.weight.original`).
@@ -86,13 +86,19 @@ class KeptWeights(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight.flatten()[self.index]
 
+    def _load_from_state_dict(self, *arguments, **options) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        self.index = self.kept.flatten().nonzero().flatten()
+
 
 def install(layer: Layer, mask: Mask) -> None:
     """Put `mask` on every place that holds the layer's weight, in place of an earlier one.
 
     It moves to the weight's device, and so does the density it may share with other layers.
     """
-    mask.to(layer.parameter.device)
+    device = layer.parameter.device
+    if any(tensor.device != device for tensor in (*mask.parameters(), *mask.buffers())):
+        mask.to(device)
     for module, tensor_name in layer.places:
         if parametrize.is_parametrized(module, tensor_name):
             module.parametrizations[tensor_name][0] = mask

@@ -8,6 +8,7 @@ the model's data flow lets them be; whatever else the model does runs in torch b
 import operator
 from collections.abc import Callable, Mapping
 from functools import partialmethod
+from inspect import signature
 from math import prod
 
 import torch
@@ -34,7 +35,8 @@ def traced(model: nn.Module) -> fx.GraphModule:
 
     A trace says of `y = relu_(x)` only that y comes from x, not that x is y from then on. What
     runs its nodes in another order, or makes a new tensor of y, would compute something else.
-    Views become reshapes, which do not ask in which order their tensor lies in memory.
+    Views become reshapes, which do not ask in which order their tensor lies in memory; modules get
+    by position what they were given by name.
     """
     tracer = _Tracer()
     network = fx.GraphModule(model, tracer.trace(model))
@@ -45,6 +47,9 @@ def traced(model: nn.Module) -> fx.GraphModule:
         if isinstance(changed, fx.Node) and _is_in_place(node, modules):
             changed.replace_all_uses_with(node, delete_user_cb=lambda user: user not in seen)
             _make_pure(node, modules)
+        elif node.op == "call_module" and node.kwargs:
+            bound = signature(modules[node.target].forward).bind(*node.args, **node.kwargs)
+            node.args, node.kwargs = bound.args, bound.kwargs
         elif node.op == "call_method" and node.target in _VIEWS and not _is_cast(node):
             node.target = _VIEWS[node.target]
     network.recompile()
@@ -345,17 +350,28 @@ def _weighted(node, graph: Graph, values, layer: nn.Module) -> bool:
             return False
         window, groups, filters = Window((1, 1)), 1, layer.out_features
     else:
-        if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros":
+        padding = _padding(layer) if isinstance(layer, nn.Conv2d) else None
+        if padding is None or shape.channels != layer.in_channels:
             return False
-        if isinstance(layer.padding, str) or shape.channels != layer.in_channels:
-            return False
-        window = Window(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        window = Window(layer.kernel_size, layer.stride, padding, layer.dilation)
         groups, filters = layer.groups, layer.out_channels
     out = Shape(filters, *window.over(shape.height, shape.width))
     bias = layer.bias is not None
     fields = {"name": node.name, "window": window, "groups": groups, "bias": bias}
     _add(node, graph, values, g.Convolution, out, (source,), **fields)
     return True
+
+
+def _padding(layer: nn.Conv2d) -> tuple[int, ...] | None:
+    """The zeros on both ends of each side; None where they are something else, or not as many."""
+    if layer.padding_mode != "zeros":
+        return None
+    if not isinstance(layer.padding, str):
+        return layer.padding
+    both = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation)]
+    if layer.padding == "valid":
+        return (0, 0)
+    return None if any(n % 2 for n in both) else tuple(n // 2 for n in both)
 
 
 def _pool(node, graph: Graph, values, kind, window: Window, **fields) -> bool:

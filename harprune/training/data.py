@@ -28,7 +28,7 @@ from harprune.training.formats import (
     read_svhn,
 )
 from harprune.training.splits import Dataset, Split, from_arrays, split_validation, to_float
-from harprune.user_code import accepted, current_directory_importable, user_function
+from harprune.user_code import accepted, called, current_directory_importable, user_function
 
 __all__ = [
     "Batches",
@@ -345,7 +345,7 @@ def _from_user(name: str, folder: str | os.PathLike[str] | None, image_size: int
     offered = {"folder": folder, "image_size": image_size}
     with current_directory_importable():
         function = user_function(name, "data set")
-        dataset = function(**accepted(function, offered))
+        dataset = called(name, function, accepted(function, offered))
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"{name} returned {type(dataset).__name__}; it must return "

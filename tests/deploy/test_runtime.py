@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file runs without torch, for any batch and any size of image that its network takes."""
 
+import copy
 import json
+import os
+import pickle
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -296,3 +301,42 @@ def test_real_images_get_the_logits_of_the_masked_model(data_root, checkpoint_ro
 def test_kernels_of_another_precision_are_refused(small):
     with pytest.raises(ValueError, match="kernels float64 compute in float64; give float32 ones"):
         Engine(deployed(small), kernels=native.named("float64"))
+
+
+def test_an_engine_may_be_copied_and_sent_to_another_process(engine, small):
+    x = images(3)
+    for again in (pickle.loads(pickle.dumps(engine)), copy.deepcopy(engine)):
+        assert np.array_equal(again(x), engine(x)) and again.classes == engine.classes
+
+
+def test_threads_are_counted_in_whole_numbers(small):
+    with pytest.raises(ValueError, match=r"threads = 2\.5 must be a whole number from 1 on"):
+        Engine(deployed(small), threads=2.5)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_child_does_not_wait_for_its_parents_threads(engine):
+    x, stop = images(64), threading.Event()
+
+    def work():
+        while not stop.is_set():
+            engine(x)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(5):
+            child = os.fork()
+            if not child:
+                os._exit(0 if engine(x[:2]).shape == (2, 10) else 1)
+            until = time.monotonic() + 60
+            while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
+                time.sleep(0.01)
+            if done == (0, 0):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            assert done == (child, 0)
+    finally:
+        stop.set()
+        thread.join()

@@ -782,3 +782,38 @@ def test_weight_gradients_do_not_depend_on_threads():
         results.append([executable.weight_gradient("layer", memory, kind) for kind in kinds])
     for other in results[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("window", [Window((2, 2), (2, 2)), Window((3, 3), (2, 2), (1, 1))])
+@pytest.mark.parametrize("at", [(0, 0), (1, 1), (2, 3)])
+def test_what_is_no_number_stays_none(name, window, at):
+    """Through a convolution with a ReLU, and through a pooling in its window."""
+    kernels = native.named(name)
+    for pooled in (False, True):
+        graph = Graph()
+        start = graph.value(Shape(1, 6, 6))
+        end = graph.value(Shape(1, 6, 6))
+        graph.nodes.append(g.Convolution((start,), end, "layer", Window((1, 1))))
+        graph.nodes.append(g.Rectifier((end,), graph.value(graph.shapes[end])))
+        if pooled:
+            last = graph.nodes[-1].out
+            shape = Shape(1, *window.over(6, 6))
+            graph.nodes.append(g.MaxPool((last,), graph.value(shape), window))
+        graph.inputs, graph.outputs = [start], [graph.nodes[-1].out]
+        x = np.random.default_rng(0).random((17, 1, 6, 6)).astype(kernels.dtype)
+        x[:, :, at[0], at[1]] = np.nan
+        wanted = torch.relu(torch.tensor(x))
+        if pooled:
+            wanted = F.max_pool2d(wanted, window.size, window.stride, window.padding)
+        pattern = {"layer": Pattern((1, 1, 1, 1), None)}
+        vectors = {"layer/bias": np.zeros(1, kernels.dtype)}
+        for made in (
+            Executable(Plan(graph, kernels), pattern, vectors),
+            RowExecutable(graph, kernels, pattern, vectors),
+            RowGradient(graph, kernels, pattern, vectors),
+        ):
+            made.load("layer", np.ones(1, kernels.dtype))
+            found = made.forward([x])
+            (found,) = found if isinstance(made, RowExecutable) else found[0]
+            assert np.array_equal(np.isnan(found), wanted.isnan().numpy())

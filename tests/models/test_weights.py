@@ -261,3 +261,40 @@ def test_published_checkpoints_reach_their_clean_accuracy(file, folders, test_sp
     # The figures are percentages of all 10,000 test images, so this is equality of counts.
     expected = (entry.get("measured") or entry["published"])["clean"]
     assert correct == round(100 * expected)
+
+
+def endless() -> dict:
+    content: dict = {}
+    content["state_dict"] = content
+    return content
+
+
+@pytest.mark.parametrize("content", [endless(), [[[[[[[[[[[torch.zeros(1)]]]]]]]]]]]])
+def test_wrappings_without_end_are_refused(content, tmp_path):
+    torch.save(content, tmp_path / "endless.pt")
+    with pytest.raises(ValueError, match=r"endless\.pt: holds no state dict"):
+        read_checkpoint(tmp_path / "endless.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda t: t.to(torch.complex64),
+            "conv1.weight is a complex64 tensor, where the mod",
+        ),
+        (lambda t: t.to(torch.int8), "conv1.weight is a int8 tensor"),
+        (lambda t: t.to_sparse(), "conv1.weight is a sparse_coo tensor"),
+        (lambda t: t.double() + 1e300, "1 tensors hold NaN or infinity"),
+    ],
+)
+def test_numbers_of_another_kind_are_refused(change, said, tmp_path):
+    state = narrow().state_dict()
+    state["conv1.weight"] = change(state["conv1.weight"])
+    torch.save(state, tmp_path / "odd.pt")
+    model = narrow(seed=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=said):
+        load_weights(model, tmp_path / "odd.pt")
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())

@@ -128,6 +128,9 @@ def test_a_wrong_recipe_is_one_line(command, here, setting, text, monkeypatch):
         (["data.name=stripes_of_tests:too_bright"], "train images run from"),
         (["objective.beta=3"], "objective.beta = 3.0 has no effect with objective.name ="),
         (["model.name=./nets.py:made"], "model './nets.py:made' names a file where a module belon"),
+        (["model.name=broken_of_tests:made"], "model 'broken_of_tests:made': importing broken_of_"),
+        (["data.name=raising_of_tests:load"], "data set 'raising_of_tests:load': importing raisin"),
+        (["model.name=stripes_of_tests:fails"], "stripes_of_tests:fails fails in line "),
         (["model.name=stripes_of_tests:wants"], "stripes_of_tests:wants cannot be called with num"),
         (["model.name=stripes_of_tests:nan"], "the network's logits are not finite; its weights h"),
         (["model.name=smal_cnn"], "unknown model 'smal_cnn'; nearest: small_cnn"),
@@ -151,6 +154,8 @@ def test_a_wrong_recipe_is_one_line(command, here, setting, text, monkeypatch):
 def test_what_does_not_fit_is_one_line_before_training(command, here, settings, text, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Path("wrong.json").write_text('{"x": 0.1}')
+    Path("broken_of_tests.py").write_text("def made(:\n")
+    Path("raising_of_tests.py").write_text('open("/nowhere/at/all")\n')
     refusal = run_with(command, *settings).refusal
     assert refusal.startswith(text)
     assert not list(Path("new").glob("*.safetensors"))

@@ -95,7 +95,7 @@ def test_explicit_densities_that_do_not_fit_are_refused(densities, message, weig
         Explicit(densities)(weights, 0.1)
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", '{"a": "b"}'])
+@pytest.mark.parametrize("text", ["[1]", "{", '{"a": "0.5"}', '{"a": true}', "[" * 100_000])
 def test_a_file_that_is_no_allocation_is_refused(tmp_path, text):
     path = tmp_path / "x.json"
     path.write_text(text)

@@ -251,3 +251,99 @@ def test_the_first_pass_draws_as_all_others_do():
         torch.manual_seed(3)
         logits.append(running(x))
     assert torch.equal(*logits)
+
+
+def test_hooks_of_whatever_a_trace_calls_count():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
+    model[1].register_forward_hook(lambda module, inputs, out: out * 0)
+    assert twin(model) is None and training_twin(model) is None
+
+
+class Standardised(nn.Conv2d):
+    """What it computes stands in a part that a mask does not show."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+def test_a_convolution_of_the_users_own_stays_what_it_is_under_a_mask():
+    model, x = (
+        nn.Sequential(Standardised(3, 4, 3), nn.Conv2d(4, 2, 3)).eval(),
+        torch.rand(2, 3, 8, 8),
+    )
+    for layer in prunable_layers(model).values():
+        masks.install(layer, masks.FixedMask(torch.rand(layer.shape) < 0.3))
+    assert torch.allclose(twin(model).current()(x), model(x), atol=1e-6)
+    assert torch.allclose(training_twin(model)(x), model(x), atol=1e-6)
+
+
+class ByName(nn.Module):
+    """Gives its modules what they read by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.same, self.linear = nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.Linear(4, 2)
+
+    def forward(self, x):
+        seen = self.same(input=self.conv(input=x).relu().mean((2, 3)))
+        return self.linear(input=F.dropout(seen, training=False))
+
+
+def test_modules_may_be_called_by_name():
+    model, x = ByName().eval(), torch.rand(2, 3, 8, 8)
+    assert torch.allclose(twin(model).current()(x), model(x), atol=1e-6)
+    assert training_twin(model.train())(x).shape == (2, 2)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_mask_that_is_loaded_into_the_old_ones_place_is_seen(compact):
+    model, other = (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()) for _ in range(2))
+    for network in (model, other):
+        for layer in prunable_layers(network).values():
+            kept = torch.zeros(layer.size, dtype=torch.bool)
+            kept[torch.randperm(layer.size)[:20]] = True
+            masks.fix(layer, kept.view(layer.shape))
+        if compact:
+            masks.compact(network)
+    x, function, running = torch.rand(2, 3, 8, 8), twin(model), training_twin(model)
+    function.current()(x), running(x)
+    model.load_state_dict(other.state_dict())
+    assert torch.allclose(model(x), other(x))
+    assert torch.allclose(function.current()(x), other(x), atol=1e-6)
+    assert torch.allclose(running(x), other(x), atol=1e-6)
+
+
+def test_what_torch_runs_between_regions_may_be_rounded():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten()
+    )
+    x = torch.rand(2, 3, 8, 8)
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        for function in (twin(model).current(), training_twin(model.train())):
+            logits = function(x.clone().requires_grad_())
+            assert torch.allclose(logits.float(), expected, atol=0.05)
+            logits.sum().backward()
+
+
+def test_a_number_that_is_none_does_not_vanish_in_a_relu():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    model.append(nn.Flatten())
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] = torch.nan
+    for count in (1, 20):
+        x = torch.rand(count, 3, 8, 8)
+        assert twin(model).current()(x).isnan().all()
+        assert training_twin(model.train())(x).isnan().all()
+
+
+def test_variances_do_not_drown_in_their_means():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.Flatten()).train()
+    nn.init.ones_(model[0].weight)
+    nn.init.constant_(model[0].bias, 100.0)
+    x = 0.1 * torch.rand(20, 1, 8, 8)
+    exact = copy.deepcopy(model).double()
+    got, wanted = training_twin(model)(x), exact(x.double())
+    assert torch.allclose(got.double(), wanted, atol=1e-2)
+    assert torch.allclose(model[1].running_var.double(), exact[1].running_var, rtol=1e-6)

@@ -124,3 +124,29 @@ def test_models_that_cannot_be_traced_or_are_not_float32_are_refused():
         extract(Branching(), torch.rand(1, 3, 4, 4))
     with pytest.raises(ValueError, match=r"call \.float\(\)"):
         extract(nn.Conv2d(3, 4, 3).double(), torch.rand(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_padding_may_be_a_word(padding):
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, (3, 5), padding=padding, dilation=(2, 1)), nn.ReLU(), nn.AvgPool2d(4),
+        nn.Flatten(),
+    )  # fmt: skip
+    x = torch.rand(5, 3, 8, 8)
+    assert np.allclose(run(extract(model.eval(), x), x), model(x).detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(3, 4, 2, padding="same"), nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")],
+)
+def test_padding_of_another_kind_is_what_the_refusal_says(layer):
+    with pytest.raises(ValueError, match="zeros as padding, as many at both ends"):
+        extract(nn.Sequential(layer, nn.Flatten()).eval(), torch.rand(1, 3, 8, 8))
+
+
+def test_a_pooling_that_repeats_numbers_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 4), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    with pytest.raises(ValueError, match="a map of 1 x 1, which no file says; give larger images"):
+        extract(model.eval(), torch.rand(1, 3, 4, 4))

@@ -85,7 +85,44 @@ def test_fan_in_and_units_follow_the_kind_of_layer():
     layers = prunable_layers(Mixed())
     assert layers["one.weight"].fan_in == 2 * 3
     assert layers["up.weight"].fan_in == 3 * 3 * 3
-    assert Granularity.FILTER.score_shape(layers["up.weight"]) == torch.Size([1, 2, 1, 1])
+    assert Granularity.FILTER.score_shape(layers["three.weight"]) == torch.Size([4, 1, 1, 1, 1])
     assert Granularity.CHANNEL.units(layers["three.weight"]) == 2
     with pytest.raises(ValueError, match="groups"):
         Granularity.CHANNEL.units(layers["up.weight"])
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.a, self.b = nn.Embedding(6, 4), nn.Linear(4, 6), nn.Linear(4, 6)
+        self.a.weight = self.b.weight = self.table.weight
+        self.c = nn.Linear(6, 2)
+
+
+def test_a_shared_weight_is_chosen_and_left_out_under_any_of_its_names():
+    model = Shared()
+    shared, own = prunable_layers(model).values()
+    assert shared.name == "table.weight" and own.name == "c.weight"
+    assert [module for module, _ in shared.places] == [model.table, model.a, model.b]
+    assert list(prunable_layers(model, include=["b"])) == ["table.weight"]
+    for name in ("table", "a", "b.weight"):
+        assert list(prunable_layers(model, exclude=[name])) == ["c.weight"]
+    masks.install(shared, masks.FixedMask(torch.rand(6, 4) < 0.5))
+    assert list(masks.installed(model)) == ["table.weight"]
+    masks.bake(model)
+    assert model.a.weight is model.b.weight is model.table.weight
+    assert type(model.table) is nn.Embedding and type(model.b) is nn.Linear
+
+
+def test_a_weight_that_the_user_computes_is_not_overwritten():
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 2))
+    nn.utils.parametrizations.spectral_norm(model[0])
+    require_weights_of_its_own(model)
+    with pytest.raises(ValueError, match=r"0\.weight is computed from other tensors"):
+        require_weights_of_its_own(model, include=["0.weight"])
+
+
+def test_filters_of_a_transposed_convolution_in_groups_are_refused():
+    (layer,) = prunable_layers(nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2))).values()
+    with pytest.raises(ValueError, match="transposed convolution in 2 groups lie one upon another"):
+        Granularity.FILTER.units(layer)

@@ -7,7 +7,11 @@ INLINE vec keep(vec v, signs bits) {
     const __m256i set = _mm256_and_si256(_mm256_set1_epi32(bits), one);
     return (vec)_mm256_and_ps((__m256)v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, one)));
 }
-INLINE vec larger(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE vec larger(vec a, vec b) { /* of two that differ in kind the instruction takes b */
+    const __m256 nan = _mm256_cmp_ps((__m256)a, (__m256)a, _CMP_UNORD_Q);
+    return (vec)_mm256_blendv_ps(_mm256_max_ps((__m256)a, (__m256)b), (__m256)a, nan);
+}
+INLINE vec rectified(vec v) { return (vec)_mm256_max_ps(_mm256_setzero_ps(), (__m256)v); }
 INLINE vec joined(vec a, vec b, int64_t k) {
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     const __m256i from = _mm256_add_epi32(lanes, _mm256_set1_epi32((int)k));

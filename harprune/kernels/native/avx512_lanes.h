@@ -3,7 +3,11 @@ INLINE signs signs_of(vec v) {
     return (signs)_mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GT_OQ);
 }
 INLINE vec keep(vec v, signs bits) { return (vec)_mm512_maskz_mov_ps(bits, (__m512)v); }
-INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE vec larger(vec a, vec b) { /* of two that differ in kind the instruction takes b */
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_UNORD_Q);
+    return (vec)_mm512_mask_mov_ps(_mm512_max_ps((__m512)a, (__m512)b), nan, (__m512)a);
+}
+INLINE vec rectified(vec v) { return (vec)_mm512_max_ps(_mm512_setzero_ps(), (__m512)v); }
 INLINE vec joined(vec a, vec b, int64_t k) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i from = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)k));

@@ -10,8 +10,12 @@ INLINE vec keep(vec v, signs bits) {
     return v;
 }
 INLINE vec larger(vec a, vec b) {
-    for (int i = 0; i < V; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
+    for (int i = 0; i < V; i++) a[i] = a[i] > b[i] || a[i] != a[i] ? a[i] : b[i];
     return a;
+}
+INLINE vec rectified(vec v) {
+    for (int i = 0; i < V; i++) v[i] = v[i] < 0 ? 0 : v[i];
+    return v;
 }
 INLINE vec joined(vec a, vec b, int64_t k) {
     real both[2 * V];
