@@ -34,6 +34,8 @@ __all__ = sorted([*_HOMES, "deploy"])
 def __getattr__(name: str) -> Any:
     if name == "deploy":
         return import_module("harprune.deploy")
+    if name == "__version__":
+        return import_module("importlib.metadata").version("harprune")
     if name not in _HOMES:
         raise AttributeError(f"module 'harprune' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

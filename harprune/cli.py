@@ -74,8 +74,21 @@ _INTERRUPTED = 130
 _Usage: type = typer.BadParameter.__mro__[1]  # what every fault in a command line derives from
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from harprune import __version__
+
+        typer.echo(f"harprune {__version__}")
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
-def start(context: typer.Context) -> None:
+def start(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it, and stop.")
+    ] = False,
+) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -238,7 +251,7 @@ def evaluate(
         "attack.seed": seed,
         "attack.batch_size": batch_size,
     }
-    overrides = [*settings(said), *_machine(execution, device), *overrides]
+    overrides = [*settings(said), *overrides, *_machine(execution, device)]
     if source is not None:
         recipe = find_source(source, overrides).recipe
     else:
@@ -380,7 +393,9 @@ def bench_deploy(
         _print_json(found)
     else:
         typer.echo("\n".join(table(found, latency.COLUMNS)))
-        typer.echo(f"ratio: times the speed of {found[0]['reference']}, in the same round")
+        for size in dict.fromkeys(row["batch"] for row in found):
+            reference = next(row["reference"] for row in found if row["batch"] == size)
+            typer.echo(f"ratio, batch {size}: times the speed of {reference}, in the same round")
 
 
 def _machine(execution: str | None, device: str | None) -> list[str]:

@@ -198,14 +198,14 @@ class Method(ABC):
         return []
 
     def begin(self, epochs: int, steps: int) -> None:
-        """Before training: it will last `epochs` of `steps` optimiser steps each."""
+        """Before training: it will last `epochs` of `steps` batches each."""
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """Scalar added to the objective; zero by default."""
         return 0.0
 
     def step_ended(self, model: nn.Module, step: int) -> None:
-        """After optimiser step `step` (from 0); nothing by default."""
+        """After batch `step` (from 0), of which free training takes several optimiser steps."""
 
     def epoch_ended(self, model: nn.Module, epoch: int) -> None:
         """After epoch `epoch` (from 0); nothing by default."""

@@ -91,9 +91,12 @@ class BCS(Method):
         sizes = torch.tensor([float(layer.size) for layer, _ in parts])
         dormant = torch.tensor([int((~mask.kept).sum()) for _, mask in parts])
         for (layer, mask), count in zip(parts, _drawn(slept, sizes, dormant, random)):
+            layer.parameter.mul_(mask.kept)
+            if not count:
+                continue
             draw = torch.rand(layer.shape, generator=random).to(layer.parameter.device)
             woken = top_among(draw, ~mask.kept, count)
-            layer.parameter.mul_(mask.kept).add_(woken, alpha=_AWAKE)
+            layer.parameter.add_(woken, alpha=_AWAKE)
             mask.kept = mask.kept | woken
 
     def _random(self, step: int) -> torch.Generator:

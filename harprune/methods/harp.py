@@ -154,7 +154,7 @@ class HARP(Method):
             slopes = torch.autograd.grad(over, logits)
             with torch.no_grad():
                 length = over / sum(slope.square() for slope in slopes)
-                length = torch.minimum(length, 1.0 / max(slope.abs() for slope in slopes))
+                length = torch.minimum(length, 1.0 / torch.stack(slopes).abs().amax())
                 for logit, slope in zip(logits, slopes):
                     logit -= length * slope
 

@@ -28,6 +28,7 @@ SYNONYMS = (
 )
 # TRADES' WRN-34-10 registers its first stage a second time and never uses it.
 UNUSED = ("sub_block1.",)
+OF_A_RUN = "model/"
 NORMALISATION = frozenset(("mean", "std", "mu", "sigma"))
 COUNTER = "num_batches_tracked"
 ZIP_START, PICKLE_START = b"PK\x03\x04", b"\x80"
@@ -75,8 +76,8 @@ def load_weights(
 ) -> WeightsReport:
     """Copy a checkpoint's weights into `model`, in place.
 
-    Reads .safetensors files and PyTorch files that hold tensors only. The state dict may lie in a
-    list or under a usual key; `module.` and `_orig_mod.`, a common prefix, and the names that
+    Reads .safetensors files, those of a run among them, and PyTorch files that hold tensors only.
+    The state dict may lie in a list or under a usual key; `module.` and `_orig_mod.`, a common prefix, and the names that
     torchvision and TRADES use for the same layers are understood. A `Normalised` model takes the
     weights of its network. Nothing is changed if an error is raised.
 
@@ -160,12 +161,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except SafetensorError as error:
         size = path.stat().st_size
         raise ValueError(
             f"{path}: not a complete safetensors file of {size} bytes ({_line(error)})"
         ) from error
+    # A run keeps masks and more beside its network.
+    network = {n.removeprefix(OF_A_RUN): t for n, t in tensors.items() if n.startswith(OF_A_RUN)}
+    return network or tensors
 
 
 def _require_sound(path: Path) -> None:

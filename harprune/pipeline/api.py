@@ -89,6 +89,7 @@ def prune(
     }
     for section, values in (options or {}).items():
         _require_about_the_run(section, values)
+        _require_not_said(section, values, content)
         content[section] = {**content.get(section, {}), **values}
     recipe = make_recipe(content, source="harprune.prune")
     materials = _materials(model, train, validation)
@@ -99,7 +100,8 @@ def prune(
         run.require_same({**materials.digests(), "dense network": model_digest(model)})
         console = Console(run.folder / "log.txt", quiet=quiet)
         shop = stages.Workshop(run, materials, machinery.fabric(recipe.execution), console)
-        stages.run_until(shop)
+        # Without a folder there is nobody who could read a report.
+        stages.run_until(shop, "finetune" if out is None else "report")
         pruned = stages.load_network(shop, "finetune").cpu().eval()
         return Pruned(pruned, pruning.budget(recipe, materials.example).audit(pruned))
 
@@ -218,6 +220,16 @@ def _require_about_the_run(section: str, values: Mapping[str, Any]) -> None:
             f"options[{section!r}] with {key!r} would have no effect: network and images are those "
             "given, augmentation is an argument, and nothing is attacked here; leave it out"
         )
+
+
+def _require_not_said(section: str, values: Mapping, content: Mapping) -> None:
+    """Raises ValueError for an option that is an argument as well."""
+    for key in values:
+        if key in content.get(section, {}):
+            raise ValueError(
+                f"options[{section!r}][{key!r}] = {values[key]!r} is said by an argument of prune "
+                f"already ({content[section][key]!r}); give it there"
+            )
 
 
 def _kept_in(out: str | Path | None) -> AbstractContextManager:

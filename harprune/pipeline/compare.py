@@ -129,7 +129,8 @@ def read_grid(path: str | Path) -> Grid:
     try:
         return Grid.model_validate(content)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
+        faults = error.errors(include_url=False)
+        fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
         where = ".".join(map(str, fault["loc"]))
         known = f"; the keys are {', '.join(Grid.model_fields)}"
         rule = fault["msg"].removeprefix("Value error, ")
@@ -238,13 +239,15 @@ def compare(
     """
     if jobs < 1:
         raise ValueError(f"jobs = {jobs} must be at least 1")
-    grid, cells = read_grid(path), cells_of(path, out, overrides, densities)
-    for cell in cells:
+    grid, all_cells = read_grid(path), cells_of(path, out, overrides)
+    cells = cells_of(path, out, overrides, densities) if densities else all_cells
+    for cell in (*cells, *all_cells):
         _require_same_recipe(cell)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     failed = _run_all(cells, jobs, Console(out / "log.txt"), out / "times.jsonl")
-    points = [cell for cell in cells if cell.until == "report"]
+    # Of a part of the grid as of the whole: what was finished before stands in the table as well.
+    points = [cell for cell in all_cells if cell.until == "report"]
     done = [cell for cell in points if cell.finished and cell.name not in failed]
     if not done:
         name, why = next(iter(failed.items()), ("all of them", "see their logs"))
@@ -273,7 +276,8 @@ def _require_same_recipe(cell: Cell) -> None:
         held = completed(read_record(record))
         wanted = cell.recipe.model_dump(mode="json")
         # Which cell attacks the dense network depends on the order of the methods.
-        held["attack"] |= {key: wanted["attack"][key] for key in ("dense", "dense_size")}
+        free = ["dense"] if (cell.folder / "attack" / "dense").exists() else ["dense", "dense_size"]
+        held["attack"] |= {key: wanted["attack"][key] for key in free}
         later = ("budget", "method", "prune", "finetune", "attack")
         for section in later if cell.until == "pretrain" else ():
             held[section] = wanted[section]

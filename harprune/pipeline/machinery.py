@@ -14,9 +14,18 @@ from harprune.training.augmentation import crop_flip, default_augmentation, padd
 from harprune.training.batches import Batches
 from harprune.training.splits import Split
 
+_MOST_OF_A_CORE = 4
+"""Threads of a core, beyond which they only stand in each other's way."""
+
 
 def fabric(section: recipes.Execution) -> Fabric:
     """The engine: device, precision, and data-parallel processes under `torchrun`."""
+    cores = os.cpu_count() or 1
+    if section.threads is not None and section.threads > _MOST_OF_A_CORE * cores:
+        raise ValueError(
+            f"execution.threads = {section.threads} exceeds {_MOST_OF_A_CORE} for each of the "
+            f"{cores} cores here; lower it"
+        )
     if section.threads is not None:
         torch.set_num_threads(section.threads)
     if section.device == "cuda" and not torch.cuda.is_available():

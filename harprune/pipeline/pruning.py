@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a recipe prunes: method with plug-ins, budget and allocation."""
 
+import inspect
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -63,14 +65,30 @@ ALLOCATIONS: dict[str, allocation.Allocation] = {
 
 
 def method_notes() -> list[str]:
-    """The options of every method with their defaults, a line each."""
-    homes: dict[str, list[str]] = {}
+    """The options of every method: meaning, default, and whose they are."""
+    homes: dict[tuple[str, str], list[str]] = {}
     for name, kind in (METHODS | PLUG_INS).items():
+        meanings = _meanings(kind)
         for option in (f for f in fields(kind) if f.init):
             held = option.default.value if isinstance(option.default, Enum) else option.default
             default = "" if held is None else json.dumps(held)
-            homes.setdefault(f"{option.name} = {default}".strip(), []).append(name)
-    return [f"{option}  # {', '.join(names)}" for option, names in homes.items()]
+            line = f"{option.name} = {default}".strip()
+            homes.setdefault((meanings.get(option.name, ""), line), []).append(name)
+    found = []
+    for (meaning, option), names in homes.items():
+        found += [f"{', '.join(names)}: {meaning}", option]
+    return found
+
+
+def _meanings(kind: type) -> dict[str, str]:
+    """What the docstrings of a class and its bases say of its attributes, by name."""
+    found: dict[str, str] = {}
+    for each in reversed(kind.__mro__):
+        _, _, text = inspect.cleandoc(each.__doc__ or "").partition("Attributes:\n")
+        entries = re.findall(r"^    (\w[\w, ]*): ((?:.*\n?)(?:^ {8}.*\n?)*)", text, re.MULTILINE)
+        for names, meaning in entries:
+            found |= dict.fromkeys(names.split(", "), " ".join(meaning.split()))
+    return found
 
 
 def method(recipe: Recipe) -> Method:

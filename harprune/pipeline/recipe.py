@@ -259,7 +259,7 @@ class Attack(Section):
     """fgsm, pgd-STEPS, cw-STEPS, apgd-ce, apgd-dlr, autoattack."""
     size: int | None = Field(None, ge=1)
     """Test images, drawn by `seed`; the complete test set when absent."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Draws the subset and starts the attacks."""
     batch_size: int = Field(250, ge=1)
     """Images attacked at a time, and the grain of resuming (of AutoAttack each of its parts)."""
@@ -315,7 +315,7 @@ class Recipe(Section):
 
     name: str = "unnamed"
     """Shown in reports."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Decides initialisation, validation split, order, augmentation and training noise."""
     data: Data = Data()
     model: Model = Model()

@@ -44,13 +44,25 @@ def make_recipe(
 def overridden(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Nested values with `section.key=value` put in, in a copy.
 
+    Another `method.name` takes the options of the method that stood there away.
+
     Raises:
         ValueError: an override has another form.
     """
     merged = copy.deepcopy(dict(content))
     for override in overrides:
         _override(merged, override)
+    before, after = content.get("method"), merged.get("method")
+    if _names_another(before, after):
+        said = {text.partition("=")[0].strip() for text in overrides}
+        own = [key for key in after if key not in before or said & {"method", f"method.{key}"}]
+        merged["method"] = {key: after[key] for key in own}
     return merged
+
+
+def _names_another(before: Any, after: Any) -> bool:
+    both = isinstance(before, Mapping) and isinstance(after, Mapping)
+    return both and "name" in before and before["name"] != after.get("name")
 
 
 def settings(values: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -27,7 +28,7 @@ from typing import Any, TextIO
 
 from harprune.files import write
 from harprune.nested import differences, in_words
-from harprune.pipeline.recipe import Recipe
+from harprune.pipeline.recipe import Execution, Recipe
 from harprune.pipeline.recipe_text import as_toml, completed, make_recipe
 from harprune.reporting.records import STAGES
 from harprune.training import checkpoint
@@ -43,6 +44,8 @@ _TEMPORARY = re.compile(
 _PLACES = (".*", "attack/*/.*", "report/.*", "report/plots/.*")
 # What of an environment a number may depend on, and what was asked for.
 _DECISIVE = ("commit", "python", "versions", "machine", "command")
+_MOMENT = 0.02
+"""Seconds between two attempts to lock a folder."""
 _READ_FIRST_BY = {"budget": "prune", "method": "prune"}
 """The stage that is the first to read a section which has not its name."""
 
@@ -101,11 +104,11 @@ class Run:
                     f"{self.folder} holds a run of another recipe ({in_words(begun)}); "
                     "choose another --out"
                 )
-            self._going_on = environment_of(command)
+            self._going_on = environment_of(command, self.recipe.execution)
             self._changed = (source, resolved) if found else None
             return
         self._write_recipe(source, resolved)
-        environment = json.dumps(environment_of(command), indent=1)
+        environment = json.dumps(environment_of(command, self.recipe.execution), indent=1)
         write(self.folder / "environment.json", environment + "\n")
 
     def _write_recipe(self, source: str, resolved: dict) -> None:
@@ -224,9 +227,15 @@ class Run:
             write(self.folder / "metrics.jsonl", "".join(f"{x}\n" for x in lines))
 
 
-def environment_of(command: str) -> dict[str, Any]:
-    """What a number depends on besides the recipe: versions, commit, machine, command."""
+def environment_of(command: str, section: Execution | None = None) -> dict[str, Any]:
+    """What a number depends on besides the recipe: versions, commit, machine, command.
+
+    Threads and accelerator are those that `section` asks for, or what torch takes by itself.
+    """
     import torch
+
+    section = section or Execution()
+    accelerated = section.device != "cpu" and torch.cuda.is_available()
 
     packages = ("harprune", "torch", "numpy", "safetensors", "lightning-fabric", "pyautoattack")
     return {
@@ -238,8 +247,8 @@ def environment_of(command: str) -> dict[str, Any]:
             "system": f"{platform.system()} {platform.machine()}",
             "processor": _processor(),
             "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "threads": section.threads or torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name() if accelerated else None,
         },
     }
 
@@ -277,19 +286,24 @@ def lock(folder: Path) -> TextIO:
         ValueError: another process works in it.
     """
     file = open(folder / ".lock", "a+")  # noqa: SIM115 - the open file *is* the lock
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    # Who only looks whether it is free, as `in_use`, holds it for a moment as well.
+    if not any(_taken(file) or time.sleep(_MOMENT) for _ in range(10)):
         file.seek(0)
         holder = file.read().strip() or "unknown"
         file.close()
-        raise ValueError(
-            f"{folder} {IN_USE} {holder}; wait for it or choose another --out"
-        ) from None
+        raise ValueError(f"{folder} {IN_USE} {holder}; wait for it or choose another --out")
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def _taken(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def in_use(folder: Path) -> bool:

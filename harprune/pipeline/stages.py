@@ -186,7 +186,8 @@ def _alarm(shop: Workshop, model: nn.Module, counts: Audit) -> None:
         if not connected(model, x):
             raise ValueError(
                 "layer collapse: the pruned network's output no longer depends on the image; "
-                "raise budget.floor or budget.density, or choose another allocation"
+                "raise budget.floor or budget.density, or choose another allocation, in a new run "
+                f"with model.weights = {str(shop.run.artifact('pretrain'))!r}"
             )
         with torch.no_grad():
             logits = model(x)

@@ -145,8 +145,9 @@ def _difference_section(comparison: Mapping[str, Any]) -> Section:
     if any(len(row["seeds"]) > 1 for row in comparison["pooled"]):
         text = (
             f"{start}, over pairs of the same image and seed: percentage points with the 95 % "
-            "interval over images, which seeds that agree do not narrow. The tests of each seed "
-            "are in the JSON file."
+            "interval over images, which seeds that agree do not narrow. It speaks of these "
+            "trained networks; how much another seed would change it, the spread in the result "
+            "tells. The tests of each seed are in the JSON file."
         )
         return Section(f"Against {name}", _pooled_table(comparison), text=text)
     text = (
@@ -191,9 +192,10 @@ def _kept(row: Mapping[str, Any]) -> str:
 
 _COST = (
     "Multiply-adds of one image, as a share of the dense network's; forward and backward passes of "
-    "single images while pruning and finetuning; and, where it is known, the wall-clock time of "
-    "the run with its attacks and without a dense network that it shares, in minutes, the median "
-    "over seeds, which depends on what else the machine did."
+    "single images while training in the stages of pruning and finetuning, without what a method "
+    "that scores once (MAD, SNIP, GraSP) sees before; and, where it is known, the wall-clock time "
+    "of the run with its attacks and without a dense network that it shares, in minutes, the "
+    "median over seeds, which depends on what else the machine did."
 )
 
 

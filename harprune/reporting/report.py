@@ -90,9 +90,11 @@ def _lead(summary: Mapping[str, Any]) -> Iterator[str]:
     yield f"{where}; threat: {threat}; seed {summary['seed']}."
     robust = _robust(summary)
     if robust and robust["finetuned"]:
-        dense = f", dense {format_measure(robust['dense'])} %" if robust["dense"] else ""
-        pruned = f"pruned and finetuned {format_measure(robust['finetuned'])} %"
         size = robust["finetuned"]["size"]
+        pruned = f"pruned and finetuned {format_measure(robust['finetuned'])} %"
+        dense = f", dense {format_measure(robust['dense'])} %" if robust["dense"] else ""
+        if robust["dense"] and robust["dense"]["size"] != size:
+            dense += f" (of {robust['dense']['size']:,} images)"
         yield f"Robust accuracy (AutoAttack, {size:,} test images): {pruned}{dense}."
     if summary["results"]:
         yield (

@@ -263,3 +263,18 @@ def test_several_processes_need_a_folder(images, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="several processes share one run, which needs a folder"):
         harprune.prune(mlp(), images, images, density=0.1)
+
+
+def test_what_an_argument_says_is_no_option(images):
+    with pytest.raises(
+        ValueError, match=r"\['density'\] = 0\.5 is said by an argument of prune al"
+    ):
+        harprune.prune(mlp(), images, images, density=0.1, options={"budget": {"density": 0.5}})
+
+
+def test_a_run_of_its_own_can_be_loaded(images, tmp_path):
+    model = mlp()
+    pruned = harprune.prune(model, images, images, out=tmp_path / "run", **QUICK).model
+    again = mlp()
+    assert harprune.load_weights(again, tmp_path / "run" / "finetuned.safetensors").complete
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in pruned.state_dict().items())

@@ -35,13 +35,14 @@ def test_a_file_is_timed_beside_other_runtimes(command, finished):
 def test_a_run_is_timed_as_it_would_be_exported(command, finished):
     said = command("bench", "deploy", finished, "--runtime", "harprune", "--rounds", 1)
     assert said.code == 0
-    head, *lines, note = said.out.splitlines()
+    head, *lines, one, many = said.out.splitlines()
     assert head.split() == list(latency.COLUMNS) and len(lines) == 2
     peaks = [int(line.split()[-1]) for line in lines]
     assert 2**24 < min(peaks) <= max(peaks) < 2**27  # Python, NumPy and little else
     starts = [float(line.split()[-2]) for line in lines]
     assert min(starts) > 0.0 and max(starts) < 30.0
-    assert "harprune" in lines[0] and note.startswith("ratio: ")
+    assert "harprune" in lines[0] and one.startswith("ratio, batch 1: ")
+    assert many == "ratio, batch 64: times the speed of harprune, in the same round"
 
 
 def test_what_differs_or_is_unknown_is_not_timed(command, finished, monkeypatch):

@@ -13,7 +13,13 @@ from harprune.models import create_model
 from harprune.pipeline import checks, pruning
 from harprune.pipeline.compare import cells_of
 from harprune.pipeline.recipe import Recipe, Training
-from harprune.pipeline.recipe_text import as_toml, describe, make_recipe, read_recipe
+from harprune.pipeline.recipe_text import (
+    as_toml,
+    describe,
+    make_recipe,
+    overridden,
+    read_recipe,
+)
 from harprune.sparsity import masks
 
 HERE = Path(__file__).parents[2] / "recipes"
@@ -162,9 +168,8 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
 def test_the_description_is_itself_the_default_recipe():
     text = "\n".join(describe(notes={"method": pruning.method_notes()}))
     assert make_recipe(tomllib.loads(text)) == Recipe()
-    assert "# gamma = 0.01  # harp" in text
-    assert "# train_batch_norm = false  # harp, hydra" in text
-    uncommented = text.replace("# objective =", "").replace("# gamma", "gamma")
+    assert "# harp, hydra: also train scale and shift of batch norm (parity).\n" in text
+    uncommented = text.replace("# objective =", "").replace("# gamma =", "gamma =")
     assert make_recipe(tomllib.loads(uncommented)).method.options == {"gamma": 0.01}
 
 
@@ -247,3 +252,14 @@ def test_the_check_lets_every_known_name_pass():
         for allocation in pruning.ALLOCATIONS:
             content = {"method": {"name": method}, "budget": {"allocation": allocation}}
             checks.check(make_recipe(content))
+
+
+def test_another_method_does_not_inherit_options():
+    content = {"method": {"name": "harp", "gamma": 0.05}}
+    kept = overridden(content, ["method.name=harp"])["method"]
+    assert kept == {"name": "harp", "gamma": 0.05}
+    assert overridden(content, ["method.name=hydra"])["method"] == {"name": "hydra"}
+    given = ["method.gamma=0.1", "method.name=mine:Own"]
+    assert overridden(content, given)["method"] == {"name": "mine:Own", "gamma": 0.1}
+    whole = overridden(content, ["method={name='snip', batches=2}"])["method"]
+    assert whole == {"name": "snip", "batches": 2}
