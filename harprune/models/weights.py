@@ -77,9 +77,9 @@ def load_weights(
     """Copy a checkpoint's weights into `model`, in place.
 
     Reads .safetensors files, those of a run among them, and PyTorch files that hold tensors only.
-    The state dict may lie in a list or under a usual key; `module.` and `_orig_mod.`, a common prefix, and the names that
-    torchvision and TRADES use for the same layers are understood. A `Normalised` model takes the
-    weights of its network. Nothing is changed if an error is raised.
+    The state dict may lie in a list or under a usual key; `module.` and `_orig_mod.`, a common
+    prefix, and the names that torchvision and TRADES use for the same layers are understood. A
+    `Normalised` model takes the weights of its network. Nothing is changed if an error is raised.
 
     Args:
         strict: refuse a checkpoint that does not match the model exactly; otherwise load what fits.

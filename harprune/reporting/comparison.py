@@ -359,5 +359,15 @@ def _made(run: RunRecord, configuration: str) -> dict[str, Any]:
     }
     return made | {
         "density": run.section("budget").get("density"),
-        "environment": dict(run.environment),
+        "environment": _environment(run),
     }
+
+
+def _environment(run: RunRecord) -> dict[str, Any]:
+    """The run's, with the threads it took: records of earlier versions have the process's."""
+    threads = run.section("execution").get("threads")
+    found = [dict(run.environment), *run.environment.get("continued", [])]
+    if threads is not None:
+        found = [{**e, "machine": {**e.get("machine", {}), "threads": threads}} for e in found]
+    first, *later = found
+    return {**first, "continued": later} if later else first
