@@ -44,8 +44,8 @@ _TEMPORARY = re.compile(
 _PLACES = (".*", "attack/*/.*", "report/.*", "report/plots/.*")
 # What of an environment a number may depend on, and what was asked for.
 _DECISIVE = ("commit", "python", "versions", "machine", "command")
-_MOMENT = 0.02
-"""Seconds between two attempts to lock a folder."""
+_ATTEMPTS, _MOMENT = 10, 0.02
+"""How often a folder is tried, and seconds between, before it counts as in other hands."""
 _READ_FIRST_BY = {"budget": "prune", "method": "prune"}
 """The stage that is the first to read a section which has not its name."""
 
@@ -286,8 +286,11 @@ def lock(folder: Path) -> TextIO:
         ValueError: another process works in it.
     """
     file = open(folder / ".lock", "a+")  # noqa: SIM115 - the open file *is* the lock
-    # Who only looks whether it is free, as `in_use`, holds it for a moment as well.
-    if not any(_taken(file) or time.sleep(_MOMENT) for _ in range(10)):
+    for _ in range(_ATTEMPTS):
+        if _taken(file):
+            break
+        time.sleep(_MOMENT)  # who only looks, as `in_use`, holds it no longer
+    else:
         file.seek(0)
         holder = file.read().strip() or "unknown"
         file.close()
