@@ -80,13 +80,10 @@ def prunable_layers(
     for place in _parameters(model):
         held.setdefault(id(_parameter(*place[1:])), []).append(place)
 
-    def chosen(name: str, module: nn.Module, tensor_name: str) -> bool:
-        return _is_weight(module, tensor_name) if include is None else _matches(name, include)
-
     layers = {
         places[0][0]: _layer(places)
         for places in held.values()
-        if any(chosen(*place) for place in places)
+        if any(_is_included(place, include) for place in places)
         and not any(_matches(name, exclude) for name, _, _ in places)
         and _parameter(*places[0][1:]).dim() >= 2
     }
@@ -118,11 +115,10 @@ def require_weights_of_its_own(
         if isinstance(module, _WEIGHTED) and module._parameters.get("weight") is None
     ]
     computed += [place for place in _parameters(model) if parametrize.is_parametrized(*place[1:])]
-    for name, module, tensor_name in computed:
-        chosen = _is_weight(module, tensor_name) if include is None else _matches(name, include)
-        if chosen and not _matches(name, exclude):
+    for place in computed:
+        if _is_included(place, include) and not _matches(place[0], exclude):
             raise ValueError(
-                f"{name} is computed from other tensors, as by weight_norm, spectral_norm or "
+                f"{place[0]} is computed from other tensors, as by weight_norm, spectral_norm or "
                 "torch.nn.utils.prune; make it a parameter again before pruning, for instance by "
                 "torch.nn.utils.parametrize.remove_parametrizations"
             )
@@ -166,6 +162,11 @@ def _parameter(module: nn.Module, tensor_name: str) -> nn.Parameter:
     if parametrize.is_parametrized(module, tensor_name):
         return module.parametrizations[tensor_name].original
     return module._parameters[tensor_name]
+
+
+def _is_included(place: _Place, include: Sequence[str] | None) -> bool:
+    name, module, tensor_name = place
+    return _is_weight(module, tensor_name) if include is None else _matches(name, include)
 
 
 def _is_weight(module: nn.Module, tensor_name: str) -> bool:

@@ -43,13 +43,13 @@ def traced(model: nn.Module) -> fx.GraphModule:
     modules, seen = dict(network.named_modules()), set()
     for node in list(network.graph.nodes):
         seen.add(node)
+        if node.op == "call_module" and node.kwargs:
+            bound = signature(modules[node.target].forward).bind(*node.args, **node.kwargs)
+            node.args, node.kwargs = bound.args, bound.kwargs
         changed = node.args[0] if node.args else None
         if isinstance(changed, fx.Node) and _is_in_place(node, modules):
             changed.replace_all_uses_with(node, delete_user_cb=lambda user: user not in seen)
             _make_pure(node, modules)
-        elif node.op == "call_module" and node.kwargs:
-            bound = signature(modules[node.target].forward).bind(*node.args, **node.kwargs)
-            node.args, node.kwargs = bound.args, bound.kwargs
         elif node.op == "call_method" and node.target in _VIEWS and not _is_cast(node):
             node.target = _VIEWS[node.target]
     network.recompile()
@@ -368,9 +368,9 @@ def _padding(layer: nn.Conv2d) -> tuple[int, ...] | None:
         return None
     if not isinstance(layer.padding, str):
         return layer.padding
-    both = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation)]
     if layer.padding == "valid":
         return (0, 0)
+    both = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation)]
     return None if any(n % 2 for n in both) else tuple(n // 2 for n in both)
 
 

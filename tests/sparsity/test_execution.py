@@ -90,6 +90,7 @@ class InPlace(nn.Module):
 
 CHANGES = {
     "module": lambda model, x: model.rectify(x),
+    "by name": lambda model, x: model.rectify(input=x),
     "relu_": lambda model, x: torch.relu_(x),
     "method": lambda model, x: x.relu_(),
     "inplace": lambda model, x: F.relu(x, inplace=True),
