@@ -49,8 +49,8 @@ from harprune.methods.oneshot import Magnitude
 from harprune.models import create_model
 from harprune.pipeline import hardening, supply
 from harprune.pipeline.pruning import ALLOCATIONS
-from harprune.robustness import evaluation
 from harprune.robustness.autoattack import AutoAttack
+from harprune.robustness.images import subset
 from harprune.robustness.threat import Linf, parse_epsilon
 from harprune.sparsity import masks
 from harprune.sparsity.audit import audit
@@ -404,7 +404,7 @@ def images(number: int, folder: Path | None) -> tuple[Tensor, Tensor | None]:
         torch.manual_seed(1)
         return torch.rand(number, 3, 32, 32), None
     test = load_dataset("cifar10", folder).test
-    index = evaluation.subset(test.labels, number, 0)
+    index = subset(test.labels, number, 0)
     return to_float(test.images[index]), test.labels[index]
 
 

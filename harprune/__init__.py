@@ -25,7 +25,7 @@ _HOMES = {
     "Split": "harprune.training.data",
     "Linf": "harprune.robustness.threat",
     "L2": "harprune.robustness.threat",
-    "paired": "harprune.robustness.evaluation",
+    "paired": "harprune.robustness.record",
 }
 
 __all__ = sorted([*_HOMES, "deploy"])

@@ -234,7 +234,7 @@ def evaluate(
     from harprune.pipeline.api import evaluate_recipe
     from harprune.pipeline.recipe_text import make_recipe, settings
     from harprune.pipeline.source import find_source
-    from harprune.robustness.evaluation import REPEATED, differing, load_evaluation
+    from harprune.robustness.record import REPEATED, differing, load_evaluation
 
     if (source is None) == (model is None) or (source is None) == (data is None):
         raise ValueError(

@@ -19,8 +19,10 @@ from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import make_recipe
 from harprune.pipeline.run import Run, lock
 from harprune.pipeline.supply import Materials
-from harprune.robustness import evaluation
-from harprune.robustness.evaluation import Evaluation, model_digest
+from harprune.robustness.evaluation import device_of
+from harprune.robustness.identity import model_digest
+from harprune.robustness.images import subset
+from harprune.robustness.record import Evaluation
 from harprune.robustness.threat import L2, Linf, Threat
 from harprune.sparsity.audit import Audit
 from harprune.sparsity.execution import Execution
@@ -138,7 +140,7 @@ def evaluate(
     checks.require_labels(split.labels, None, "test")
     checks.require_pixels(split, "test")
     example = to_float(split.images[torch.tensor([0])])
-    example = example.to(evaluation.device_of(model))
+    example = example.to(device_of(model))
     checks.require_logits(model, example, int(split.labels.max()) + 1)
     with _kept_in(out):
         return judge(
@@ -146,7 +148,7 @@ def evaluate(
             split,
             attacks=attacks,
             threat=threat,
-            index=evaluation.subset(split.labels, size, seed),
+            index=subset(split.labels, size, seed),
             seed=seed,
             batch_size=batch_size,
             folder=out,

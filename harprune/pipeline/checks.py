@@ -12,7 +12,8 @@ from harprune.modes import eval_mode
 from harprune.pipeline import hardening, machinery, pruning
 from harprune.pipeline.recipe import Objective, Recipe, Threat
 from harprune.pipeline.supply import Materials
-from harprune.robustness import evaluation
+from harprune.robustness.images import subset
+from harprune.robustness.record import load_evaluation
 from harprune.robustness.threat import parse_epsilon
 from harprune.sparsity.layers import require_weights_of_its_own
 from harprune.training.schedules import make_schedule
@@ -167,7 +168,7 @@ def require_comparable(folder: str | Path, recipe: Recipe, labels: Tensor) -> No
     Raises:
         ValueError: the two differ in attacks, threat, seed or images.
     """
-    before, section = evaluation.load_evaluation(folder), recipe.attack
+    before, section = load_evaluation(folder), recipe.attack
     if set(before.attacks) != set(section.attacks):
         raise ValueError(
             f"{folder} holds outcomes under {', '.join(before.attacks) or 'no attack'}, not under "
@@ -185,7 +186,7 @@ def require_comparable(folder: str | Path, recipe: Recipe, labels: Tensor) -> No
             f"{folder} holds outcomes with seed {before.seed}, not {section.seed}; evaluate with "
             "the same seed"
         )
-    index = evaluation.subset(labels, section.size, section.seed)
+    index = subset(labels, section.size, section.seed)
     for what, wanted in (("index", index), ("labels", labels[index])):
         if not np.array_equal(before.outcomes[what], wanted.numpy()):
             raise ValueError(

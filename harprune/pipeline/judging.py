@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from harprune.pipeline import hardening
 from harprune.pipeline.console import Console
 from harprune.robustness import evaluation
-from harprune.robustness.evaluation import Evaluation
+from harprune.robustness.record import Evaluation
 from harprune.robustness.threat import Threat
 from harprune.sparsity import execution as executions
 from harprune.sparsity.execution import Execution

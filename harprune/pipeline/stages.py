@@ -30,8 +30,8 @@ from harprune.pipeline.supply import Materials
 from harprune.reporting.records import STAGES
 from harprune.reporting.report import write_report
 from harprune.reporting.tables import results_table
-from harprune.robustness import evaluation
 from harprune.robustness.attacks import seeded
+from harprune.robustness.images import subset
 from harprune.robustness.objectives import Free, Objective
 from harprune.sparsity import allocation, masks
 from harprune.sparsity.audit import Audit, connected
@@ -228,11 +228,11 @@ def attack(shop: Workshop) -> None:
     section, test = shop.recipe.attack, shop.materials.test
     if test is None or not shop.run.leader:
         return
-    index = evaluation.subset(test.labels, section.size, section.seed)
+    index = subset(test.labels, section.size, section.seed)
     # The pruned network first: it is what was asked for, and the cheaper one.
     wanted = {"finetuned": ("finetune", index)}
     if section.dense:
-        fewer = evaluation.subset(test.labels, section.dense_size or len(index), section.seed)
+        fewer = subset(test.labels, section.dense_size or len(index), section.seed)
         wanted["dense"] = ("pretrain", min(index, fewer, key=len))
     # All are read before one is attacked: a damaged file should not be found after hours.
     networks = {name: load_network(shop, stage) for name, (stage, _) in wanted.items()}
@@ -464,7 +464,7 @@ def _judge(
     """Clean accuracy, PGD accuracy and mean PGD loss on the same images of `split` each time."""
     section = shop.recipe.validation
     attack = hardening.attack(f"pgd-{section.steps}", hardening.threat(shop.recipe))
-    index = evaluation.subset(split.labels, section.size, shop.recipe.seed)
+    index = subset(split.labels, section.size, shop.recipe.seed)
     function = model if fast is None else fast.current()
     hits, loss = torch.zeros(2, dtype=torch.int64), 0.0
     random = seeded(shop.recipe.seed, shop.engine.device)

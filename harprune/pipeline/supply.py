@@ -19,7 +19,7 @@ from harprune.models.weights import load_weights
 from harprune.pipeline import recipe as recipes
 from harprune.pipeline.recipe import Recipe
 from harprune.robustness.attacks import seeded
-from harprune.robustness.evaluation import model_digest
+from harprune.robustness.identity import model_digest
 from harprune.training import checkpoint
 from harprune.training.data import load_dataset
 from harprune.training.splits import Dataset, Split, split_validation, to_float

@@ -19,7 +19,7 @@ from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import make_recipe, read_recipe
 from harprune.pipeline.run import lock
 from harprune.reporting.records import read_run
-from harprune.robustness import evaluation
+from harprune.robustness import evaluation, record
 from harprune.training import checkpoint
 
 from .conftest import contents
@@ -303,7 +303,7 @@ def test_evaluate_prints_its_result_before_it_compares(command, finished, monkey
         finished / "finetuned.safetensors", "--data", "stripes_of_tests:load", "--attack", "none",
     )  # fmt: skip
     assert command(*given, "--out", "e").code == 0
-    monkeypatch.setattr(evaluation, "differing", unlike)
+    monkeypatch.setattr(record, "differing", unlike)
     said = command(*given, "--against", "e")
     assert said.last_line == "unlike" and said.out.startswith("clean ")
 

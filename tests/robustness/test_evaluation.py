@@ -13,13 +13,9 @@ from harprune.intervals import wilson
 from harprune.robustness import sanity
 from harprune.robustness.attacks import APGD, FGSM, PGD, Margin
 from harprune.robustness.autoattack import AutoAttack
-from harprune.robustness.evaluation import (
-    WORST_CASE,
-    evaluate,
-    load_evaluation,
-    paired,
-    subset,
-)
+from harprune.robustness.evaluation import evaluate
+from harprune.robustness.images import subset
+from harprune.robustness.record import WORST_CASE, load_evaluation, paired
 from harprune.robustness.threat import L2, Linf
 
 THREAT = Linf(0.02)
