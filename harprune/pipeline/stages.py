@@ -385,6 +385,7 @@ def learn(
             raise _diverged(shop.run, stage, error) from None
     shop.engine.barrier()  # until rank 0 has written the best epoch
     best = course.take_best()
+    shop.run.write_metrics({**earlier, stage: course.history})
     shop.console.say(f"{stage}: epoch {best + 1} of {section.epochs} selected")
     return course.history
 

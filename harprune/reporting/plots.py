@@ -100,7 +100,7 @@ def prune_course(epochs: Sequence[Epoch], target: float | None) -> "Figure":
     figure, panels = _panels(len(known), 6.4, 1.0 + 1.35 * len(known))
     for axes, name, colour in zip(panels, known, (ORANGE, PURPLE, BLUE), strict=False):
         values = [math.nan if getattr(e, name) is None else getattr(e, name) for e in epochs]
-        axes.plot([e.epoch for e in epochs], values, "-o", color=colour, markersize=3)
+        axes.plot([e.epoch + 1 for e in epochs], values, "-o", color=colour, markersize=3)
         axes.set_ylabel({"gamma": "γ", "density": "weights kept"}.get(name, name))  # noqa: RUF001
         if name == "density":
             _density_axis(axes)
@@ -109,7 +109,7 @@ def prune_course(epochs: Sequence[Epoch], target: float | None) -> "Figure":
                 axes.legend(loc="upper right")
         else:
             axes.set_ylim(bottom=0)
-    met = [e.epoch for e in epochs if e.budget_met]
+    met = [e.epoch + 1 for e in epochs if e.budget_met]
     for axes in panels if met else ():
         axes.axvline(met[0], color=GREEN, linewidth=1, linestyle=":")
     if met:
@@ -120,12 +120,15 @@ def prune_course(epochs: Sequence[Epoch], target: float | None) -> "Figure":
 
 
 def validation_course(epochs: Sequence[Epoch]) -> "Figure":
-    """Clean and robust accuracy on validation images, epoch by epoch, a panel per stage."""
+    """Clean and robust accuracy on validation images, epoch by epoch, a panel per stage.
+
+    The selected epoch of a stage is marked where it is known.
+    """
     stages = {s: [e for e in epochs if e.stage == s] for s in STAGES}
     stages = {stage: known for stage, known in stages.items() if known}
     figure, panels = _panels(len(stages), 2.6 + 2.3 * len(stages), 3.0, across=True)
     for axes, (stage, known) in zip(panels, stages.items(), strict=True):
-        places = [epoch.epoch for epoch in known]
+        places = [epoch.epoch + 1 for epoch in known]
         axes.plot(
             places, [100 * e.clean for e in known], "-o", color=GREEN, label="clean", markersize=3
         )
@@ -133,12 +136,14 @@ def validation_course(epochs: Sequence[Epoch]) -> "Figure":
         axes.plot(
             places, robust, "--s", color=RED, label="under the selecting attack", markersize=3
         )
+        for epoch in (e.epoch + 1 for e in known if e.selected):
+            axes.axvline(epoch, color=GREY, linewidth=1, linestyle=":", label="selected epoch")
         axes.set_title(stage)
         _epoch_axis(axes, known)
     panels[0].set_ylabel("validation accuracy in %")
     panels[0].set_ylim(0, 100)
-    lines = panels[0].get_lines()
-    figure.legend(handles=lines, loc="outside upper right", ncols=2)
+    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    figure.legend(handles=list(lines.values()), loc="outside upper right", ncols=len(lines))
     return figure
 
 
@@ -349,7 +354,7 @@ def _epoch_axis(axes: "Axes", epochs: Sequence[Epoch]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlim(-0.5, max(epoch.epoch for epoch in epochs) + 0.5)
+    axes.set_xlim(0.5, max(epoch.epoch for epoch in epochs) + 1.5)
     axes.set_xlabel("epoch")
 
 

@@ -31,7 +31,11 @@ _STRICT = ConfigDict(extra="ignore", strict=True)
 
 @checked(frozen=True, config=_STRICT)
 class Epoch:
-    """One finished epoch: mean training loss, validation accuracies, and what pruning adds."""
+    """One finished epoch: mean training loss, validation accuracies, and what pruning adds.
+
+    `selected` is the one whose network goes on; none in an unfinished stage, or one of an earlier
+    version.
+    """
 
     stage: Literal["pretrain", "prune", "finetune"]
     epoch: Count
@@ -45,6 +49,7 @@ class Epoch:
     penalty: float | None = None
     densities: dict[str, float] | None = None
     budget_met: bool | None = None
+    selected: bool = False
 
 
 @checked(frozen=True, config=_STRICT)

@@ -135,7 +135,8 @@ def _sections(summary: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Itera
     if "prune" in pictures:
         yield Section("How the densities were found", plot=pictures["prune"])
     text = (
-        "Accuracy on validation images in the last epoch; passes are images sent through and back."
+        "Accuracy on validation images in the selected epoch, whose network goes on, or in the last "
+        "one where no selection is known; passes are images sent through and back in all epochs."
     )
     yield Section("Training", stages_table(summary), pictures.get("validation"), text)
     yield Section("How this was made", _made_table(summary))

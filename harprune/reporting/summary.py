@@ -51,13 +51,17 @@ def measure_order(names: Iterable[str]) -> list[str]:
 
 
 def _stage(run: RunRecord, stage: str) -> dict[str, Any]:
+    """Accuracies of the selected epoch (from 0), or of the last where none is known as that."""
     epochs = run.of_stage(stage)
     last = epochs[-1] if epochs else None
+    selected = next((epoch for epoch in epochs if epoch.selected), None)
+    shown = selected or last
     return {
         "finished": stage in run.finished,
         "epochs": len(epochs),
-        "clean": last.clean if last else None,
-        "robust": last.robust if last else None,
+        "selected": selected.epoch if selected else None,
+        "clean": shown.clean if shown else None,
+        "robust": shown.robust if shown else None,
         "passes": last.passes if last else None,
     }
 

@@ -147,9 +147,10 @@ def checks_table(summary: Mapping[str, Any]) -> Table | None:
 
 
 def stages_table(summary: Mapping[str, Any]) -> Table:
-    """How far training went, on validation images."""
+    """How far training went, and the epoch (from 1) that was selected on validation images."""
     rows = tuple(_stage_row(name, stage) for name, stage in summary["stages"].items())
-    return Table(("stage", "state", "epochs", "clean %", "robust %", "passes"), rows)
+    header = ("stage", "state", "epochs", "selected", "clean %", "robust %", "passes")
+    return Table(header, rows)
 
 
 def _stage_row(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
@@ -158,6 +159,7 @@ def _stage_row(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
         name,
         "finished" if stage["finished"] else unfinished,
         str(stage["epochs"]),
+        ABSENT if stage["selected"] is None else str(stage["selected"] + 1),
         format_percent(stage["clean"]),
         format_percent(stage["robust"]),
         f"{stage['passes']:,}" if stage["passes"] is not None else ABSENT,

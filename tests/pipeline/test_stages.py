@@ -9,6 +9,7 @@ from harprune.pipeline import stages
 from harprune.pipeline.recipe_text import read_recipe
 from harprune.pipeline.run import Run
 from harprune.pipeline.stages import open_workshop, run_until
+from harprune.reporting.records import STAGES, read_run
 from harprune.sparsity.audit import audit
 from harprune.sparsity.layers import prunable_layers
 from harprune.training import checkpoint
@@ -43,6 +44,18 @@ def test_the_average_is_what_is_validated_selected_and_kept(finished, here):
     assert not same(averaged, plain)
     best = max(values["history"], key=lambda epoch: (epoch["robust"], epoch["clean"]))
     assert (values["clean"], values["robust"]) == (best["clean"], best["robust"])
+
+
+def test_the_selected_epoch_of_each_stage_is_marked(finished, here):
+    for stage, name in STAGES.items():
+        epochs = [e for e in read_run(finished).epochs if e.stage == stage]
+        (selected,) = [e for e in epochs if e.selected]
+        assert (
+            f"{stage}: epoch {selected.epoch + 1} of 2 selected"
+            in (finished / "log.txt").read_text()
+        )
+        history = checkpoint.load(finished / f"{name}.safetensors")[1]["history"]
+        assert history[selected.epoch]["selected"]
 
 
 def test_the_teacher_is_the_dense_network_in_eval_mode(finished, here):

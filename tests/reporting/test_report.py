@@ -216,13 +216,32 @@ def test_a_run_that_has_not_begun_is_reported(make_run):
     assert cells((folder / "report/report.md").read_text(), "pretrain")[1:3] == ["not started", "0"]
 
 
+def rewrite(path: Path, change) -> None:
+    """`change` each record of a file of JSON lines."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(change(line)) + "\n" for line in lines))
+
+
+def test_the_selected_epoch_is_shown_and_not_the_last(make_run):
+    folder = make_run()
+
+    def select(line: dict) -> dict:
+        return line | {"selected": True} if (line["stage"], line["epoch"]) == ("prune", 1) else line
+
+    rewrite(folder / "metrics.jsonl", select)
+    stages = write_report(folder)["stages"]
+    assert (stages["prune"]["selected"], stages["finetune"]["selected"]) == (1, None)
+    text = (folder / "report/report.md").read_text()
+    # After two of four epochs, and passes of all; where nothing is marked it is the last epoch.
+    assert cells(text, "prune")[2:] == ["4", "2", "65.00", "35.00", "4,000"]
+    assert cells(text, "finetune")[2:5] == ["4", "–", "90.00"]  # noqa: RUF001
+    assert "<!-- selected epoch -->" in (folder / "report/plots/validation.svg").read_text()
+
+
 def test_a_method_without_gamma_is_reported(make_run):
     folder = make_run(method="hydra")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        for key in ("gamma", "penalty", "density", "densities", "budget_met"):
-            line.pop(key, None)
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    learned = {"gamma", "penalty", "density", "densities", "budget_met"}
+    rewrite(folder / "metrics.jsonl", lambda line: {k: line[k] for k in line.keys() - learned})
     assert "prune" not in write_report(folder)["plots"]
 
 
