@@ -9,7 +9,7 @@ from typing import Any
 
 from harprune.nested import differences
 from harprune.pairing import PairedDifference, paired_difference, pooled_difference
-from harprune.reporting.records import Attacked, RunRecord, read_run
+from harprune.reporting.records import STAGES, Attacked, RunRecord, read_run
 from harprune.reporting.summary import AUTOATTACK, measure_order
 from harprune.reporting.tables import flatten
 
@@ -338,10 +338,13 @@ def _reference(groups: Sequence[Group], density: float, baseline: str) -> Group 
 
 
 def _warnings(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
-    """Failed checks and flags of every evaluation."""
+    """What stages warned of, and failed checks and flags of every evaluation."""
     for group in groups:
         for seed, run in group.runs.items():
             where = {"configuration": group.configuration, "density": group.density, "seed": seed}
+            for stage, warnings in run.warnings.items():
+                for warning in warnings:
+                    yield where | {"model": STAGES[stage], "warning": warning}
             for model, attacked in run.attacked.items():
                 for name, check in attacked.evaluation.checks.items():
                     if not check.passed:

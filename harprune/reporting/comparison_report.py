@@ -108,7 +108,7 @@ _FEW = 5
 def _warned(warnings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if len(warnings) > _FEW:
         raised = len({(w["configuration"], w["density"], w["seed"]) for w in warnings})
-        yield f"checks failed or flags were raised in {raised} runs; see Flags and failed checks."
+        yield f"{raised} runs have warnings or failed checks; see Warnings and failed checks."
         return
     for w in warnings:
         where = f"{w['configuration']}, {format_density(w['density'])}, seed {w['seed']}"
@@ -127,7 +127,7 @@ def _sections(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> It
     if comparison["baseline"] is not None:
         yield _difference_section(comparison)
     if len(comparison["warnings"]) > _FEW:
-        yield Section("Flags and failed checks", _warnings_table(comparison["warnings"]))
+        yield Section("Warnings and failed checks", _warnings_table(comparison["warnings"]))
     script = comparison["command"]
     if not comparison["makes_runs"]:
         held = [run["environment"] for run in comparison["runs"]]

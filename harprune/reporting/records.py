@@ -16,6 +16,7 @@ from harprune.files import read_arrays
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
+Stage = Literal["pretrain", "prune", "finetune"]
 
 STAGES = {"pretrain": "dense", "prune": "pruned", "finetune": "finetuned"}
 """Training stages in order, each with the artifact that says it is finished."""
@@ -37,7 +38,7 @@ class Epoch:
     version.
     """
 
-    stage: Literal["pretrain", "prune", "finetune"]
+    stage: Stage
     epoch: Count
     loss: float
     clean: Fraction
@@ -152,7 +153,8 @@ class Attacked:
 class RunRecord:
     """All that a run folder says.
 
-    `began_with` is the digest of the dense network that the run was given, None of its own one.
+    `began_with` is the digest of the dense network that the run was given, None of its own one;
+    `warnings` are what each stage warned of.
     """
 
     folder: Path
@@ -163,6 +165,7 @@ class RunRecord:
     audit: Audit | None
     attacked: Mapping[str, Attacked]
     began_with: str | None
+    warnings: Mapping[str, tuple[str, ...]]
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -201,7 +204,7 @@ def read_run(folder: str | Path) -> RunRecord:
     if not (folder / "recipe.json").is_file():
         raise ValueError(f"{folder} is no run folder: it holds no recipe.json; see `harprune run`")
     environment, audit = folder / "environment.json", folder / "audit.json"
-    inputs = folder / "inputs.json"
+    inputs, warnings = folder / "inputs.json", folder / "warnings.json"
     return RunRecord(
         folder=folder,
         recipe=_read_mapping(folder / "recipe.json"),
@@ -215,6 +218,7 @@ def read_run(folder: str | Path) -> RunRecord:
             if (folder / "attack" / model / "evaluation.json").exists()
         },
         began_with=_read_mapping(inputs).get("dense network") if inputs.exists() else None,
+        warnings=_read_warnings(warnings) if warnings.exists() else {},
     )
 
 
@@ -223,6 +227,12 @@ def _read_epochs(path: Path) -> tuple[Epoch, ...]:
         return ()
     lines = enumerate(_read_text(path).splitlines(), start=1)
     return tuple(_parse(Epoch, line, f"{path} line {number}") for number, line in lines)
+
+
+def _read_warnings(path: Path) -> dict[str, tuple[str, ...]]:
+    """By stage, in the order of stages."""
+    found = _parse(dict[Stage, tuple[str, ...]], _read_text(path), str(path))
+    return {stage: found[stage] for stage in STAGES if stage in found}
 
 
 def _read_attacked(folder: Path) -> Attacked:

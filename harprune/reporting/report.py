@@ -112,6 +112,8 @@ def _warnings(summary: Mapping[str, Any]) -> Iterator[str]:
         if not check["passed"]:
             name, model = check["check"], title_of(check["model"])
             yield f"check '{name}' FAILED on the {model} model: {check['detail']}"
+    for said in summary["warnings"]:
+        yield f"the {title_of(said['model'])} model: {said['warning']}"
     for flag in summary["flags"]:
         yield f"flag raised on the {title_of(flag['model'])} model: {flag['flag']}"
     if summary["results"] and not _robust(summary):
@@ -135,8 +137,9 @@ def _sections(summary: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Itera
     if "prune" in pictures:
         yield Section("How the densities were found", plot=pictures["prune"])
     text = (
-        "Accuracy on validation images in the selected epoch, whose network goes on, or in the last "
-        "one where no selection is known; passes are images sent through and back in all epochs."
+        "Accuracy on validation images in the selected epoch, whose network goes on, or in the "
+        "last one where no selection is known; passes are images sent through and back in all "
+        "epochs."
     )
     yield Section("Training", stages_table(summary), pictures.get("validation"), text)
     yield Section("How this was made", _made_table(summary))

@@ -40,6 +40,11 @@ def summarise(run: RunRecord) -> dict[str, Any]:
             for model, attacked in run.attacked.items()
             for flag in attacked.evaluation.flags
         ],
+        "warnings": [
+            {"model": STAGES[stage], "warning": warning}
+            for stage, warnings in run.warnings.items()
+            for warning in warnings
+        ],
         "environment": dict(run.environment),
     }
 

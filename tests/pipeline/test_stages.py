@@ -148,6 +148,15 @@ def test_weights_that_only_guess_are_warned_of_where_they_were_given(finished, h
         assert (warning in said(here, folder, setting, last="pretrain")) is warned
 
 
+def test_a_warning_is_kept_until_its_stage_is_made_again(finished, here):
+    said(here, "a", "method.gamma=0.0", "pretrain.epochs=0")
+    assert "have not come down" in read_run(here / "a").warnings["prune"][0]
+    (here / "a" / "pruned.safetensors").unlink()
+    again = ("method.start_factor=1.0", "method.enforce_after=0", "pretrain.epochs=0")
+    said(here, "a", *again)
+    assert not any("come down" in w for w in read_run(here / "a").warnings.get("prune", ()))
+
+
 def test_logits_cut_off_from_the_image_are_warned_of(finished, here):
     warning = "are the same for 12 images"
     settings = (

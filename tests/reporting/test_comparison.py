@@ -321,6 +321,14 @@ def test_failed_checks_of_any_run_are_shown(make_run, tmp_path):
     assert f"**Warning:** {where}: check 'gradients' FAILED" in text
 
 
+def test_what_a_stage_warned_of_is_shown(make_run, tmp_path):
+    run = make_run()
+    (run / "warnings.json").write_text('{"prune": ["2 layers are thin"]}')
+    write_comparison([run], tmp_path / "c.md", title="t", note="", command="c")
+    said = "harp + erk, 5 % kept (95 % sparse), seed 0, pruned: 2 layers are thin"
+    assert f"**Warning:** {said}" in (tmp_path / "c.md").read_text()
+
+
 def test_a_run_continued_by_other_code_names_both(make_run, tmp_path):
     run = make_run("one")
     path = run / "environment.json"
@@ -340,8 +348,8 @@ def test_many_warnings_are_a_table(make_run, tmp_path):
     found = write_comparison(runs, tmp_path / "c.md", title="t", note="", command="c")
     text = (tmp_path / "c.md").read_text()
     count = len({w["seed"] for w in found["warnings"]})
-    assert f"raised in {count} runs; see Flags and failed checks" in text
-    table = text[text.index("## Flags and failed checks") :]
+    assert f"{count} runs have warnings or failed checks; see Warnings and failed checks" in text
+    table = text[text.index("## Warnings and failed checks") :]
     assert all(f"seed {w['seed']}, {w['model']}: check 'grad" in table for w in found["warnings"])
 
 

@@ -132,6 +132,18 @@ def test_failed_checks_and_flags_stand_at_the_top(make_run):
     assert "| **dense** | **gradients** | **FAILED** |" in rest
 
 
+def test_what_stages_warned_of_stands_at_the_top(make_run):
+    folder = make_run()
+    assert write_report(folder)["warnings"] == []
+    said = {"prune": ["layers are thin", "logits are cut off"], "pretrain": ["it guesses"]}
+    (folder / "warnings.json").write_text(json.dumps(said))
+    warnings = write_report(folder)["warnings"]
+    assert [w["model"] for w in warnings] == ["dense", "pruned", "pruned"]
+    for name in ("report.md", "report.html"):
+        top, _, _ = (folder / "report" / name).read_text().partition("Result")
+        assert top.index("the dense model: it guesses") < top.index("the pruned model: logits")
+
+
 def test_keeping_more_than_the_budget_is_a_failed_check(make_run):
     folder = make_run()
     audit = json.loads((folder / "audit.json").read_text())
