@@ -11,7 +11,7 @@ from harprune.nested import differences
 from harprune.pairing import PairedDifference, paired_difference, pooled_difference
 from harprune.reporting.records import STAGES, Attacked, RunRecord, read_run
 from harprune.reporting.summary import AUTOATTACK, measure_order
-from harprune.reporting.tables import flatten
+from harprune.reporting.tables import flatten, format_budget
 
 DENSE = "dense"
 
@@ -21,13 +21,18 @@ _FREE = ("name", "seed", "data.folder", "model.weights", "attack.dense", "attack
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone."""
+    """Runs that differ in their seed alone; `budget` says what `density` is a share of."""
 
     method: str
     configuration: str
     density: float
+    budget: str
     runs: Mapping[int, RunRecord]
     seconds: Sequence[float | None]
+
+    @property
+    def point(self) -> dict[str, Any]:
+        return {"configuration": self.configuration, "density": self.density, "budget": self.budget}
 
 
 def compare_runs(
@@ -126,6 +131,7 @@ def _groups(
             _method(next(iter(members.values()))),
             configuration,
             density,
+            format_budget(next(iter(members.values())).section("budget")),
             members,
             [took[run.folder] for run in members.values()],
         )
@@ -167,8 +173,21 @@ def _configuration(run: RunRecord) -> str:
     granularity = budget.get("granularity", "weight")
     options = [f"{key}={value}" for key, value in sorted(method.items())]
     options += [f"{granularity}s"] if granularity != "weight" else []
+    options += [f"{key}={value}" for key, value in _priced(budget).items()]
     label = f"{_method(run)} + {allocation}" if allocation else _method(run)
     return f"{label} ({', '.join(options)})" if options else label
+
+
+def _priced(budget: Mapping[str, Any]) -> dict[str, Any]:
+    """What a budget counts beside or in place of weights."""
+    cost = budget.get("cost", "parameters")
+    share = budget.get("multiply_add_share") if cost == "mixed" else None
+    known = {
+        "cost": None if cost == "parameters" else cost,
+        "multiply_add_share": share,
+        "multiply_adds": budget.get("multiply_adds"),
+    }
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def _finetuned(run: RunRecord) -> Attacked:
@@ -178,9 +197,7 @@ def _finetuned(run: RunRecord) -> Attacked:
 def _row(group: Group) -> dict[str, Any]:
     runs = group.runs.values()
     audits = [run.audit for run in runs if run.audit]
-    return {
-        "configuration": group.configuration,
-        "density": group.density,
+    return group.point | {
         "seeds": list(group.runs),
         "measures": _measures([_finetuned(run) for run in runs]),
         "kept": [audit.kept for audit in audits],
@@ -212,6 +229,7 @@ def _dense_row(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
     return {
         "configuration": DENSE,
         "density": 1.0,
+        "budget": "100 % kept",
         "seeds": [run.recipe.get("seed", 0) for run in known],
         "measures": _measures([run.attacked[DENSE] for run in known]),
         "kept": [audit.total for audit in audits],
@@ -252,17 +270,17 @@ def _statistics(values: list[float]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Pair:
-    """A configuration, or the dense network, beside the baseline of its density, with one seed."""
+    """The configuration of a group, or its dense network, beside the baseline, with one seed."""
 
     configuration: str
-    density: float
+    group: Group
     seed: int
     first: Attacked
     second: Attacked
 
     @property
     def point(self) -> dict[str, Any]:
-        return {"configuration": self.configuration, "density": self.density}
+        return self.group.point | {"configuration": self.configuration}
 
     def difference(self, name: str) -> PairedDifference | None:
         return paired_difference(self.first.outcomes, self.second.outcomes, name)
@@ -289,7 +307,7 @@ def _pairs(groups: Sequence[Group], baseline: str) -> Iterator[Pair]:
                 beside = reference.runs.get(seed) if reference else None
                 first = _finetuned(beside) if beside else None
             if first and second:
-                yield Pair(name, group.density, seed, first, second)
+                yield Pair(name, group, seed, first, second)
 
 
 def _dense_of(run: RunRecord, groups: Sequence[Group]) -> Attacked | None:
@@ -316,7 +334,7 @@ def _pooled(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
     """The difference to the baseline over all seeds that both have."""
     found: dict[tuple[str, float], list[Pair]] = {}
     for pair in _pairs(groups, baseline):
-        found.setdefault((pair.configuration, pair.density), []).append(pair)
+        found.setdefault((pair.configuration, pair.group.density), []).append(pair)
     for pairs in found.values():
         for name in ("clean", AUTOATTACK):
             pooled = pooled_difference([(p.first.outcomes, p.second.outcomes) for p in pairs], name)
@@ -341,7 +359,7 @@ def _warnings(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
     """What stages warned of, and failed checks and flags of every evaluation."""
     for group in groups:
         for seed, run in group.runs.items():
-            where = {"configuration": group.configuration, "density": group.density, "seed": seed}
+            where = group.point | {"seed": seed}
             for stage, warnings in run.warnings.items():
                 for warning in warnings:
                     yield where | {"model": STAGES[stage], "warning": warning}

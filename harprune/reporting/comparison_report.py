@@ -17,7 +17,7 @@ from harprune.reporting.tables import (
     ABSENT,
     Table,
     flatten,
-    format_density,
+    format_budgets,
     format_difference,
     format_kept,
     format_p,
@@ -79,9 +79,10 @@ def _pictures(out: Path, comparison: Mapping[str, Any]) -> Iterator[tuple[str, P
         name = f"{out.stem}-density.svg"
         yield "density", Plot(name, f"{title}: accuracy over density", picture)
     least = min(row["density"] for row in rows)
-    strategies = {r["configuration"]: r["layers"] for r in rows if r["density"] == least}
+    sparsest = [row for row in rows if row["density"] == least]
+    strategies = {row["configuration"]: row["layers"] for row in sparsest}
     picture = plots.to_svg(plots.strategies, strategies)
-    caption = f"{title}: densities per layer at {format_density(least)}, first seed"
+    caption = f"{title}: densities per layer at {format_budgets(sparsest)}, first seed"
     yield "strategies", Plot(f"{out.stem}-strategies.svg", caption, picture)
 
 
@@ -111,7 +112,7 @@ def _warned(warnings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"{raised} runs have warnings or failed checks; see Warnings and failed checks."
         return
     for w in warnings:
-        where = f"{w['configuration']}, {format_density(w['density'])}, seed {w['seed']}"
+        where = f"{w['configuration']}, {w['budget']}, seed {w['seed']}"
         yield f"{where}, {w['model']}: {w['warning']}"
 
 
@@ -166,7 +167,7 @@ def _rows_table(comparison: Mapping[str, Any]) -> Table:
     rows = tuple(
         (
             _named(row, comparison["protocol"]["images"]),
-            format_density(row["density"]) if row["configuration"] != DENSE else "100 % kept",
+            row["budget"],
             ", ".join(map(str, row["seeds"])),
             *(_mean(row["measures"].get(name)) for name in measures),
             _kept(row),
@@ -174,7 +175,7 @@ def _rows_table(comparison: Mapping[str, Any]) -> Table:
         for row in comparison["rows"]
     )
     titles = ("AutoAttack" if name == AUTOATTACK else name for name in measures)
-    header = ("configuration", "density", "seeds", *titles, "weights kept / total")
+    header = ("configuration", "budget", "seeds", *titles, "weights kept / total")
     return Table(header, rows)
 
 
@@ -203,7 +204,7 @@ def _cost_table(comparison: Mapping[str, Any]) -> Table:
     rows = tuple(
         (
             row["configuration"],
-            format_density(row["density"]),
+            row["budget"],
             _shares(row["multiply_adds"], row["dense_multiply_adds"]),
             f"{fmean(row['passes']):,.0f}",
             _minutes(row["seconds"]),
@@ -211,7 +212,7 @@ def _cost_table(comparison: Mapping[str, Any]) -> Table:
         for row in comparison["rows"]
         if row["configuration"] != DENSE
     )
-    return Table(("configuration", "density", "multiply-adds", "passes", "minutes"), rows)
+    return Table(("configuration", "budget", "multiply-adds", "passes", "minutes"), rows)
 
 
 def _shares(kept: Sequence[int], dense: int | None) -> str:
@@ -234,7 +235,7 @@ def _paired_table(paired: Sequence[Mapping[str, Any]]) -> Table | None:
     rows = tuple(
         (
             pair["configuration"],
-            format_density(pair["density"]),
+            pair["budget"],
             str(pair["seed"]),
             "AutoAttack" if pair["measure"] == AUTOATTACK else pair["measure"],
             format_difference(pair),
@@ -244,46 +245,45 @@ def _paired_table(paired: Sequence[Mapping[str, Any]]) -> Table | None:
         )
         for pair in paired
     )
-    header = ("configuration", "density", "seed", "accuracy", "difference", "won / lost", "p", "n")
+    header = ("configuration", "budget", "seed", "accuracy", "difference", "won / lost", "p", "n")
     return Table(header, rows) if rows else None
 
 
 def _pooled_table(comparison: Mapping[str, Any]) -> Table:
-    """A row for each configuration and density; in how many seeds its AutoAttack is the higher."""
-    found: dict[tuple[str, float], dict[str, Mapping[str, Any]]] = {}
+    """A row for each configuration and budget; in how many seeds its AutoAttack is the higher."""
+    found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for row in comparison["pooled"]:
-        found.setdefault((row["configuration"], row["density"]), {})[row["measure"]] = row
-    higher: dict[tuple[str, float], int] = {}
+        found.setdefault((row["configuration"], row["budget"]), {})[row["measure"]] = row
+    higher: dict[tuple[str, str], int] = {}
     for pair in comparison["paired"]:
         if pair["measure"] == AUTOATTACK and pair["difference"] > 0:
-            point = pair["configuration"], pair["density"]
+            point = pair["configuration"], pair["budget"]
             higher[point] = higher.get(point, 0) + 1
     rows = tuple(
         (
             configuration,
-            format_density(density),
+            budget,
             *(format_difference(known.get(name)) for name in ("clean", AUTOATTACK)),
-            f"{higher.get((configuration, density), 0)} of {len(known[AUTOATTACK]['seeds'])}"
+            f"{higher.get((configuration, budget), 0)} of {len(known[AUTOATTACK]['seeds'])}"
             if AUTOATTACK in known
             else ABSENT,
         )
-        for (configuration, density), known in found.items()
+        for (configuration, budget), known in found.items()
     )
-    header = ("configuration", "density", "clean", "AutoAttack", "seeds with more AutoAttack")
+    header = ("configuration", "budget", "clean", "AutoAttack", "seeds with more AutoAttack")
     return Table(header, rows)
 
 
 def _warnings_table(warnings: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each configuration and density with all that was raised there."""
-    found: dict[tuple[str, float], list[str]] = {}
+    """A row for each configuration and budget with all that was raised there."""
+    found: dict[tuple[str, str], list[str]] = {}
     for w in warnings:
         said = f"seed {w['seed']}, {w['model']}: {w['warning']}"
-        found.setdefault((w["configuration"], w["density"]), []).append(said)
+        found.setdefault((w["configuration"], w["budget"]), []).append(said)
     rows = tuple(
-        (configuration, format_density(density), "; ".join(said))
-        for (configuration, density), said in found.items()
+        (configuration, budget, "; ".join(said)) for (configuration, budget), said in found.items()
     )
-    return Table(("configuration", "density", "raised"), rows, numeric=False)
+    return Table(("configuration", "budget", "raised"), rows, numeric=False)
 
 
 def _successive(environment: Mapping[str, Any], key: str) -> str:

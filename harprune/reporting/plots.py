@@ -7,12 +7,13 @@ Hues are those of Okabe and Ito, which colour-blind readers can tell apart.
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harprune.reporting.records import STAGES, Audit, Epoch, Evaluation, Measure
 from harprune.reporting.summary import measure_order
-from harprune.reporting.tables import format_density, title_of
+from harprune.reporting.tables import format_budgets, format_density, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,11 +46,17 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.1,
 }
 _ALLOCATIONS = {
     "erk": ("ERK", ORANGE, "s"),
     "lamp": ("LAMP", PURPLE, "^"),
     "uniform": ("uniform", GREY, ""),
+}
+_COUNTED = {
+    "parameters": "weights kept",
+    "multiply-adds": "multiply-adds kept",
+    "mixed": "mixed cost kept",
 }
 _MODELS = {"dense": PALE, "finetuned": BLUE}
 _ACCURACIES = {"clean": (GREEN, "o", -0.13), "autoattack": (RED, "s", 0.13)}
@@ -93,19 +100,26 @@ def density_per_layer(audit: Audit) -> "Figure":
     return figure
 
 
-def prune_course(epochs: Sequence[Epoch], target: float | None) -> "Figure":
-    """Penalty weight gamma, penalty and global density over the epochs of the prune stage."""
+def prune_course(epochs: Sequence[Epoch], budget: Mapping[str, Any]) -> "Figure":
+    """Penalty weight gamma, penalty and global density over the epochs of the prune stage.
+
+    `budget` is the recipe's section, which says what the density is a share of.
+    """
     quantities = ("gamma", "penalty", "density")
     known = [name for name in quantities if any(getattr(e, name) is not None for e in epochs)]
     figure, panels = _panels(len(known), 6.4, 1.0 + 1.35 * len(known))
     for axes, name, colour in zip(panels, known, (ORANGE, PURPLE, BLUE), strict=False):
         values = [math.nan if getattr(e, name) is None else getattr(e, name) for e in epochs]
         axes.plot([e.epoch + 1 for e in epochs], values, "-o", color=colour, markersize=3)
-        axes.set_ylabel({"gamma": "γ", "density": "weights kept"}.get(name, name))  # noqa: RUF001
+        counted = _COUNTED[budget.get("cost", "parameters")]
+        axes.set_ylabel({"gamma": "γ", "density": counted}.get(name, name))  # noqa: RUF001
         if name == "density":
             _density_axis(axes)
-            if target is not None:
-                axes.axhline(target, color=BLACK, linewidth=1, linestyle="--", label="budget")
+            if budget.get("density") is not None:
+                label = "budget" if budget.get("multiply_adds") is None else "first of two bounds"
+                axes.axhline(
+                    budget["density"], color=BLACK, linewidth=1, linestyle="--", label=label
+                )
                 axes.legend(loc="upper right")
         else:
             axes.set_ylim(bottom=0)
@@ -181,13 +195,14 @@ def points_by_row(rows: Sequence[Mapping[str, Any]]) -> "Figure":
 
     Args:
         rows: of a comparison. Each seed is a faint point, their mean a strong one with its sample
-            standard deviation; the row of density 1 is a dashed level.
+            standard deviation; of one dense network, or one for each seed, the mean is a dashed
+            level.
     """
-    pruned = [row for row in rows if row["density"] < 1.0]
-    dense = next((row for row in rows if row["density"] == 1.0), None)
+    pruned, dense = _parted(rows)
     configurations = list(dict.fromkeys(row["configuration"] for row in pruned))
     densities = list(dict.fromkeys(row["density"] for row in pruned))
-    height = 1.1 + 0.3 * len(configurations)
+    labels = [_wrapped(name, 32) for name in configurations]
+    height = 1.1 + max(0.3, 0.1 + 0.13 * _lines(labels)) * len(configurations)
     figure, panels = _panels(len(densities), 3.4 + 2.3 * len(densities), height, across=True)
     for axes, density in zip(panels, densities, strict=True):
         known = {row["configuration"]: row for row in pruned if row["density"] == density}
@@ -201,11 +216,11 @@ def points_by_row(rows: Sequence[Mapping[str, Any]]) -> "Figure":
             level = _percentages(dense, name)
             if level:
                 axes.axvline(sum(level) / len(level), color=colour, linewidth=1, linestyle="--")
-        axes.set_title(format_density(density), fontsize=8.5)
+        axes.set_title(_wrapped(format_budgets(list(known.values())), 32), fontsize=8.5)
         axes.set_xlabel("test accuracy in %")
-    panels[0].set_yticks(range(len(configurations)), configurations)
+    panels[0].set_yticks(range(len(configurations)), labels)
     panels[0].set_ylim(len(configurations) - 0.5, -0.5)
-    _legend_above(figure, dense is not None)
+    _legend_above(figure, pruned, dense)
     return figure
 
 
@@ -215,19 +230,19 @@ def accuracy_over_density(
     """Clean and robust accuracy against density, a small panel for each configuration.
 
     Args:
-        rows: of a comparison; the mean over seeds is drawn with its sample standard deviation, the
-            row of density 1 as a dashed level.
+        rows: of a comparison; the mean over seeds is drawn with its sample standard deviation, a
+            lone row of density 1 as a dashed level.
         baseline: a configuration whose lines stand in every panel in grey.
     """
-    pruned = [row for row in rows if row["density"] < 1.0]
-    dense = next((row for row in rows if row["density"] == 1.0), None)
+    pruned, dense = _parted(rows)
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in sorted(pruned, key=lambda row: row["density"]):
         lines.setdefault(row["configuration"], []).append(row)
     names = list(dict.fromkeys(row["configuration"] for row in pruned))
-    columns = min(5, len(names))
-    figure, panels = _panels(len(names), 1.2 + 1.8 * columns, 1.7, across=True, columns=columns)
-    for axes, configuration in zip(panels, names, strict=False):
+    titles = [_wrapped(name, 24) for name in names]
+    columns, height = min(5, len(names)), 1.56 + 0.14 * _lines(titles)
+    figure, panels = _panels(len(names), 1.2 + 1.8 * columns, height, across=True, columns=columns)
+    for axes, configuration, title in zip(panels, names, titles, strict=False):
         for name, (colour, marker, _) in _ACCURACIES.items():
             if baseline in lines:
                 _course(axes, lines[baseline], name, color=PALE)
@@ -235,14 +250,14 @@ def accuracy_over_density(
             level = _percentages(dense, name)
             if level:
                 axes.axhline(sum(level) / len(level), color=colour, linewidth=0.8, linestyle="--")
-        axes.set_title(configuration)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        axes.set_title(title, fontsize=8.5)
+        _density_ticks(axes, sorted({row["density"] for row in pruned}))
     for axes in panels[len(names) :]:
         axes.set_axis_off()
-    figure.supxlabel("weights kept", fontsize=9)
+    weights = all(row["budget"] == format_density(row["density"]) for row in pruned)
+    figure.supxlabel("weights kept" if weights else "share that the budget allows", fontsize=9)
     figure.supylabel("test accuracy in %", fontsize=9)
-    _legend_above(figure, dense is not None, baseline if baseline in lines else None)
+    _legend_above(figure, pruned, dense, baseline if baseline in lines else None)
     return figure
 
 
@@ -266,7 +281,11 @@ def strategies(densities: Mapping[str, Mapping[str, float]]) -> "Figure":
     layers = list(next(iter(densities.values())))
     shares = [[100 * kept.get(layer, 0.0) for layer in layers] for kept in densities.values()]
     least = min((s for row in shares for s in row if s > 0), default=1.0)
-    figure, axes = _figure(2.0 + 0.45 * len(layers), 1.4 + 0.26 * len(densities))
+    labels = [_wrapped(name, 32) for name in densities]
+    row_height = max(0.26, 0.04 + 0.13 * _lines(labels))
+    width = 0.5 + _length(labels, 8) + 0.45 * len(layers)
+    height = 0.6 + _length(layers, 7) + row_height * len(densities)
+    figure, axes = _figure(max(3.0, width), height)
     bounds = LogNorm(min(least, 99.0), 100.0)
     axes.imshow([_positive(row) for row in shares], aspect="auto", cmap="Blues", norm=bounds)
     for place, row in enumerate(shares):
@@ -282,10 +301,34 @@ def strategies(densities: Mapping[str, Mapping[str, float]]) -> "Figure":
                 color="white" if strong else BLACK,
             )
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(densities)), list(densities))
+    axes.set_yticks(range(len(densities)), labels)
     axes.grid(visible=False)
     axes.set_title("weights kept in %")
     return figure
+
+
+def _parted(
+    rows: Sequence[Mapping[str, Any]],
+) -> tuple[list[Mapping[str, Any]], Mapping[str, Any] | None]:
+    """The pruned rows of a comparison, and the dense one; None where there are several."""
+    pruned = [row for row in rows if row["density"] < 1.0]
+    dense = [row for row in rows if row["density"] == 1.0]
+    return pruned, dense[0] if len(dense) == 1 else None
+
+
+def _wrapped(label: str, width: int) -> str:
+    """`label` in lines of at most `width` characters."""
+    return textwrap.fill(label, width, break_on_hyphens=False)
+
+
+def _lines(labels: Sequence[str]) -> int:
+    """The most lines that one of `labels` has."""
+    return max(label.count("\n") + 1 for label in labels)
+
+
+def _length(labels: Sequence[str], size: float) -> float:
+    """About the longest line of `labels`, in inches, set in `size` points."""
+    return max(len(line) for label in labels for line in label.split("\n")) * 0.6 * size / 72
 
 
 def _percentages(row: Mapping[str, Any] | None, name: str) -> list[float]:
@@ -326,17 +369,26 @@ def _panels(
     return figure, list(grid.flat)
 
 
-def _legend_above(figure: "Figure", dense: bool, baseline: str | None = None) -> None:
-    """What the colours of accuracies mean, above all panels."""
+def _legend_above(
+    figure: "Figure",
+    rows: Sequence[Mapping[str, Any]],
+    dense: Mapping[str, Any] | None,
+    baseline: str | None = None,
+) -> None:
+    """What the colours of the accuracies in `rows` mean, above all panels."""
     from matplotlib.lines import Line2D
 
     names = {"clean": "clean", "autoattack": "AutoAttack"}
     looks = [
         Line2D([], [], color=colour, marker=marker, label=names[name])
         for name, (colour, marker, _) in _ACCURACIES.items()
+        if any(name in row["measures"] for row in rows)
     ]
-    looks += [Line2D([], [], color=BLACK, linestyle="--", linewidth=1, label="dense")] * dense
-    looks += [Line2D([], [], color=PALE, label=baseline)] if baseline else []
+    if dense is not None:
+        looks += [Line2D([], [], color=BLACK, linestyle="--", linewidth=1, label="dense")]
+    if baseline is not None:
+        short = textwrap.shorten(baseline, 24, placeholder=" ...")
+        looks += [Line2D([], [], color=PALE, label=short)]
     figure.legend(handles=looks, loc="outside upper left", ncols=len(looks))
 
 
@@ -348,6 +400,21 @@ def _density_axis(axes: "Axes") -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _density_ticks(axes: "Axes", densities: Sequence[float]) -> None:
+    """A logarithmic axis with a tick at each density, and its per cent where there is room."""
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    axes.set_xscale("log")
+    span, last, labels = math.log(densities[-1] / densities[0]), 0.0, []
+    for density in densities:
+        room = not last or math.log(density / last) > 0.25 * span
+        labels.append(f"{100 * density:g} %" if room else "")
+        last = density if room else last
+    axes.set_xticks(densities, labels)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _epoch_axis(axes: "Axes", epochs: Sequence[Epoch]) -> None:

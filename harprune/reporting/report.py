@@ -17,7 +17,7 @@ from harprune.reporting.tables import (
     Table,
     checks_table,
     flatten,
-    format_density,
+    format_budget,
     format_measure,
     format_percent,
     layers_table,
@@ -62,9 +62,9 @@ def _plots(run: RunRecord) -> dict[str, Plot]:
             "density", "Weights kept in each layer", plots.density_per_layer, run.audit
         )
     if any(epoch.density is not None for epoch in run.of_stage("prune")):
-        target = run.section("budget").get("density")
         caption = "The prune stage: gamma, penalty and density over epochs"
-        drawn["prune"] = _plot("prune", caption, plots.prune_course, run.of_stage("prune"), target)
+        course = run.of_stage("prune"), run.section("budget")
+        drawn["prune"] = _plot("prune", caption, plots.prune_course, *course)
     if run.epochs:
         caption = "Validation accuracy over epochs"
         drawn["validation"] = _plot("validation", caption, plots.validation_course, run.epochs)
@@ -77,7 +77,7 @@ def _plot(name: str, caption: str, draw: Any, *data: Any) -> Plot:
 
 def _document(summary: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Document:
     return Document(
-        title=f"{summary['recipe']}: {summary['method']} at {format_density(summary['density'])}",
+        title=f"{summary['recipe']}: {summary['method']} at {format_budget(summary)}",
         lead=tuple(_lead(summary)),
         warnings=tuple(_warnings(summary)),
         sections=tuple(_sections(summary, pictures)),

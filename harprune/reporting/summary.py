@@ -29,6 +29,8 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "model": run.section("model").get("name"),
         "method": run.section("method").get("name"),
         "density": run.section("budget").get("density"),
+        "cost": run.section("budget").get("cost", "parameters"),
+        "multiply_adds": run.section("budget").get("multiply_adds"),
         "threat": run.threat,
         "missing": list(run.missing),
         "stages": {stage: _stage(run, stage) for stage in STAGES},

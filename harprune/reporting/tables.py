@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of a report, and how its numbers are written."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 from harprune.reporting.summary import AUTOATTACK
 
 ABSENT = "–"  # noqa: RUF001 - an en dash, as tables have it
+
+_COSTS = {"multiply-adds": "multiply-adds", "mixed": "a mix of weights and multiply-adds"}
 
 _TITLES = {
     "dense": "dense",
@@ -63,6 +65,32 @@ def format_density(density: float | None) -> str:
         return ABSENT
     kept = Decimal(f"{100 * density:.4g}")
     return f"{_plain(kept)} % kept ({_plain(100 - kept)} % sparse)"
+
+
+def format_budget(section: Mapping[str, Any]) -> str:
+    """A recipe's [budget]: `format_density` where it counts weights alone, else of what a share."""
+    density, cost = section.get("density"), section.get("cost", "parameters")
+    bound = section.get("multiply_adds")
+    if density is None or cost == "parameters":
+        text = format_density(density)
+    else:
+        text = f"{format_share(density)} of {_COSTS[cost]}"
+    return text if bound is None else f"{text}, at most {format_share(bound)} of multiply-adds"
+
+
+def format_budgets(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The budget of a comparison's rows of one density; where they count other things, its share.
+
+    Args:
+        rows: with "density" and the "budget" in words.
+    """
+    budgets = {row["budget"] for row in rows}
+    return budgets.pop() if len(budgets) == 1 else f"{format_share(rows[0]['density'])}, see table"
+
+
+def format_share(fraction: float) -> str:
+    """0.0125 -> `1.25 %`."""
+    return f"{_plain(Decimal(f'{100 * fraction:.4g}'))} %"
 
 
 def format_percent(fraction: float | None) -> str:

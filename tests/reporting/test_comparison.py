@@ -2,6 +2,7 @@
 """Runs side by side: means over seeds, pairs of the same images, and refusals."""
 
 import json
+import re
 import shutil
 from statistics import mean
 
@@ -67,6 +68,33 @@ def test_allocation_and_options_tell_configurations_apart(make_run):
     ]
     names = [row["configuration"] for row in compare_runs(folders)["rows"][1:]]
     assert names == ["harp", "harp + lamp", "harp + erk (learn_scores=False)"]
+
+
+def test_a_budget_in_multiply_adds_is_not_said_to_be_one_of_weights(make_run, tmp_path):
+    runs = [make_run("a"), make_run("b"), make_run("c", density=0.1)]
+    for run in runs[1:]:
+        set_in_recipe(run, "budget", "cost", "multiply-adds")
+    set_in_recipe(runs[1], "budget", "multiply_adds", 0.025)
+    found = write_comparison(
+        runs, tmp_path / "c.md", title="t", note="", command="c", baseline="dense"
+    )
+    names = [row["configuration"] for row in found["rows"][1:]]
+    assert names == [
+        "harp + erk",
+        "harp + erk (cost=multiply-adds, multiply_adds=0.025)",
+        "harp + erk (cost=multiply-adds)",
+    ]
+    budgets = [
+        "5 % kept (95 % sparse)",
+        "5 % of multiply-adds, at most 2.5 % of multiply-adds",
+        "10 % of multiply-adds",
+    ]
+    text = (tmp_path / "c.md").read_text()
+    for name, budget in zip(names, budgets, strict=True):
+        assert text.count(f"| {name} | {budget} |") == 2 + 2  # result, costs, pairs
+    drawn = (tmp_path / "c.svg").read_text()
+    assert "<!-- 5 %, see table -->" in drawn and "<!-- 10 % of multiply-adds -->" in drawn
+    assert "share that the budget allows" in (tmp_path / "c-density.svg").read_text()
 
 
 @pytest.mark.parametrize("baseline", ["hydra", "hydra + erk"])
@@ -210,7 +238,7 @@ def test_the_threat_is_that_of_the_attacks_not_of_the_recipe(make_run):
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
-        ("budget", "cost", "multiply-adds"),
+        ("budget", "floor", 0.2),
         ("finetune", "epochs", 3),
         ("data", "validation", 0.2),
     ],
@@ -226,9 +254,9 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(make_run, secti
 
 def test_the_first_difference_is_named_by_its_key_and_both_values(make_run):
     runs = [make_run("a"), make_run("b", seed=1)]
-    for run, cost in zip(runs, ("parameters", "multiply-adds"), strict=True):
-        set_in_recipe(run, "budget", "cost", cost)
-    with pytest.raises(ValueError, match=r"budget\.cost = 'multiply-adds' but .* 'parameters', an"):
+    for run, floor in zip(runs, (0.1, 0.2), strict=True):
+        set_in_recipe(run, "budget", "floor", floor)
+    with pytest.raises(ValueError, match=r"budget\.floor = 0\.2 but .* has 0\.1, an"):
         compare_runs(runs)
 
 
@@ -303,6 +331,26 @@ def test_the_written_files_agree_and_repeat_bit_by_bit(six_runs, tmp_path):
     assert "harprune run recipes/hydra-2.toml --out runs/hydra-2\nharprune report ...\n```" in text
     write_comparison(six_runs, out, **given, baseline="hydra")
     assert {path.suffix: path.read_bytes() for path in out.parent.iterdir()} == first
+
+
+def test_a_long_label_leaves_room_for_the_plots(make_run, tmp_path):
+    """Where labels take all of a figure matplotlib warns, and here warnings are errors."""
+    options = {f"option_{n}": n for n in range(9)}
+    runs = [make_run(str(d), density=d, options=options) for d in (0.05, 0.1)]
+    write_comparison(runs, tmp_path / "c.md", title="t", note="", command="c", baseline="harp")
+    for name in ("c.svg", "c-density.svg", "c-strategies.svg"):
+        drawn = (tmp_path / name).read_text()
+        lines = re.findall(r"<!-- (.*?) -->", drawn, re.DOTALL)
+        assert any(line.startswith("harp + erk") for line in lines)
+        assert all(len(line) <= 32 for text in lines for line in text.split("\n"))
+
+
+def test_the_legend_names_only_attacks_that_were_run(make_run, tmp_path):
+    for name, attacks in (("with", ("autoattack",)), ("without", ("pgd-20",))):
+        run = make_run(name, attacks=attacks)
+        write_comparison([run], tmp_path / f"{name}.md", title="t", note="", command="c")
+        drawn = (tmp_path / f"{name}.svg").read_text()
+        assert ("<!-- AutoAttack -->" in drawn) is (name == "with")
 
 
 def test_an_attack_not_run_everywhere_is_said(make_run, tmp_path):

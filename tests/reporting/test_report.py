@@ -193,6 +193,35 @@ def test_the_second_bound_is_checked_too(make_run):
     assert list(checks) == ["budget"]
 
 
+@pytest.mark.parametrize(
+    ("budget", "title", "axis", "line"),
+    [
+        ({}, "5 % kept (95 % sparse)", "weights kept", "budget"),
+        (
+            {"cost": "mixed"},
+            "5 % of a mix of weights and multiply-adds",
+            "mixed cost kept",
+            "budget",
+        ),
+        (
+            {"cost": "multiply-adds", "multiply_adds": 0.1},
+            "5 % of multiply-adds, at most 10 % of multiply-adds",
+            "multiply-adds kept",
+            "first of two bounds",
+        ),
+    ],
+)
+def test_what_the_budget_counts_is_said(make_run, budget, title, axis, line):
+    folder = make_run("mine")
+    recipe = json.loads((folder / "recipe.json").read_text())
+    recipe["budget"] |= budget
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    write_report(folder)
+    assert (folder / "report/report.md").read_text().startswith(f"# mine: harp at {title}\n")
+    drawn = (folder / "report/plots/prune.svg").read_text()
+    assert f"<!-- {axis} -->" in drawn and f"<!-- {line} -->" in drawn
+
+
 def test_an_audit_that_does_not_say_what_was_spent_is_still_read(make_run):
     work = {"budget": 900, "multiply_adds": {"dense": 10000, "kept": 901}}
     checks, _ = checked(make_run, "work", {"cost": "multiply-adds"}, work)
