@@ -97,9 +97,10 @@ def _protocol(runs: Sequence[RunRecord]) -> dict[str, Any]:
 def _protocol_of(run: RunRecord) -> dict[str, Any]:
     if run.audit is None or "finetuned" not in run.attacked:
         lacking = [stage for stage in run.missing if stage != "attack/dense"]
+        lacking = lacking or ["audit.json" if run.audit is None else "attack/finetuned"]
         raise ValueError(
-            f"{run.folder} is not finished ({', '.join(lacking) or 'audit.json'} missing); "
-            "finish it by the command that began it"
+            f"{run.folder} is not finished ({', '.join(lacking)} missing); finish it by the "
+            "command that began it, or leave it out"
         )
     return {
         "data": run.section("data").get("name"),

@@ -24,6 +24,9 @@ STAGES = {"pretrain": "dense", "prune": "pruned", "finetune": "finetuned"}
 ATTACKED = ("dense", "finetuned")
 """The models whose robustness a run measures."""
 
+GIVEN_IN_PYTHON = "given in python"
+"""The name of the data of a run that `harprune.prune` made: there are no test images to attack."""
+
 WORST_CASE = "worst case"
 """An image counts when it withstands every attack."""
 
@@ -169,9 +172,11 @@ class RunRecord:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Stages that have not left their artifact, in order; a dense attack only if asked for."""
+        """Stages that have not left their artifact, in order; attacks only if asked for."""
         stages = [stage for stage in STAGES if stage not in self.finished]
         wanted = ATTACKED if self.section("attack").get("dense", True) else ATTACKED[1:]
+        if self.section("data").get("name") == GIVEN_IN_PYTHON:
+            wanted = ()
         return (*stages, *(f"attack/{m}" for m in wanted if m not in self.attacked))
 
     def of_stage(self, stage: str) -> tuple[Epoch, ...]:

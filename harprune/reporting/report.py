@@ -11,7 +11,7 @@ from typing import Any
 from harprune.files import to_json, write
 from harprune.reporting import plots
 from harprune.reporting.document import Document, Plot, Section
-from harprune.reporting.records import ATTACKED, RunRecord, read_run
+from harprune.reporting.records import ATTACKED, GIVEN_IN_PYTHON, RunRecord, read_run
 from harprune.reporting.summary import AUTOATTACK, summarise
 from harprune.reporting.tables import (
     Table,
@@ -86,8 +86,11 @@ def _document(summary: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Docum
 
 def _lead(summary: Mapping[str, Any]) -> Iterator[str]:
     threat = flatten(summary["threat"])
-    where = f"Model {summary['model']} on {summary['data']}"
+    python = summary["data"] == GIVEN_IN_PYTHON
+    where = f"Model {summary['model']} on {'images ' if python else ''}{summary['data']}"
     yield f"{where}; threat: {threat}; seed {summary['seed']}."
+    if python and not summary["results"]:
+        yield _NOT_ATTACKED
     robust = _robust(summary)
     if robust and robust["finetuned"]:
         size = robust["finetuned"]["size"]
@@ -101,6 +104,13 @@ def _lead(summary: Mapping[str, Any]) -> Iterator[str]:
             "In brackets: 95 % intervals. Differences are paired, image by image. Any attack but "
             "AutoAttack only bounds the robust accuracy from above."
         )
+
+
+_NOT_ATTACKED = (
+    "No attack was run, for harprune.prune is given no test images. To have one, call "
+    "harprune.evaluate(pruned.model, test, out=...) with this folder's attack/finetuned, and then "
+    "harprune report."
+)
 
 
 def _robust(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -206,6 +206,10 @@ def test_refusals_name_the_folders(make_run):
         ValueError, match=r"half is not finished \(finetune, attack/finetuned missing\)"
     ):
         compare_runs([done, make_run("half", until="prune")])
+    python = make_run("python", until="finetune")
+    set_in_recipe(python, "data", "name", "given in python")
+    with pytest.raises(ValueError, match=r"python is not finished \(attack/finetuned missing\)"):
+        compare_runs([done, python])
     with pytest.raises(ValueError, match=r"done and .*again are both harp \+ erk at density 0\.05"):
         compare_runs([done, make_run("again")])
     with pytest.raises(ValueError, match=r"small has images 100 but .*done has 200"):
