@@ -424,6 +424,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write the report of each run; with --out, one table that compares them."""
+    from harprune.pipeline.pruning import WITHOUT_ALLOCATION
     from harprune.pipeline.recipe_text import completed
     from harprune.pipeline.run import command_line
     from harprune.reporting.comparison_report import write_comparison
@@ -443,6 +444,7 @@ def report(
             command=command_line(),
             baseline=baseline,
             complete=completed,
+            without_allocation=WITHOUT_ALLOCATION,
         )
     if as_json:
         _print_json(content)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several runs side by side under one protocol: seeds averaged, methods compared image by image."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -42,6 +42,7 @@ def compare_runs(
     labels: Sequence[str] | None = None,
     seconds: Sequence[float | None] | None = None,
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    without_allocation: Container[str] = (),
 ) -> dict[str, Any]:
     """Runs grouped over seeds: mean and sample standard deviation of accuracies, exact counts.
 
@@ -52,6 +53,7 @@ def compare_runs(
         labels: what each run's configuration is called; said by its recipe when absent.
         seconds: what each run took, where that is known.
         complete: gives a recipe of an earlier version the keys that came since.
+        without_allocation: methods for which budget.allocation has no effect.
 
     Raises:
         ValueError: a run is unfinished, protocols differ, a seed occurs twice in one configuration,
@@ -62,11 +64,12 @@ def compare_runs(
     if not runs:
         raise ValueError("nothing to compare; name one run folder or more")
     protocol = _protocol(runs)
-    labels = labels or [_configuration(run) for run in runs]
+    labels = labels or [_configuration(run, without_allocation) for run in runs]
     took = dict(zip((run.folder for run in runs), seconds or [None] * len(runs), strict=True))
     groups = _groups(runs, labels, took)
     for group in groups:
-        _require_alike(group, complete)
+        idle = _plain(group.method) in without_allocation
+        _require_alike(group, complete, (*_FREE, "budget.allocation") if idle else _FREE)
     rows = [_dense_row(runs), *map(_row, groups)]
     return {
         "protocol": protocol,
@@ -140,13 +143,13 @@ def _groups(
     ]
 
 
-def _require_alike(group: Group, complete: Callable) -> None:
-    """Raises ValueError where an average over seeds would be one over different recipes."""
+def _require_alike(group: Group, complete: Callable, free: Sequence[str]) -> None:
+    """Raises ValueError where recipes of a group differ in a key that is not `free` to."""
     first, *others = group.runs.values()
     for run in others:
         found = differences(complete(run.recipe), complete(first.recipe))
         for key, ours, theirs in found:
-            if key in _FREE or key.startswith("execution."):
+            if key in free or key.startswith("execution."):
                 continue
             raise ValueError(
                 f"{run.folder} has {key} = {ours!r} but {first.folder} has {theirs!r}, and both "
@@ -166,11 +169,18 @@ def _method(run: RunRecord) -> str:
     return str(run.section("method").get("name", "unknown"))
 
 
-def _configuration(run: RunRecord) -> str:
+def _plain(method: str) -> str:
+    """Its name without plug-ins: `harp+s2ap` -> `harp`."""
+    return method.partition("+")[0]
+
+
+def _configuration(run: RunRecord, without_allocation: Container[str]) -> str:
     """`hydra + erk`; with what else the recipe sets for the method or prunes other than weights."""
     method, budget = dict(run.section("method")), run.section("budget")
     method.pop("name", None)
     allocation = method.pop("allocation", None) or budget.get("allocation")
+    if _plain(_method(run)) in without_allocation:
+        allocation = None
     granularity = budget.get("granularity", "weight")
     options = [f"{key}={value}" for key, value in sorted(method.items())]
     options += [f"{granularity}s"] if granularity != "weight" else []

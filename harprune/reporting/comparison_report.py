@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several runs side by side for people: comparison.md with its plots, and the same as .json."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from types import MappingProxyType
@@ -36,6 +36,7 @@ def write_comparison(
     labels: Sequence[str] | None = None,
     seconds: Sequence[float | None] | None = None,
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    without_allocation: Container[str] = (),
     failed: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write `out_md`, and beside it the same as .json and plots as .svg; returns the comparison.
@@ -45,7 +46,7 @@ def write_comparison(
         note: what a reader should know first; may be empty.
         command: what makes this file again.
         makes_runs: it makes the runs too, so that their own commands need not be shown.
-        baseline, labels, seconds, complete: see `compare_runs`.
+        baseline, labels, seconds, complete, without_allocation: see `compare_runs`.
         failed: runs that should be here and are not, with the reason.
     """
     out = Path(out_md)
@@ -53,7 +54,12 @@ def write_comparison(
         raise ValueError(f"a comparison is written to a Markdown file, not to {out}; end it in .md")
     comparison = {"title": title, "note": note, "command": command}
     comparison |= compare_runs(
-        folders, baseline=baseline, labels=labels, seconds=seconds, complete=complete
+        folders,
+        baseline=baseline,
+        labels=labels,
+        seconds=seconds,
+        complete=complete,
+        without_allocation=without_allocation,
     )
     comparison |= {"makes_runs": makes_runs, "failed": dict(failed)}
     pictures = dict(_pictures(out, comparison))

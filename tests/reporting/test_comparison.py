@@ -97,6 +97,15 @@ def test_a_budget_in_multiply_adds_is_not_said_to_be_one_of_weights(make_run, tm
     assert "share that the budget allows" in (tmp_path / "c-density.svg").read_text()
 
 
+def test_no_allocation_is_named_for_a_method_that_uses_none(make_run):
+    runs = [make_run(str(seed), seed=seed, method="snip") for seed in range(2)]
+    runs += [make_run("hydra", method="hydra"), make_run("plugged", method="snip+x")]
+    set_in_recipe(runs[1], "budget", "allocation", "lamp")  # changes nothing, so need not agree
+    rows = compare_runs(runs, without_allocation={"snip"})["rows"][1:]
+    assert [row["configuration"] for row in rows] == ["snip", "hydra + erk", "snip+x"]
+    assert rows[0]["seeds"] == [0, 1]
+
+
 @pytest.mark.parametrize("baseline", ["hydra", "hydra + erk"])
 def test_the_baseline_is_paired_seed_by_seed(six_runs, baseline):
     paired = [
