@@ -47,7 +47,8 @@ def compare_runs(
     """Runs grouped over seeds: mean and sample standard deviation of accuracies, exact counts.
 
     Args:
-        folders: finished run folders of one data set, model and threat, measured on as many images.
+        folders: finished run folders of one data set, model and threat, measured on one set of
+            images.
         baseline: a configuration ("hydra + erk"), a method ("hydra") or "dense", against which
             the others of the same density are tested, seed by seed, on the same images.
         labels: what each run's configuration is called; said by its recipe when absent.
@@ -57,8 +58,8 @@ def compare_runs(
 
     Raises:
         ValueError: a run is unfinished, protocols differ, a seed occurs twice in one configuration,
-            runs of one configuration and density differ in more than their seed, or the baseline is
-            unknown.
+            runs of one configuration and density differ in more than their seed, runs were attacked
+            on other images, or the baseline is unknown.
     """
     runs = [read_run(folder) for folder in folders]
     if not runs:
@@ -70,10 +71,9 @@ def compare_runs(
     for group in groups:
         idle = _plain(group.method) in without_allocation
         _require_alike(group, complete, (*_FREE, "budget.allocation") if idle else _FREE)
-    rows = [_dense_row(runs), *map(_row, groups)]
     return {
         "protocol": protocol,
-        "rows": [row for row in rows if row],
+        "rows": [*_dense_rows(runs), *map(_row, groups)],
         "baseline": baseline,
         "paired": [] if baseline is None else list(_paired(groups, baseline)),
         "pooled": [] if baseline is None else list(_pooled(groups, baseline)),
@@ -93,8 +93,28 @@ def _protocol(runs: Sequence[RunRecord]) -> dict[str, Any]:
                     f"{run.folder} has {key} {ours} but {runs[0].folder} has {first}; "
                     "compare runs of one protocol"
                 )
+    _require_same_images(runs)
     # The architecture's usual width goes without saying.
     return {k: v for k, v in protocols[0].items() if k != "width" or v is not None}
+
+
+def _require_same_images(runs: Sequence[RunRecord]) -> None:
+    first = _images(runs[0])
+    for run in runs[1:]:
+        both = zip(_images(run), first, strict=True)
+        if any(None not in (ours, theirs) and ours != theirs for ours, theirs in both):
+            raise ValueError(
+                f"{run.folder} was attacked on other test images than {runs[0].folder}; compare "
+                "runs of the same images, with one attack.seed"
+            )
+
+
+def _images(run: RunRecord) -> tuple[Any, ...]:
+    """What is known of the images attacked: positions and labels, and digests; else None."""
+    attacked = _finetuned(run)
+    outcomes, identity = attacked.outcomes, attacked.evaluation.identity
+    chosen = None if outcomes is None else [outcomes[n].tolist() for n in ("index", "labels")]
+    return chosen, identity.get("data"), identity.get("images")
 
 
 def _protocol_of(run: RunRecord) -> dict[str, Any]:
@@ -122,7 +142,7 @@ def _groups(
     for run, configuration in zip(runs, labels, strict=True):
         density = _density(run)
         members = found.setdefault((configuration, density), {})
-        seed = run.recipe.get("seed", 0)
+        seed = _seed(run)
         if seed in members:
             raise ValueError(
                 f"{members[seed].folder} and {run.folder} are both {configuration} at density "
@@ -227,38 +247,61 @@ def _passes(run: RunRecord) -> int:
     return sum(max((e.passes for e in run.of_stage(s)), default=0) for s in ("prune", "finetune"))
 
 
-def _dense_row(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
-    """The dense networks; of one that several runs attacked, the evaluation on most images."""
-    distinct: dict[Any, RunRecord] = {}
-    for run in sorted(runs, key=_images_of_dense, reverse=True):
-        if DENSE in run.attacked:
-            distinct.setdefault(_digest_of_dense(run), run)
-    known = [run for run in runs if run in distinct.values()]
-    audits = [run.audit for run in known if run.audit]
-    if not known:
-        return None
+def _dense_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """One row of the dense networks, a network for each seed; else a row for each network.
+
+    Of one that several runs attacked, the evaluation on most images counts.
+    """
+    begun: dict[Any, list[RunRecord]] = {}
+    for run in runs:
+        begun.setdefault(_dense_network(run), []).append(run)
+    networks = [known for known in begun.values() if any(DENSE in run.attacked for run in known)]
+    seeds = [seed for known in networks for seed in {_seed(run) for run in known}]
+    attackers = [max(known, key=_images_of_dense) for known in networks]
+    if len(seeds) == len(set(seeds)):
+        return [_dense_row(DENSE, attackers)] if attackers else []
+    names = (_few([run.folder.name for run in known]) for known in networks)
+    return [_dense_row(f"{DENSE} of {n}", [a]) for n, a in zip(names, attackers, strict=True)]
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 2} more" if len(names) > 3 else ""
+    return ", ".join(names[:2] if more else names) + more
+
+
+def _dense_row(name: str, runs: Sequence[RunRecord]) -> dict[str, Any]:
+    audits = [run.audit for run in runs if run.audit]
     return {
-        "configuration": DENSE,
+        "configuration": name,
         "density": 1.0,
         "budget": "100 % kept",
-        "seeds": [run.recipe.get("seed", 0) for run in known],
-        "measures": _measures([run.attacked[DENSE] for run in known]),
+        "seeds": [_seed(run) for run in runs],
+        "measures": _measures([run.attacked[DENSE] for run in runs]),
         "kept": [audit.total for audit in audits],
         "total": audits[0].total,
         "denominator": audits[0].denominator,
-        "images": sorted({_images_of_dense(run) for run in known}),
+        "images": sorted({_images_of_dense(run) for run in runs}),
     }
+
+
+def _seed(run: RunRecord) -> int:
+    return run.recipe.get("seed", 0)
 
 
 def _images_of_dense(run: RunRecord) -> int:
     return run.attacked[DENSE].evaluation.size if DENSE in run.attacked else 0
 
 
-def _digest_of_dense(run: RunRecord) -> Any:
-    """What tells dense networks apart; by their results where an earlier version kept no digest."""
+def _dense_network(run: RunRecord) -> Any:
+    """What tells dense networks apart; by their results where an earlier version kept no digest.
+
+    None of a network that nobody was to attack, nor gave to the run.
+    """
+    if DENSE not in run.attacked:
+        return run.began_with
     evaluation = run.attacked[DENSE].evaluation
     counted = ((name, m.correct, m.size) for name, m in evaluation.measures.items())
-    return evaluation.identity.get("model") or (run.recipe.get("seed", 0), *counted)
+    return evaluation.identity.get("model") or (_seed(run), *counted)
 
 
 def _measures(attacked: Sequence[Attacked]) -> dict[str, Any]:

@@ -199,6 +199,47 @@ def test_a_dense_network_attacked_on_fewer_images(make_run, tmp_path):
     assert "| dense (50 images) |" in (tmp_path / "c.md").read_text()
 
 
+def attacked_by(run, digest: str) -> None:
+    """Give the dense network that a run attacked an identity."""
+    record = run / "attack" / "dense" / "evaluation.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"identity": {"model": digest}}))
+
+
+def test_different_dense_networks_of_one_seed_are_rows_of_their_own(make_run, tmp_path):
+    runs = [make_run(name, method=name) for name in ("harp", "hydra", "snip")]
+    runs.append(make_run("other", seed=1))
+    for run, digest in zip(runs, "aabc", strict=True):
+        attacked_by(run, digest)
+    # What only began with a network counts among its seeds as well.
+    shutil.rmtree(runs[1] / "attack" / "dense")
+    (runs[1] / "inputs.json").write_text('{"dense network": "a"}')
+    rows = [row for row in compare_runs(runs)["rows"] if row["density"] == 1.0]
+    names = ["dense of harp, hydra", "dense of snip", "dense of other"]
+    assert [row["configuration"] for row in rows] == names
+    assert [row["seeds"] for row in rows] == [[0], [0], [1]]
+    write_comparison(runs, tmp_path / "c.md", title="t", note="", command="c", baseline="dense")
+    assert "<!-- dense -->" not in (tmp_path / "c.svg").read_text()
+    (pooled,) = [r for r in compare_runs([runs[0], runs[3]])["rows"] if r["density"] == 1.0]
+    assert (pooled["configuration"], pooled["seeds"]) == ("dense", [0, 1])
+
+
+def test_other_images_are_another_protocol(make_run):
+    runs = [make_run("a"), make_run("b", method="hydra")]
+    path = runs[1] / "attack" / "finetuned" / "outcomes.npz"
+    arrays = dict(np.load(path))
+    np.savez(path, **{**arrays, "index": arrays["index"] + 1})
+    with pytest.raises(ValueError, match=r"b was attacked on other test images than .*a; compare"):
+        compare_runs(runs)
+    path.unlink()
+    assert compare_runs(runs)["protocol"]["images"] == 200  # nothing says that they differ
+    for run, digest in zip(runs, "xy", strict=True):
+        record = run / "attack" / "finetuned" / "evaluation.json"
+        said = json.loads(record.read_text()) | {"identity": {"images": digest}}
+        record.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="other test images"):
+        compare_runs(runs)
+
+
 def test_a_baseline_must_be_known_and_one(six_runs, make_run):
     with pytest.raises(
         ValueError, match="baseline 'admm' is not among the runs; choose one of: dense"
