@@ -7,28 +7,32 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from harprune.nested import differences
 from harprune.pairing import PairedDifference, paired_difference, pooled_difference
+from harprune.reporting.protocol import protocol_of, require_alike, uses_allocation
 from harprune.reporting.records import STAGES, Attacked, RunRecord, read_run
 from harprune.reporting.summary import AUTOATTACK, measure_order
-from harprune.reporting.tables import flatten, format_budget
+from harprune.reporting.tables import format_budget
 
 DENSE = "dense"
-
-_FREE = ("name", "seed", "data.folder", "model.weights", "attack.dense", "attack.dense_size")
-"""Keys in which recipes of one configuration and density may differ, beside those of execution."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone; `budget` says what `density` is a share of."""
+    """Runs that differ in their seed alone."""
 
-    method: str
     configuration: str
     density: float
-    budget: str
     runs: Mapping[int, RunRecord]
     seconds: Sequence[float | None]
+
+    @property
+    def method(self) -> str:
+        return next(iter(self.runs.values())).method
+
+    @property
+    def budget(self) -> str:
+        """What `density` is a share of, in words."""
+        return format_budget(next(iter(self.runs.values())).section("budget"))
 
     @property
     def point(self) -> dict[str, Any]:
@@ -64,13 +68,13 @@ def compare_runs(
     runs = [read_run(folder) for folder in folders]
     if not runs:
         raise ValueError("nothing to compare; name one run folder or more")
-    protocol = _protocol(runs)
+    protocol = protocol_of(runs)
     labels = labels or [_configuration(run, without_allocation) for run in runs]
     took = dict(zip((run.folder for run in runs), seconds or [None] * len(runs), strict=True))
     groups = _groups(runs, labels, took)
     for group in groups:
-        idle = _plain(group.method) in without_allocation
-        _require_alike(group, complete, (*_FREE, "budget.allocation") if idle else _FREE)
+        called = f"{group.configuration} at density {group.density}"
+        require_alike(group.runs.values(), called, complete, without_allocation)
     return {
         "protocol": protocol,
         "rows": [*_dense_rows(runs), *map(_row, groups)],
@@ -79,58 +83,6 @@ def compare_runs(
         "pooled": [] if baseline is None else list(_pooled(groups, baseline)),
         "warnings": list(_warnings(groups)),
         "runs": [_made(run, label) for run, label in zip(runs, labels, strict=True)],
-    }
-
-
-def _protocol(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """What all runs must have in common for a comparison to mean anything."""
-    protocols = [_protocol_of(run) for run in runs]
-    for run, protocol in zip(runs, protocols, strict=True):
-        for key, value in protocol.items():
-            if value != protocols[0][key]:
-                ours, first = flatten(value), flatten(protocols[0][key])
-                raise ValueError(
-                    f"{run.folder} has {key} {ours} but {runs[0].folder} has {first}; "
-                    "compare runs of one protocol"
-                )
-    _require_same_images(runs)
-    # The architecture's usual width goes without saying.
-    return {k: v for k, v in protocols[0].items() if k != "width" or v is not None}
-
-
-def _require_same_images(runs: Sequence[RunRecord]) -> None:
-    first = _images(runs[0])
-    for run in runs[1:]:
-        both = zip(_images(run), first, strict=True)
-        if any(None not in (ours, theirs) and ours != theirs for ours, theirs in both):
-            raise ValueError(
-                f"{run.folder} was attacked on other test images than {runs[0].folder}; compare "
-                "runs of the same images, with one attack.seed"
-            )
-
-
-def _images(run: RunRecord) -> tuple[Any, ...]:
-    """What is known of the images attacked: positions and labels, and digests; else None."""
-    attacked = _finetuned(run)
-    outcomes, identity = attacked.outcomes, attacked.evaluation.identity
-    chosen = None if outcomes is None else [outcomes[n].tolist() for n in ("index", "labels")]
-    return chosen, identity.get("data"), identity.get("images")
-
-
-def _protocol_of(run: RunRecord) -> dict[str, Any]:
-    if run.audit is None or "finetuned" not in run.attacked:
-        lacking = [stage for stage in run.missing if stage != "attack/dense"]
-        lacking = lacking or ["audit.json" if run.audit is None else "attack/finetuned"]
-        raise ValueError(
-            f"{run.folder} is not finished ({', '.join(lacking)} missing); finish it by the "
-            "command that began it, or leave it out"
-        )
-    return {
-        "data": run.section("data").get("name"),
-        "model": run.section("model").get("name"),
-        "width": run.section("model").get("width"),
-        "threat": run.threat,
-        "images": _finetuned(run).evaluation.size,
     }
 
 
@@ -151,31 +103,9 @@ def _groups(
             )
         members[seed] = run
     return [
-        Group(
-            _method(next(iter(members.values()))),
-            configuration,
-            density,
-            format_budget(next(iter(members.values())).section("budget")),
-            members,
-            [took[run.folder] for run in members.values()],
-        )
+        Group(configuration, density, members, [took[run.folder] for run in members.values()])
         for (configuration, density), members in found.items()
     ]
-
-
-def _require_alike(group: Group, complete: Callable, free: Sequence[str]) -> None:
-    """Raises ValueError where recipes of a group differ in a key that is not `free` to."""
-    first, *others = group.runs.values()
-    for run in others:
-        found = differences(complete(run.recipe), complete(first.recipe))
-        for key, ours, theirs in found:
-            if key in free or key.startswith("execution."):
-                continue
-            raise ValueError(
-                f"{run.folder} has {key} = {ours!r} but {first.folder} has {theirs!r}, and both "
-                f"are {group.configuration} at density {group.density}; compare only runs that "
-                "differ in their seed alone as one configuration"
-            )
 
 
 def _density(run: RunRecord) -> float:
@@ -185,27 +115,18 @@ def _density(run: RunRecord) -> float:
     return float(density)
 
 
-def _method(run: RunRecord) -> str:
-    return str(run.section("method").get("name", "unknown"))
-
-
-def _plain(method: str) -> str:
-    """Its name without plug-ins: `harp+s2ap` -> `harp`."""
-    return method.partition("+")[0]
-
-
 def _configuration(run: RunRecord, without_allocation: Container[str]) -> str:
     """`hydra + erk`; with what else the recipe sets for the method or prunes other than weights."""
     method, budget = dict(run.section("method")), run.section("budget")
     method.pop("name", None)
     allocation = method.pop("allocation", None) or budget.get("allocation")
-    if _plain(_method(run)) in without_allocation:
+    if not uses_allocation(run, without_allocation):
         allocation = None
     granularity = budget.get("granularity", "weight")
     options = [f"{key}={value}" for key, value in sorted(method.items())]
     options += [f"{granularity}s"] if granularity != "weight" else []
     options += [f"{key}={value}" for key, value in _priced(budget).items()]
-    label = f"{_method(run)} + {allocation}" if allocation else _method(run)
+    label = f"{run.method} + {allocation}" if allocation else run.method
     return f"{label} ({', '.join(options)})" if options else label
 
 

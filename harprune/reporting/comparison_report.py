@@ -8,9 +8,10 @@ from types import MappingProxyType
 from typing import Any
 
 from harprune.files import to_json, write
-from harprune.reporting import plots
+from harprune.reporting import comparison_plots
 from harprune.reporting.comparison import DENSE, compare_runs
 from harprune.reporting.document import Document, Plot, Section
+from harprune.reporting.plots import to_svg
 from harprune.reporting.records import WORST_CASE
 from harprune.reporting.summary import AUTOATTACK, measure_order
 from harprune.reporting.tables import (
@@ -73,7 +74,7 @@ def write_comparison(
 def _pictures(out: Path, comparison: Mapping[str, Any]) -> Iterator[tuple[str, Plot]]:
     """What there is to see, by the section that shows it."""
     title = comparison["title"]
-    picture = plots.to_svg(plots.points_by_row, comparison["rows"])
+    picture = to_svg(comparison_plots.points_by_row, comparison["rows"])
     yield (
         "result",
         Plot(out.with_suffix(".svg").name, f"{title}: clean and robust accuracy", picture),
@@ -81,13 +82,13 @@ def _pictures(out: Path, comparison: Mapping[str, Any]) -> Iterator[tuple[str, P
     rows = [row for row in comparison["rows"] if row["density"] < 1.0]
     if len({row["density"] for row in rows}) > 1:
         baseline = comparison["baseline"]
-        picture = plots.to_svg(plots.accuracy_over_density, comparison["rows"], baseline)
+        picture = to_svg(comparison_plots.accuracy_over_density, comparison["rows"], baseline)
         name = f"{out.stem}-density.svg"
         yield "density", Plot(name, f"{title}: accuracy over density", picture)
     least = min(row["density"] for row in rows)
     sparsest = [row for row in rows if row["density"] == least]
     strategies = {row["configuration"]: row["layers"] for row in sparsest}
-    picture = plots.to_svg(plots.strategies, strategies)
+    picture = to_svg(comparison_plots.strategies, strategies)
     caption = f"{title}: densities per layer at {format_budgets(sparsest)}, first seed"
     yield "strategies", Plot(f"{out.stem}-strategies.svg", caption, picture)
 

@@ -179,6 +179,11 @@ class RunRecord:
             wanted = ()
         return (*stages, *(f"attack/{m}" for m in wanted if m not in self.attacked))
 
+    @property
+    def method(self) -> str:
+        """The method's name, with its plug-ins."""
+        return str(self.section("method").get("name", "unknown"))
+
     def of_stage(self, stage: str) -> tuple[Epoch, ...]:
         return tuple(epoch for epoch in self.epochs if epoch.stage == stage)
 
