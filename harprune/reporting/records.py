@@ -212,6 +212,11 @@ def read_run(folder: str | Path) -> RunRecord:
     """
     folder = Path(folder)
     if not (folder / "recipe.json").is_file():
+        held = len(list(folder.glob("*/recipe.json")))
+        if held:
+            raise ValueError(
+                f"{folder} is no run folder but holds {held} of them; name those: {folder}/*"
+            )
         raise ValueError(f"{folder} is no run folder: it holds no recipe.json; see `harprune run`")
     environment, audit = folder / "environment.json", folder / "audit.json"
     inputs, warnings = folder / "inputs.json", folder / "warnings.json"

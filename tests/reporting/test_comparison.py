@@ -407,6 +407,12 @@ def test_the_legend_names_only_attacks_that_were_run(make_run, tmp_path):
         assert ("<!-- AutoAttack -->" in drawn) is (name == "with")
 
 
+def test_links_hold_where_a_name_has_spaces(make_run, tmp_path):
+    out = tmp_path / "my table.md"
+    write_comparison([make_run()], out, title="t", note="", command="c")
+    assert "(my%20table.svg)" in out.read_text() and (tmp_path / "my table.svg").exists()
+
+
 def test_an_attack_not_run_everywhere_is_said(make_run, tmp_path):
     runs = [make_run("a"), make_run("b", seed=1, attacks=("pgd-20",))]
     out = tmp_path / "c.md"
