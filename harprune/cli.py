@@ -419,7 +419,7 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="Compare the runs in this Markdown file; their reports stay."
+            "--out", "-o", help="Compare the runs in this Markdown file; nothing in them changes."
         ),
     ] = None,
     title: Annotated[str, typer.Option(help="Heading of the comparison.")] = "Comparison",
