@@ -19,6 +19,7 @@ from harprune.reporting.tables import (
     Table,
     flatten,
     format_budgets,
+    format_density,
     format_difference,
     format_kept,
     format_p,
@@ -147,7 +148,9 @@ def _sections(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> It
 def _difference_section(comparison: Mapping[str, Any]) -> Section:
     """Several seeds in one row; one seed with its test."""
     name = comparison["baseline"]
-    start = f"Difference to {name} at the same density"
+    weights = all(row["budget"] == format_density(row["density"]) for row in comparison["paired"])
+    share = "density" if weights else "share of what the budget counts"
+    start = f"Difference to {name} at the same {share}"
     if name != DENSE and any(pair["configuration"] == DENSE for pair in comparison["paired"]):
         start += " (of the dense network, to those pruned to the density named)"
     if any(len(row["seeds"]) > 1 for row in comparison["pooled"]):

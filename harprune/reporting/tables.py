@@ -85,7 +85,8 @@ def format_budgets(rows: Sequence[Mapping[str, Any]]) -> str:
         rows: with "density" and the "budget" in words.
     """
     budgets = {row["budget"] for row in rows}
-    return budgets.pop() if len(budgets) == 1 else f"{format_share(rows[0]['density'])}, see table"
+    share = format_share(rows[0]["density"])
+    return budgets.pop() if len(budgets) == 1 else f"{share}, budgets differ"
 
 
 def format_share(fraction: float) -> str:

@@ -93,8 +93,9 @@ def test_a_budget_in_multiply_adds_is_not_said_to_be_one_of_weights(make_run, tm
     for name, budget in zip(names, budgets, strict=True):
         assert text.count(f"| {name} | {budget} |") == 2 + 2  # result, costs, pairs
     drawn = (tmp_path / "c.svg").read_text()
-    assert "<!-- 5 %, see table -->" in drawn and "<!-- 10 % of multiply-adds -->" in drawn
+    assert "<!-- 5 %, budgets differ -->" in drawn and "<!-- 10 % of multiply-adds -->" in drawn
     assert "share that the budget allows" in (tmp_path / "c-density.svg").read_text()
+    assert "Difference to dense at the same share of what the budget counts" in text
 
 
 def test_no_allocation_is_named_for_a_method_that_uses_none(make_run):
