@@ -18,6 +18,7 @@ from harprune.methods.base import Budget, Method, parameter_group, settle_rankin
 class MagnitudeIncrease(Method):
     """|w| at the end minus `recall` times |w| at the start (Zhou et al. 2019), over all layers."""
 
+    uses_allocation = False  # one ranking of all layers decides
     recall: float = 1.0
 
     def attach(self, model: nn.Module, budget: Budget) -> None:

@@ -409,9 +409,18 @@ def _machine(execution: str | None, device: str | None) -> list[str]:
     epilog="Example: harprune report runs/harp-* runs/hydra-* --out results.md --baseline hydra"
 )
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, finished or not.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Run folders, finished or not; files that a pattern names beside them are passed "
+            "over."
+        ),
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Compare the runs in this Markdown file.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Compare the runs in this Markdown file; nothing in them changes."
+        ),
     ] = None,
     title: Annotated[str, typer.Option(help="Heading of the comparison.")] = "Comparison",
     note: Annotated[str, typer.Option(help="What a reader of the comparison should know.")] = "",
@@ -423,31 +432,39 @@ def report(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the report of each run; with --out, one table that compares them."""
+    """Write the report of each run, or with --out one table that compares them."""
+    from harprune.pipeline.pruning import WITHOUT_ALLOCATION
     from harprune.pipeline.recipe_text import completed
     from harprune.pipeline.run import command_line
     from harprune.reporting.comparison_report import write_comparison
     from harprune.reporting.report import write_report
     from harprune.reporting.tensorboard import write_tensorboard
 
-    content = {str(folder): write_report(folder) for folder in runs}
-    if tensorboard:
-        for folder in runs:
-            write_tensorboard(folder)
-    if out is not None:
-        write_comparison(
-            runs,
+    folders = [run for run in runs if not run.is_file()]
+    if not folders:
+        raise ValueError(f"{runs[0]} is a file; name run folders")
+    if out is None:
+        content = {str(folder): write_report(folder) for folder in folders}
+        written = [folder / "report" / "report.html" for folder in folders]
+    else:
+        content = write_comparison(
+            folders,
             out,
             title=title,
             note=note,
             command=command_line(),
             baseline=baseline,
             complete=completed,
+            without_allocation=WITHOUT_ALLOCATION,
         )
+        written = [out]
+    if tensorboard:
+        for folder in folders:
+            write_tensorboard(folder)
     if as_json:
         _print_json(content)
     else:
-        typer.echo("\n".join(str(folder / "report" / "report.html") for folder in runs))
+        typer.echo("\n".join(map(str, written)))
 
 
 @app.command(

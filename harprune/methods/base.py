@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, sqrt
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +173,9 @@ class Method(ABC):
     after an interruption lives it again, up to `begin`, and is then given the model's tensors and
     `load_state_dict`. So what a method learns lies in tensors of its masks, or in `state_dict`.
     """
+
+    uses_allocation: ClassVar[bool] = True
+    """Whether the budget's allocation plays a part; not where one ranking of all layers decides."""
 
     @property
     def trains_scores(self) -> bool:

@@ -33,6 +33,7 @@ class GraSP(Method):
         adversarial: score on attacked images.
     """
 
+    uses_allocation = False
     batches: int = 1
     temperature: float = 200.0
     adversarial: bool = False

@@ -22,6 +22,7 @@ class Li20(Method):
         rewind: after pruning, give the network back the weights with which the stage began.
     """
 
+    uses_allocation = False
     rewind: bool = True
     _budget: Budget = field(init=False, repr=False)
     _start: dict[str, Tensor] = field(init=False, repr=False)

@@ -38,6 +38,7 @@ class MAD(Method):
         mask_rate: their learning rate.
     """
 
+    uses_allocation = False
     batches: int | None = None
     mask_steps: int = 20
     mask_rate: float = 0.1

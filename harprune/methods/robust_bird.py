@@ -28,6 +28,7 @@ class RobustBird(Method):
         window: epochs compared.
     """
 
+    uses_allocation = False
     tolerance: float = 0.08
     window: int = 5
     _budget: Budget = field(init=False, repr=False)

@@ -31,6 +31,7 @@ class SNIP(Method):
         adversarial: score on attacked images.
     """
 
+    uses_allocation = False
     batches: int = 1
     adversarial: bool = False
     _budget: Budget = field(init=False, repr=False)

@@ -36,6 +36,7 @@ class SynFlow(Method):
         rounds: times the scores are computed anew.
     """
 
+    uses_allocation = False
     rounds: int = 100
     _budget: Budget = field(init=False, repr=False)
     _scores: dict[str, Tensor] = field(init=False, repr=False)

@@ -53,6 +53,7 @@ class TwinRep(Method):
             from a random second factor, which a trained network does not survive.
     """
 
+    uses_allocation = False
     prune_at: float = 0.1
     inherit: bool = False
     _budget: Budget = field(init=False, repr=False)

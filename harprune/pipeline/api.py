@@ -19,6 +19,7 @@ from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import make_recipe
 from harprune.pipeline.run import Run, lock
 from harprune.pipeline.supply import Materials
+from harprune.reporting.records import GIVEN_IN_PYTHON
 from harprune.robustness.evaluation import device_of
 from harprune.robustness.identity import model_digest
 from harprune.robustness.images import subset
@@ -68,7 +69,9 @@ def prune(
         method: one that `harprune doctor` lists, or module:Class of your own.
         pretrain_epochs: robust training before pruning; none for a network that is robust.
         augmentation: of `train`, anew in each epoch: "crop_flip" for photographs, or "none".
-        out: a folder in which the run is kept, and continued after an interruption.
+        out: a folder in which the run is kept, and continued after an interruption. Its report has
+            an attack once `evaluate` was run with out = this folder / "attack" / "finetuned" and
+            `harprune report` after it.
         options: further recipe sections, as `{"finetune": {"learning_rate": 0.02}}`.
 
     Raises:
@@ -80,7 +83,7 @@ def prune(
     content = {
         "name": type(model).__name__,
         "seed": seed,
-        "data": {"name": "given in Python", "augmentation": augmentation},
+        "data": {"name": GIVEN_IN_PYTHON, "augmentation": augmentation},
         "model": {"name": type(model).__name__},
         "threat": {"norm": "linf" if isinstance(threat, Linf) else "l2", "epsilon": threat.epsilon},
         "budget": {"density": density},

@@ -154,7 +154,8 @@ class Course:
 
     @torch.no_grad()
     def take_best(self) -> int:
-        """Load the best epoch into the model; its number."""
+        """Load the best epoch into the model and mark it in the history; its number."""
         tensors, values = checkpoint.load(self.run.best(self.stage))
         self.model.load_state_dict(checkpoint.unpack("model", tensors))
+        self.history[values["epoch"]]["selected"] = True
         return values["epoch"]

@@ -32,8 +32,8 @@ def outlook(recipe: Recipe, materials: Materials, device: torch.device) -> Itera
                 f"note: {left[0].name}{more}, together {sum(layer.size for layer in left):,} "
                 "parameters, are of no kind that is pruned unasked; budget.include can name them"
             )
-    for key in pruning.parity_without_effect(recipe):
-        yield f"note: parity.{key} has no effect with method.name = {recipe.method.name!r}"
+    for key in pruning.without_effect(recipe):
+        yield f"note: {key} has no effect with method.name = {recipe.method.name!r}"
     backend = Execution(recipe.execution.backend)
     if device.type == "cpu" and backend is not Execution.DENSE and native.best() is None:
         yield (

@@ -52,6 +52,9 @@ METHODS: dict[str, type[Method]] = {
     "bcs": BCS,
 }
 
+WITHOUT_ALLOCATION = frozenset(n for n, kind in METHODS.items() if not kind.uses_allocation)
+"""Those for which budget.allocation has no effect."""
+
 PLUG_INS = {"s2ap": S2AP}
 """What a method's name may be followed by, as in `harp+s2ap`."""
 
@@ -122,11 +125,15 @@ _PARITY = {
 """Keys of parity that are a method's own option, and its value then."""
 
 
-def parity_without_effect(recipe: Recipe) -> list[str]:
-    """The keys of parity that are set, and that the recipe's method has no option for."""
-    known = _options(_kinds(recipe)[0])
+def without_effect(recipe: Recipe) -> list[str]:
+    """The keys that the recipe sets and its method does not look at."""
+    kind, _ = _kinds(recipe)
+    known = _options(kind)
     wanted = [key for key in _PARITY if getattr(recipe.parity, key)]
-    return [key for key in wanted if _PARITY[key][0] not in known]
+    idle = [f"parity.{key}" for key in wanted if _PARITY[key][0] not in known]
+    if "allocation" in recipe.budget.model_fields_set and not kind.uses_allocation:
+        idle.append("budget.allocation")
+    return idle
 
 
 def sharpness(recipe: Recipe) -> S2AP | None:

@@ -7,7 +7,8 @@
     <stage>.progress   where an unfinished stage goes on, and <stage>.best its best epoch so far;
                        both are removed when it is done
     dense.safetensors  pruned.safetensors  finetuned.safetensors  audit.json
-    metrics.jsonl      one line per epoch             attack/  report/
+    metrics.jsonl      one line per epoch             warnings.json what stages warned of, if at all
+    attack/  report/
 
 An artifact that exists is a finished stage; that is all the state a run has.
 """
@@ -68,6 +69,7 @@ class Run:
         self.folder = Path(folder)
         self.recipe = recipe
         self.leader = int(os.environ.get("RANK", "0")) == 0
+        self._warned: dict[str, list[str]] = {}
         self._going_on: dict[str, Any] = {}
         self._changed: tuple[str, dict] | None = None
         if not self.leader:
@@ -209,10 +211,24 @@ class Run:
         """The folder of one model's evaluation."""
         return self.folder / "attack" / model
 
+    def warn(self, stage: str, text: str) -> None:
+        """Keep what a reader of the report must know; written when the stage finishes."""
+        self._warned.setdefault(stage, []).append(text)
+
+    def _write_warnings(self, stage: str) -> None:
+        """Those of this stage in the place of what it warned of when it was made before."""
+        path = self.folder / "warnings.json"
+        held = read_record(path) if path.exists() else {}
+        known = {**held, stage: self._warned.get(stage)}
+        known = {name: warnings for name, warnings in known.items() if warnings}
+        if known != held:
+            write(path, json.dumps(known, indent=1) + "\n")
+
     def finish(self, stage: str, tensors: Mapping, values: Mapping[str, Any]) -> None:
-        """Write a stage's artifact, then drop what was kept to resume it."""
+        """Write a stage's warnings and its artifact, then drop what was kept to resume it."""
         if self.leader:
             self.note_change()
+            self._write_warnings(stage)
             checkpoint.save(self.artifact(stage), tensors, values)
             self._forget(stage)
 

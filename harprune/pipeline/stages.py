@@ -64,6 +64,11 @@ class Workshop:
         """A seed of its own for each stage."""
         return self.recipe.seed * len(STAGES) + list(STAGES).index(stage)
 
+    def warn(self, stage: str, text: str) -> None:
+        """Say it, and keep it for the report."""
+        self.console.say(f"warning: {text}")
+        self.run.warn(stage, text)
+
 
 def open_workshop(run: Run) -> Workshop:
     """The workshop of an open run: data loaded, device chosen, processes joined.
@@ -109,9 +114,10 @@ def pretrain(shop: Workshop) -> None:
     shop.console.say(f"dense network: {_percent(clean, robust)} on validation images")
     chance = 1.0 / len(shop.materials.validation.labels.unique())
     if shop.materials.given and clean <= 1.2 * chance:
-        shop.console.say(
-            f"warning: clean accuracy {clean:.1%} is what guessing gives; are these the right "
-            "weights, classes and normalisation (model.mean, model.std)?"
+        shop.warn(
+            "pretrain",
+            f"clean accuracy {clean:.1%} is what guessing gives; are these the right weights, "
+            "classes and normalisation (model.mean, model.std)?",
         )
     _finish(shop, "pretrain", checkpoint.pack("model", model.state_dict()), history, clean, robust)
 
@@ -137,10 +143,11 @@ def prune(shop: Workshop) -> None:
             shop, "prune", model, groups, method=method, distillation=soft, nearby=nearby
         )
     if history and "density" in method.metrics(model) and not method.budget_met(model):
-        shop.console.say(
-            f"warning: after {len(history)} epochs the densities learned have not come down to the "
-            "budget, so all layers are cut in proportion; prune longer, raise method.gamma or "
-            "lower method.start_factor"
+        shop.warn(
+            "prune",
+            f"after {len(history)} epochs the densities learned have not come down to the budget, "
+            "so all layers are cut in proportion; prune longer, raise method.gamma or lower "
+            "method.start_factor",
         )
     method.settle(model)
     tensors = checkpoint.pack("mask", masks.kept_masks(model))
@@ -175,9 +182,10 @@ def _show_sample(shop: Workshop, method: Method, model: nn.Module) -> None:
 def _alarm(shop: Workshop, model: nn.Module, counts: Audit) -> None:
     """Warn of layers near collapse; refuse a mask that cuts the logits off from the image."""
     if counts.thin:
-        shop.console.say(
-            f"warning: {len(counts.thin)} layers keep fewer weights than they have outputs, "
-            f"the first is {counts.thin[0]} with {counts.layers[counts.thin[0]].kept}"
+        shop.warn(
+            "prune",
+            f"{len(counts.thin)} layers keep fewer weights than they have outputs, the first is "
+            f"{counts.thin[0]} with {counts.layers[counts.thin[0]].kept}",
         )
     # Of a sparse network many images may meet dead units alone, so not one of them decides.
     some = torch.arange(min(_VALIDATION_BATCH, len(shop.materials.validation)))
@@ -193,10 +201,10 @@ def _alarm(shop: Workshop, model: nn.Module, counts: Audit) -> None:
             logits = model(x)
     cut_off = (logits == logits[:1]).all(dim=0).nonzero().flatten().tolist()
     if len(some) > 1 and cut_off:
-        shop.console.say(
-            f"warning: the logits of {len(cut_off)} classes are the same for {len(some)} images, "
-            f"the first is class {cut_off[0]}; budget.exclude can leave out the layer that makes "
-            "them"
+        shop.warn(
+            "prune",
+            f"the logits of {len(cut_off)} classes are the same for {len(some)} images, the first "
+            f"is class {cut_off[0]}; budget.exclude can leave out the layer that makes them",
         )
 
 
@@ -385,6 +393,7 @@ def learn(
             raise _diverged(shop.run, stage, error) from None
     shop.engine.barrier()  # until rank 0 has written the best epoch
     best = course.take_best()
+    shop.run.write_metrics({**earlier, stage: course.history})
     shop.console.say(f"{stage}: epoch {best + 1} of {section.epochs} selected")
     return course.history
 

@@ -1,33 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several runs side by side under one protocol: seeds averaged, methods compared image by image."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from harprune.nested import differences
 from harprune.pairing import PairedDifference, paired_difference, pooled_difference
-from harprune.reporting.records import Attacked, RunRecord, read_run
+from harprune.reporting.protocol import protocol_of, require_alike, uses_allocation
+from harprune.reporting.records import STAGES, Attacked, RunRecord, read_run
 from harprune.reporting.summary import AUTOATTACK, measure_order
-from harprune.reporting.tables import flatten
+from harprune.reporting.tables import format_budget
 
 DENSE = "dense"
-
-_FREE = ("name", "seed", "data.folder", "model.weights", "attack.dense", "attack.dense_size")
-"""Keys in which recipes of one configuration and density may differ, beside those of execution."""
 
 
 @dataclass(frozen=True)
 class Group:
     """Runs that differ in their seed alone."""
 
-    method: str
     configuration: str
     density: float
     runs: Mapping[int, RunRecord]
     seconds: Sequence[float | None]
+
+    @property
+    def method(self) -> str:
+        return next(iter(self.runs.values())).method
+
+    @property
+    def budget(self) -> str:
+        """What `density` is a share of, in words."""
+        return format_budget(next(iter(self.runs.values())).section("budget"))
+
+    @property
+    def point(self) -> dict[str, Any]:
+        return {"configuration": self.configuration, "density": self.density, "budget": self.budget}
 
 
 def compare_runs(
@@ -37,71 +46,43 @@ def compare_runs(
     labels: Sequence[str] | None = None,
     seconds: Sequence[float | None] | None = None,
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    without_allocation: Container[str] = (),
 ) -> dict[str, Any]:
     """Runs grouped over seeds: mean and sample standard deviation of accuracies, exact counts.
 
     Args:
-        folders: finished run folders of one data set, model and threat, measured on as many images.
+        folders: finished run folders of one data set, model and threat, measured on one set of
+            images.
         baseline: a configuration ("hydra + erk"), a method ("hydra") or "dense", against which
             the others of the same density are tested, seed by seed, on the same images.
         labels: what each run's configuration is called; said by its recipe when absent.
         seconds: what each run took, where that is known.
         complete: gives a recipe of an earlier version the keys that came since.
+        without_allocation: methods for which budget.allocation has no effect.
 
     Raises:
         ValueError: a run is unfinished, protocols differ, a seed occurs twice in one configuration,
-            runs of one configuration and density differ in more than their seed, or the baseline is
-            unknown.
+            runs of one configuration and density differ in more than their seed, runs were attacked
+            on other images, or the baseline is unknown.
     """
     runs = [read_run(folder) for folder in folders]
     if not runs:
         raise ValueError("nothing to compare; name one run folder or more")
-    protocol = _protocol(runs)
-    labels = labels or [_configuration(run) for run in runs]
+    protocol = protocol_of(runs)
+    labels = labels or [_configuration(run, without_allocation) for run in runs]
     took = dict(zip((run.folder for run in runs), seconds or [None] * len(runs), strict=True))
     groups = _groups(runs, labels, took)
     for group in groups:
-        _require_alike(group, complete)
-    rows = [_dense_row(runs), *map(_row, groups)]
+        called = f"{group.configuration} at density {group.density}"
+        require_alike(group.runs.values(), called, complete, without_allocation)
     return {
         "protocol": protocol,
-        "rows": [row for row in rows if row],
+        "rows": [*_dense_rows(runs), *map(_row, groups)],
         "baseline": baseline,
         "paired": [] if baseline is None else list(_paired(groups, baseline)),
         "pooled": [] if baseline is None else list(_pooled(groups, baseline)),
         "warnings": list(_warnings(groups)),
         "runs": [_made(run, label) for run, label in zip(runs, labels, strict=True)],
-    }
-
-
-def _protocol(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """What all runs must have in common for a comparison to mean anything."""
-    protocols = [_protocol_of(run) for run in runs]
-    for run, protocol in zip(runs, protocols, strict=True):
-        for key, value in protocol.items():
-            if value != protocols[0][key]:
-                ours, first = flatten(value), flatten(protocols[0][key])
-                raise ValueError(
-                    f"{run.folder} has {key} {ours} but {runs[0].folder} has {first}; "
-                    "compare runs of one protocol"
-                )
-    # The architecture's usual width goes without saying.
-    return {k: v for k, v in protocols[0].items() if k != "width" or v is not None}
-
-
-def _protocol_of(run: RunRecord) -> dict[str, Any]:
-    if run.audit is None or "finetuned" not in run.attacked:
-        lacking = [stage for stage in run.missing if stage != "attack/dense"]
-        raise ValueError(
-            f"{run.folder} is not finished ({', '.join(lacking) or 'audit.json'} missing); "
-            "finish it by the command that began it"
-        )
-    return {
-        "data": run.section("data").get("name"),
-        "model": run.section("model").get("name"),
-        "width": run.section("model").get("width"),
-        "threat": run.threat,
-        "images": _finetuned(run).evaluation.size,
     }
 
 
@@ -113,7 +94,7 @@ def _groups(
     for run, configuration in zip(runs, labels, strict=True):
         density = _density(run)
         members = found.setdefault((configuration, density), {})
-        seed = run.recipe.get("seed", 0)
+        seed = _seed(run)
         if seed in members:
             raise ValueError(
                 f"{members[seed].folder} and {run.folder} are both {configuration} at density "
@@ -122,30 +103,9 @@ def _groups(
             )
         members[seed] = run
     return [
-        Group(
-            _method(next(iter(members.values()))),
-            configuration,
-            density,
-            members,
-            [took[run.folder] for run in members.values()],
-        )
+        Group(configuration, density, members, [took[run.folder] for run in members.values()])
         for (configuration, density), members in found.items()
     ]
-
-
-def _require_alike(group: Group, complete: Callable) -> None:
-    """Raises ValueError where an average over seeds would be one over different recipes."""
-    first, *others = group.runs.values()
-    for run in others:
-        found = differences(complete(run.recipe), complete(first.recipe))
-        for key, ours, theirs in found:
-            if key in _FREE or key.startswith("execution."):
-                continue
-            raise ValueError(
-                f"{run.folder} has {key} = {ours!r} but {first.folder} has {theirs!r}, and both "
-                f"are {group.configuration} at density {group.density}; compare only runs that "
-                "differ in their seed alone as one configuration"
-            )
 
 
 def _density(run: RunRecord) -> float:
@@ -155,20 +115,31 @@ def _density(run: RunRecord) -> float:
     return float(density)
 
 
-def _method(run: RunRecord) -> str:
-    return str(run.section("method").get("name", "unknown"))
-
-
-def _configuration(run: RunRecord) -> str:
+def _configuration(run: RunRecord, without_allocation: Container[str]) -> str:
     """`hydra + erk`; with what else the recipe sets for the method or prunes other than weights."""
     method, budget = dict(run.section("method")), run.section("budget")
     method.pop("name", None)
     allocation = method.pop("allocation", None) or budget.get("allocation")
+    if not uses_allocation(run, without_allocation):
+        allocation = None
     granularity = budget.get("granularity", "weight")
     options = [f"{key}={value}" for key, value in sorted(method.items())]
     options += [f"{granularity}s"] if granularity != "weight" else []
-    label = f"{_method(run)} + {allocation}" if allocation else _method(run)
+    options += [f"{key}={value}" for key, value in _priced(budget).items()]
+    label = f"{run.method} + {allocation}" if allocation else run.method
     return f"{label} ({', '.join(options)})" if options else label
+
+
+def _priced(budget: Mapping[str, Any]) -> dict[str, Any]:
+    """What a budget counts beside or in place of weights."""
+    cost = budget.get("cost", "parameters")
+    share = budget.get("multiply_add_share") if cost == "mixed" else None
+    known = {
+        "cost": None if cost == "parameters" else cost,
+        "multiply_add_share": share,
+        "multiply_adds": budget.get("multiply_adds"),
+    }
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def _finetuned(run: RunRecord) -> Attacked:
@@ -178,9 +149,7 @@ def _finetuned(run: RunRecord) -> Attacked:
 def _row(group: Group) -> dict[str, Any]:
     runs = group.runs.values()
     audits = [run.audit for run in runs if run.audit]
-    return {
-        "configuration": group.configuration,
-        "density": group.density,
+    return group.point | {
         "seeds": list(group.runs),
         "measures": _measures([_finetuned(run) for run in runs]),
         "kept": [audit.kept for audit in audits],
@@ -199,37 +168,61 @@ def _passes(run: RunRecord) -> int:
     return sum(max((e.passes for e in run.of_stage(s)), default=0) for s in ("prune", "finetune"))
 
 
-def _dense_row(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
-    """The dense networks; of one that several runs attacked, the evaluation on most images."""
-    distinct: dict[Any, RunRecord] = {}
-    for run in sorted(runs, key=_images_of_dense, reverse=True):
-        if DENSE in run.attacked:
-            distinct.setdefault(_digest_of_dense(run), run)
-    known = [run for run in runs if run in distinct.values()]
-    audits = [run.audit for run in known if run.audit]
-    if not known:
-        return None
+def _dense_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """One row of the dense networks, a network for each seed; else a row for each network.
+
+    Of one that several runs attacked, the evaluation on most images counts.
+    """
+    begun: dict[Any, list[RunRecord]] = {}
+    for run in runs:
+        begun.setdefault(_dense_network(run), []).append(run)
+    networks = [known for known in begun.values() if any(DENSE in run.attacked for run in known)]
+    seeds = [seed for known in networks for seed in {_seed(run) for run in known}]
+    attackers = [max(known, key=_images_of_dense) for known in networks]
+    if len(seeds) == len(set(seeds)):
+        return [_dense_row(DENSE, attackers)] if attackers else []
+    names = (_few([run.folder.name for run in known]) for known in networks)
+    return [_dense_row(f"{DENSE} of {n}", [a]) for n, a in zip(names, attackers, strict=True)]
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 2} more" if len(names) > 3 else ""
+    return ", ".join(names[:2] if more else names) + more
+
+
+def _dense_row(name: str, runs: Sequence[RunRecord]) -> dict[str, Any]:
+    audits = [run.audit for run in runs if run.audit]
     return {
-        "configuration": DENSE,
+        "configuration": name,
         "density": 1.0,
-        "seeds": [run.recipe.get("seed", 0) for run in known],
-        "measures": _measures([run.attacked[DENSE] for run in known]),
+        "budget": "100 % kept",
+        "seeds": [_seed(run) for run in runs],
+        "measures": _measures([run.attacked[DENSE] for run in runs]),
         "kept": [audit.total for audit in audits],
         "total": audits[0].total,
         "denominator": audits[0].denominator,
-        "images": sorted({_images_of_dense(run) for run in known}),
+        "images": sorted({_images_of_dense(run) for run in runs}),
     }
+
+
+def _seed(run: RunRecord) -> int:
+    return run.recipe.get("seed", 0)
 
 
 def _images_of_dense(run: RunRecord) -> int:
     return run.attacked[DENSE].evaluation.size if DENSE in run.attacked else 0
 
 
-def _digest_of_dense(run: RunRecord) -> Any:
-    """What tells dense networks apart; by their results where an earlier version kept no digest."""
+def _dense_network(run: RunRecord) -> Any:
+    """What tells dense networks apart; by their results where an earlier version kept no digest.
+
+    None of a network that nobody was to attack, nor gave to the run.
+    """
+    if DENSE not in run.attacked:
+        return run.began_with
     evaluation = run.attacked[DENSE].evaluation
     counted = ((name, m.correct, m.size) for name, m in evaluation.measures.items())
-    return evaluation.identity.get("model") or (run.recipe.get("seed", 0), *counted)
+    return evaluation.identity.get("model") or (_seed(run), *counted)
 
 
 def _measures(attacked: Sequence[Attacked]) -> dict[str, Any]:
@@ -252,17 +245,17 @@ def _statistics(values: list[float]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Pair:
-    """A configuration, or the dense network, beside the baseline of its density, with one seed."""
+    """The configuration of a group, or its dense network, beside the baseline, with one seed."""
 
     configuration: str
-    density: float
+    group: Group
     seed: int
     first: Attacked
     second: Attacked
 
     @property
     def point(self) -> dict[str, Any]:
-        return {"configuration": self.configuration, "density": self.density}
+        return self.group.point | {"configuration": self.configuration}
 
     def difference(self, name: str) -> PairedDifference | None:
         return paired_difference(self.first.outcomes, self.second.outcomes, name)
@@ -289,7 +282,7 @@ def _pairs(groups: Sequence[Group], baseline: str) -> Iterator[Pair]:
                 beside = reference.runs.get(seed) if reference else None
                 first = _finetuned(beside) if beside else None
             if first and second:
-                yield Pair(name, group.density, seed, first, second)
+                yield Pair(name, group, seed, first, second)
 
 
 def _dense_of(run: RunRecord, groups: Sequence[Group]) -> Attacked | None:
@@ -316,7 +309,7 @@ def _pooled(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
     """The difference to the baseline over all seeds that both have."""
     found: dict[tuple[str, float], list[Pair]] = {}
     for pair in _pairs(groups, baseline):
-        found.setdefault((pair.configuration, pair.density), []).append(pair)
+        found.setdefault((pair.configuration, pair.group.density), []).append(pair)
     for pairs in found.values():
         for name in ("clean", AUTOATTACK):
             pooled = pooled_difference([(p.first.outcomes, p.second.outcomes) for p in pairs], name)
@@ -338,10 +331,13 @@ def _reference(groups: Sequence[Group], density: float, baseline: str) -> Group 
 
 
 def _warnings(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
-    """Failed checks and flags of every evaluation."""
+    """What stages warned of, and failed checks and flags of every evaluation."""
     for group in groups:
         for seed, run in group.runs.items():
-            where = {"configuration": group.configuration, "density": group.density, "seed": seed}
+            where = group.point | {"seed": seed}
+            for stage, warnings in run.warnings.items():
+                for warning in warnings:
+                    yield where | {"model": STAGES[stage], "warning": warning}
             for model, attacked in run.attacked.items():
                 for name, check in attacked.evaluation.checks.items():
                     if not check.passed:

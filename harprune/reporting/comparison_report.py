@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several runs side by side for people: comparison.md with its plots, and the same as .json."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from types import MappingProxyType
 from typing import Any
 
 from harprune.files import to_json, write
-from harprune.reporting import plots
+from harprune.reporting import comparison_plots
 from harprune.reporting.comparison import DENSE, compare_runs
 from harprune.reporting.document import Document, Plot, Section
+from harprune.reporting.plots import to_svg
 from harprune.reporting.records import WORST_CASE
 from harprune.reporting.summary import AUTOATTACK, measure_order
 from harprune.reporting.tables import (
     ABSENT,
     Table,
     flatten,
+    format_budgets,
     format_density,
     format_difference,
     format_kept,
@@ -36,6 +38,7 @@ def write_comparison(
     labels: Sequence[str] | None = None,
     seconds: Sequence[float | None] | None = None,
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    without_allocation: Container[str] = (),
     failed: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write `out_md`, and beside it the same as .json and plots as .svg; returns the comparison.
@@ -45,7 +48,7 @@ def write_comparison(
         note: what a reader should know first; may be empty.
         command: what makes this file again.
         makes_runs: it makes the runs too, so that their own commands need not be shown.
-        baseline, labels, seconds, complete: see `compare_runs`.
+        baseline, labels, seconds, complete, without_allocation: see `compare_runs`.
         failed: runs that should be here and are not, with the reason.
     """
     out = Path(out_md)
@@ -53,7 +56,12 @@ def write_comparison(
         raise ValueError(f"a comparison is written to a Markdown file, not to {out}; end it in .md")
     comparison = {"title": title, "note": note, "command": command}
     comparison |= compare_runs(
-        folders, baseline=baseline, labels=labels, seconds=seconds, complete=complete
+        folders,
+        baseline=baseline,
+        labels=labels,
+        seconds=seconds,
+        complete=complete,
+        without_allocation=without_allocation,
     )
     comparison |= {"makes_runs": makes_runs, "failed": dict(failed)}
     pictures = dict(_pictures(out, comparison))
@@ -67,21 +75,22 @@ def write_comparison(
 def _pictures(out: Path, comparison: Mapping[str, Any]) -> Iterator[tuple[str, Plot]]:
     """What there is to see, by the section that shows it."""
     title = comparison["title"]
-    picture = plots.to_svg(plots.points_by_row, comparison["rows"])
+    picture = to_svg(comparison_plots.points_by_row, comparison["rows"])
     yield (
         "result",
         Plot(out.with_suffix(".svg").name, f"{title}: clean and robust accuracy", picture),
     )
-    rows = [row for row in comparison["rows"] if row["configuration"] != DENSE]
+    rows = [row for row in comparison["rows"] if row["density"] < 1.0]
     if len({row["density"] for row in rows}) > 1:
         baseline = comparison["baseline"]
-        picture = plots.to_svg(plots.accuracy_over_density, comparison["rows"], baseline)
+        picture = to_svg(comparison_plots.accuracy_over_density, comparison["rows"], baseline)
         name = f"{out.stem}-density.svg"
         yield "density", Plot(name, f"{title}: accuracy over density", picture)
     least = min(row["density"] for row in rows)
-    strategies = {r["configuration"]: r["layers"] for r in rows if r["density"] == least}
-    picture = plots.to_svg(plots.strategies, strategies)
-    caption = f"{title}: densities per layer at {format_density(least)}, first seed"
+    sparsest = [row for row in rows if row["density"] == least]
+    strategies = {row["configuration"]: row["layers"] for row in sparsest}
+    picture = to_svg(comparison_plots.strategies, strategies)
+    caption = f"{title}: densities per layer at {format_budgets(sparsest)}, first seed"
     yield "strategies", Plot(f"{out.stem}-strategies.svg", caption, picture)
 
 
@@ -108,10 +117,10 @@ _FEW = 5
 def _warned(warnings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if len(warnings) > _FEW:
         raised = len({(w["configuration"], w["density"], w["seed"]) for w in warnings})
-        yield f"checks failed or flags were raised in {raised} runs; see Flags and failed checks."
+        yield f"{raised} runs have warnings or failed checks; see Warnings and failed checks."
         return
     for w in warnings:
-        where = f"{w['configuration']}, {format_density(w['density'])}, seed {w['seed']}"
+        where = f"{w['configuration']}, {w['budget']}, seed {w['seed']}"
         yield f"{where}, {w['model']}: {w['warning']}"
 
 
@@ -127,7 +136,7 @@ def _sections(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> It
     if comparison["baseline"] is not None:
         yield _difference_section(comparison)
     if len(comparison["warnings"]) > _FEW:
-        yield Section("Flags and failed checks", _warnings_table(comparison["warnings"]))
+        yield Section("Warnings and failed checks", _warnings_table(comparison["warnings"]))
     script = comparison["command"]
     if not comparison["makes_runs"]:
         held = [run["environment"] for run in comparison["runs"]]
@@ -139,7 +148,9 @@ def _sections(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> It
 def _difference_section(comparison: Mapping[str, Any]) -> Section:
     """Several seeds in one row; one seed with its test."""
     name = comparison["baseline"]
-    start = f"Difference to {name} at the same density"
+    weights = all(row["budget"] == format_density(row["density"]) for row in comparison["paired"])
+    share = "density" if weights else "share of what the budget counts"
+    start = f"Difference to {name} at the same {share}"
     if name != DENSE and any(pair["configuration"] == DENSE for pair in comparison["paired"]):
         start += " (of the dense network, to those pruned to the density named)"
     if any(len(row["seeds"]) > 1 for row in comparison["pooled"]):
@@ -166,7 +177,7 @@ def _rows_table(comparison: Mapping[str, Any]) -> Table:
     rows = tuple(
         (
             _named(row, comparison["protocol"]["images"]),
-            format_density(row["density"]) if row["configuration"] != DENSE else "100 % kept",
+            row["budget"],
             ", ".join(map(str, row["seeds"])),
             *(_mean(row["measures"].get(name)) for name in measures),
             _kept(row),
@@ -174,7 +185,7 @@ def _rows_table(comparison: Mapping[str, Any]) -> Table:
         for row in comparison["rows"]
     )
     titles = ("AutoAttack" if name == AUTOATTACK else name for name in measures)
-    header = ("configuration", "density", "seeds", *titles, "weights kept / total")
+    header = ("configuration", "budget", "seeds", *titles, "weights kept / total")
     return Table(header, rows)
 
 
@@ -203,15 +214,15 @@ def _cost_table(comparison: Mapping[str, Any]) -> Table:
     rows = tuple(
         (
             row["configuration"],
-            format_density(row["density"]),
+            row["budget"],
             _shares(row["multiply_adds"], row["dense_multiply_adds"]),
             f"{fmean(row['passes']):,.0f}",
             _minutes(row["seconds"]),
         )
         for row in comparison["rows"]
-        if row["configuration"] != DENSE
+        if row["density"] < 1.0
     )
-    return Table(("configuration", "density", "multiply-adds", "passes", "minutes"), rows)
+    return Table(("configuration", "budget", "multiply-adds", "passes", "minutes"), rows)
 
 
 def _shares(kept: Sequence[int], dense: int | None) -> str:
@@ -234,7 +245,7 @@ def _paired_table(paired: Sequence[Mapping[str, Any]]) -> Table | None:
     rows = tuple(
         (
             pair["configuration"],
-            format_density(pair["density"]),
+            pair["budget"],
             str(pair["seed"]),
             "AutoAttack" if pair["measure"] == AUTOATTACK else pair["measure"],
             format_difference(pair),
@@ -244,46 +255,45 @@ def _paired_table(paired: Sequence[Mapping[str, Any]]) -> Table | None:
         )
         for pair in paired
     )
-    header = ("configuration", "density", "seed", "accuracy", "difference", "won / lost", "p", "n")
+    header = ("configuration", "budget", "seed", "accuracy", "difference", "won / lost", "p", "n")
     return Table(header, rows) if rows else None
 
 
 def _pooled_table(comparison: Mapping[str, Any]) -> Table:
-    """A row for each configuration and density; in how many seeds its AutoAttack is the higher."""
-    found: dict[tuple[str, float], dict[str, Mapping[str, Any]]] = {}
+    """A row for each configuration and budget; in how many seeds its AutoAttack is the higher."""
+    found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for row in comparison["pooled"]:
-        found.setdefault((row["configuration"], row["density"]), {})[row["measure"]] = row
-    higher: dict[tuple[str, float], int] = {}
+        found.setdefault((row["configuration"], row["budget"]), {})[row["measure"]] = row
+    higher: dict[tuple[str, str], int] = {}
     for pair in comparison["paired"]:
         if pair["measure"] == AUTOATTACK and pair["difference"] > 0:
-            point = pair["configuration"], pair["density"]
+            point = pair["configuration"], pair["budget"]
             higher[point] = higher.get(point, 0) + 1
     rows = tuple(
         (
             configuration,
-            format_density(density),
+            budget,
             *(format_difference(known.get(name)) for name in ("clean", AUTOATTACK)),
-            f"{higher.get((configuration, density), 0)} of {len(known[AUTOATTACK]['seeds'])}"
+            f"{higher.get((configuration, budget), 0)} of {len(known[AUTOATTACK]['seeds'])}"
             if AUTOATTACK in known
             else ABSENT,
         )
-        for (configuration, density), known in found.items()
+        for (configuration, budget), known in found.items()
     )
-    header = ("configuration", "density", "clean", "AutoAttack", "seeds with more AutoAttack")
+    header = ("configuration", "budget", "clean", "AutoAttack", "seeds with more AutoAttack")
     return Table(header, rows)
 
 
 def _warnings_table(warnings: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each configuration and density with all that was raised there."""
-    found: dict[tuple[str, float], list[str]] = {}
+    """A row for each configuration and budget with all that was raised there."""
+    found: dict[tuple[str, str], list[str]] = {}
     for w in warnings:
         said = f"seed {w['seed']}, {w['model']}: {w['warning']}"
-        found.setdefault((w["configuration"], w["density"]), []).append(said)
+        found.setdefault((w["configuration"], w["budget"]), []).append(said)
     rows = tuple(
-        (configuration, format_density(density), "; ".join(said))
-        for (configuration, density), said in found.items()
+        (configuration, budget, "; ".join(said)) for (configuration, budget), said in found.items()
     )
-    return Table(("configuration", "density", "raised"), rows, numeric=False)
+    return Table(("configuration", "budget", "raised"), rows, numeric=False)
 
 
 def _successive(environment: Mapping[str, Any], key: str) -> str:

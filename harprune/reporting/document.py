@@ -5,6 +5,7 @@ import base64
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined, Template
 
@@ -60,7 +61,7 @@ class Document:
 def _markdown(section: Section) -> list[str]:
     parts = [f"## {section.heading}", section.text]
     parts += [section.table.markdown()] if section.table else []
-    parts += [f"![{section.plot.caption}]({section.plot.path})"] if section.plot else []
+    parts += [f"![{section.plot.caption}]({quote(section.plot.path)})"] if section.plot else []
     parts += [f"```sh\n{section.code}\n```"] if section.code else []
     return [part for part in parts if part]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from harprune.reporting.records import STAGES, Audit, Epoch, Evaluation, Measure
 from harprune.reporting.summary import measure_order
-from harprune.reporting.tables import format_density, title_of
+from harprune.reporting.tables import title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,15 +45,19 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.1,
 }
 _ALLOCATIONS = {
     "erk": ("ERK", ORANGE, "s"),
     "lamp": ("LAMP", PURPLE, "^"),
     "uniform": ("uniform", GREY, ""),
 }
+_COUNTED = {
+    "parameters": "weights kept",
+    "multiply-adds": "multiply-adds kept",
+    "mixed": "mixed cost kept",
+}
 _MODELS = {"dense": PALE, "finetuned": BLUE}
-_ACCURACIES = {"clean": (GREEN, "o", -0.13), "autoattack": (RED, "s", 0.13)}
-"""Colour, marker and place beside the middle of a row."""
 
 
 def to_svg(draw: Callable[..., "Figure"], *data: Any) -> bytes:
@@ -70,14 +74,14 @@ def density_per_layer(audit: Audit) -> "Figure":
     """Fraction kept in each layer, beside what ERK, LAMP and uniform allocation would keep."""
     names = list(audit.layers)
     places = range(len(names))
-    figure, axes = _figure(min(13.0, max(6.4, 1.6 + 0.3 * len(names))), 3.9)
+    figure, axes = new_figure(min(13.0, max(6.4, 1.6 + 0.3 * len(names))), 3.9)
     for name, (label, colour, marker) in _ALLOCATIONS.items():
         if name in audit.allocations:
             shares = [audit.allocations[name].get(layer, math.nan) for layer in names]
             style = {"color": colour, "marker": marker, "linewidth": 1.1, "markersize": 3.5}
-            axes.plot(places, _positive(shares), "--", label=label, **style)
+            axes.plot(places, positive(shares), "--", label=label, **style)
     kept = [layer.density for layer in audit.layers.values()]
-    axes.plot(places, _positive(kept), "-o", color=BLUE, label="this run", linewidth=2, zorder=3)
+    axes.plot(places, positive(kept), "-o", color=BLUE, label="this run", linewidth=2, zorder=3)
     empty = [place for place in places if not kept[place]]
     if empty:
         bottom = axes.get_xaxis_transform()
@@ -93,23 +97,30 @@ def density_per_layer(audit: Audit) -> "Figure":
     return figure
 
 
-def prune_course(epochs: Sequence[Epoch], target: float | None) -> "Figure":
-    """Penalty weight gamma, penalty and global density over the epochs of the prune stage."""
+def prune_course(epochs: Sequence[Epoch], budget: Mapping[str, Any]) -> "Figure":
+    """Penalty weight gamma, penalty and global density over the epochs of the prune stage.
+
+    `budget` is the recipe's section, which says what the density is a share of.
+    """
     quantities = ("gamma", "penalty", "density")
     known = [name for name in quantities if any(getattr(e, name) is not None for e in epochs)]
-    figure, panels = _panels(len(known), 6.4, 1.0 + 1.35 * len(known))
+    figure, panels = new_panels(len(known), 6.4, 1.0 + 1.35 * len(known))
     for axes, name, colour in zip(panels, known, (ORANGE, PURPLE, BLUE), strict=False):
         values = [math.nan if getattr(e, name) is None else getattr(e, name) for e in epochs]
-        axes.plot([e.epoch for e in epochs], values, "-o", color=colour, markersize=3)
-        axes.set_ylabel({"gamma": "γ", "density": "weights kept"}.get(name, name))  # noqa: RUF001
+        axes.plot([e.epoch + 1 for e in epochs], values, "-o", color=colour, markersize=3)
+        counted = _COUNTED[budget.get("cost", "parameters")]
+        axes.set_ylabel({"gamma": "γ", "density": counted}.get(name, name))  # noqa: RUF001
         if name == "density":
             _density_axis(axes)
-            if target is not None:
-                axes.axhline(target, color=BLACK, linewidth=1, linestyle="--", label="budget")
+            if budget.get("density") is not None:
+                label = "budget" if budget.get("multiply_adds") is None else "first of two bounds"
+                axes.axhline(
+                    budget["density"], color=BLACK, linewidth=1, linestyle="--", label=label
+                )
                 axes.legend(loc="upper right")
         else:
             axes.set_ylim(bottom=0)
-    met = [e.epoch for e in epochs if e.budget_met]
+    met = [e.epoch + 1 for e in epochs if e.budget_met]
     for axes in panels if met else ():
         axes.axvline(met[0], color=GREEN, linewidth=1, linestyle=":")
     if met:
@@ -120,12 +131,15 @@ def prune_course(epochs: Sequence[Epoch], target: float | None) -> "Figure":
 
 
 def validation_course(epochs: Sequence[Epoch]) -> "Figure":
-    """Clean and robust accuracy on validation images, epoch by epoch, a panel per stage."""
+    """Clean and robust accuracy on validation images, epoch by epoch, a panel per stage.
+
+    The selected epoch of a stage is marked where it is known.
+    """
     stages = {s: [e for e in epochs if e.stage == s] for s in STAGES}
     stages = {stage: known for stage, known in stages.items() if known}
-    figure, panels = _panels(len(stages), 2.6 + 2.3 * len(stages), 3.0, across=True)
+    figure, panels = new_panels(len(stages), 2.6 + 2.3 * len(stages), 3.0, across=True)
     for axes, (stage, known) in zip(panels, stages.items(), strict=True):
-        places = [epoch.epoch for epoch in known]
+        places = [epoch.epoch + 1 for epoch in known]
         axes.plot(
             places, [100 * e.clean for e in known], "-o", color=GREEN, label="clean", markersize=3
         )
@@ -133,19 +147,21 @@ def validation_course(epochs: Sequence[Epoch]) -> "Figure":
         axes.plot(
             places, robust, "--s", color=RED, label="under the selecting attack", markersize=3
         )
+        for epoch in (e.epoch + 1 for e in known if e.selected):
+            axes.axvline(epoch, color=GREY, linewidth=1, linestyle=":", label="selected epoch")
         axes.set_title(stage)
         _epoch_axis(axes, known)
     panels[0].set_ylabel("validation accuracy in %")
     panels[0].set_ylim(0, 100)
-    lines = panels[0].get_lines()
-    figure.legend(handles=lines, loc="outside upper right", ncols=2)
+    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    figure.legend(handles=list(lines.values()), loc="outside upper right", ncols=len(lines))
     return figure
 
 
 def accuracy_bars(evaluations: Mapping[str, Evaluation]) -> "Figure":
     """Test accuracy, clean and under each attack, with 95 % intervals; a bar for each model."""
     measures = measure_order(n for e in evaluations.values() for n in ("clean", *e.attacks))
-    figure, axes = _figure(6.8, 0.9 + 0.62 * len(measures))
+    figure, axes = new_figure(6.8, 0.9 + 0.62 * len(measures))
     height = 0.8 / len(evaluations)
     for row, (model, evaluation) in enumerate(evaluations.items()):
         shift = (row - (len(evaluations) - 1) / 2) * height
@@ -171,138 +187,14 @@ def _bars(axes: "Axes", measures: Mapping[float, Measure], height: float, model:
     axes.barh(0, 0, color=_MODELS[model], label=title_of(model))
 
 
-def points_by_row(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Configurations of a comparison below each other, a panel for each density.
-
-    Args:
-        rows: of a comparison. Each seed is a faint point, their mean a strong one with its sample
-            standard deviation; the row of density 1 is a dashed level.
-    """
-    pruned = [row for row in rows if row["density"] < 1.0]
-    dense = next((row for row in rows if row["density"] == 1.0), None)
-    configurations = list(dict.fromkeys(row["configuration"] for row in pruned))
-    densities = list(dict.fromkeys(row["density"] for row in pruned))
-    height = 1.1 + 0.3 * len(configurations)
-    figure, panels = _panels(len(densities), 3.4 + 2.3 * len(densities), height, across=True)
-    for axes, density in zip(panels, densities, strict=True):
-        known = {row["configuration"]: row for row in pruned if row["density"] == density}
-        for name, (colour, marker, shift) in _ACCURACIES.items():
-            for place, configuration in enumerate(configurations):
-                values = _percentages(known.get(configuration), name)
-                if values:
-                    where = [place + shift] * len(values)
-                    axes.plot(values, where, marker, color=colour, alpha=0.3, markersize=4)
-                    _mean_point(axes, values, place + shift, colour, marker)
-            level = _percentages(dense, name)
-            if level:
-                axes.axvline(sum(level) / len(level), color=colour, linewidth=1, linestyle="--")
-        axes.set_title(format_density(density), fontsize=8.5)
-        axes.set_xlabel("test accuracy in %")
-    panels[0].set_yticks(range(len(configurations)), configurations)
-    panels[0].set_ylim(len(configurations) - 0.5, -0.5)
-    _legend_above(figure, dense is not None)
-    return figure
-
-
-def accuracy_over_density(
-    rows: Sequence[Mapping[str, Any]], baseline: str | None = None
-) -> "Figure":
-    """Clean and robust accuracy against density, a small panel for each configuration.
-
-    Args:
-        rows: of a comparison; the mean over seeds is drawn with its sample standard deviation, the
-            row of density 1 as a dashed level.
-        baseline: a configuration whose lines stand in every panel in grey.
-    """
-    pruned = [row for row in rows if row["density"] < 1.0]
-    dense = next((row for row in rows if row["density"] == 1.0), None)
-    lines: dict[str, list[Mapping[str, Any]]] = {}
-    for row in sorted(pruned, key=lambda row: row["density"]):
-        lines.setdefault(row["configuration"], []).append(row)
-    names = list(dict.fromkeys(row["configuration"] for row in pruned))
-    columns = min(5, len(names))
-    figure, panels = _panels(len(names), 1.2 + 1.8 * columns, 1.7, across=True, columns=columns)
-    for axes, configuration in zip(panels, names, strict=False):
-        for name, (colour, marker, _) in _ACCURACIES.items():
-            if baseline in lines:
-                _course(axes, lines[baseline], name, color=PALE)
-            _course(axes, lines[configuration], name, color=colour, marker=marker)
-            level = _percentages(dense, name)
-            if level:
-                axes.axhline(sum(level) / len(level), color=colour, linewidth=0.8, linestyle="--")
-        axes.set_title(configuration)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    for axes in panels[len(names) :]:
-        axes.set_axis_off()
-    figure.supxlabel("weights kept", fontsize=9)
-    figure.supylabel("test accuracy in %", fontsize=9)
-    _legend_above(figure, dense is not None, baseline if baseline in lines else None)
-    return figure
-
-
-def _course(axes: "Axes", rows: Sequence[Mapping[str, Any]], name: str, **look: Any) -> None:
-    """One accuracy over the densities of one configuration."""
-    known = [row for row in rows if name in row["measures"]]
-    axes.errorbar(
-        [row["density"] for row in known],
-        [100 * row["measures"][name]["mean"] for row in known],
-        [100 * (row["measures"][name]["spread"] or 0.0) for row in known],
-        capsize=2,
-        linewidth=1.2,
-        **look,
-    )
-
-
-def strategies(densities: Mapping[str, Mapping[str, float]]) -> "Figure":
-    """Fraction kept in each layer: a row of per cents for each configuration, darker where more."""
-    from matplotlib.colors import LogNorm
-
-    layers = list(next(iter(densities.values())))
-    shares = [[100 * kept.get(layer, 0.0) for layer in layers] for kept in densities.values()]
-    least = min((s for row in shares for s in row if s > 0), default=1.0)
-    figure, axes = _figure(2.0 + 0.45 * len(layers), 1.4 + 0.26 * len(densities))
-    bounds = LogNorm(min(least, 99.0), 100.0)
-    axes.imshow([_positive(row) for row in shares], aspect="auto", cmap="Blues", norm=bounds)
-    for place, row in enumerate(shares):
-        for layer, share in enumerate(row):
-            strong = share > 0 and bounds(share) > 0.6
-            axes.text(
-                layer,
-                place,
-                f"{share:.2g}" if share < 99.5 else "100",
-                ha="center",
-                va="center",
-                fontsize=6.5,
-                color="white" if strong else BLACK,
-            )
-    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(densities)), list(densities))
-    axes.grid(visible=False)
-    axes.set_title("weights kept in %")
-    return figure
-
-
-def _percentages(row: Mapping[str, Any] | None, name: str) -> list[float]:
-    """An accuracy of a row of a comparison, seed by seed."""
-    measure = row["measures"].get(name) if row else None
-    return [100 * value for value in measure["values"]] if measure else []
-
-
-def _mean_point(axes: "Axes", values: list[float], height: float, colour: str, marker: str) -> None:
-    mean = sum(values) / len(values)
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
-    axes.errorbar(mean, height, xerr=spread, fmt=marker, color=colour, capsize=3, markersize=6.5)
-
-
-def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
+def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots()
 
 
-def _panels(
+def new_panels(
     count: int, width: float, height: float, *, across: bool = False, columns: int | None = None
 ) -> "tuple[Figure, list[Axes]]":
     """Panels below each other with one x axis, or across, in rows of `columns`, with one y axis.
@@ -321,20 +213,6 @@ def _panels(
     return figure, list(grid.flat)
 
 
-def _legend_above(figure: "Figure", dense: bool, baseline: str | None = None) -> None:
-    """What the colours of accuracies mean, above all panels."""
-    from matplotlib.lines import Line2D
-
-    names = {"clean": "clean", "autoattack": "AutoAttack"}
-    looks = [
-        Line2D([], [], color=colour, marker=marker, label=names[name])
-        for name, (colour, marker, _) in _ACCURACIES.items()
-    ]
-    looks += [Line2D([], [], color=BLACK, linestyle="--", linewidth=1, label="dense")] * dense
-    looks += [Line2D([], [], color=PALE, label=baseline)] if baseline else []
-    figure.legend(handles=looks, loc="outside upper left", ncols=len(looks))
-
-
 def _density_axis(axes: "Axes") -> None:
     """Densities on a logarithmic axis, in per cent."""
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -349,7 +227,7 @@ def _epoch_axis(axes: "Axes", epochs: Sequence[Epoch]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlim(-0.5, max(epoch.epoch for epoch in epochs) + 0.5)
+    axes.set_xlim(0.5, max(epoch.epoch for epoch in epochs) + 1.5)
     axes.set_xlabel("epoch")
 
 
@@ -359,7 +237,7 @@ def _legend(axes: "Axes", handles: Sequence[Any] | None = None, *, columns: int)
     )
 
 
-def _positive(values: Sequence[float]) -> list[float]:
+def positive(values: Sequence[float]) -> list[float]:
     """A logarithmic axis has no place for zero."""
     return [value if value > 0 else math.nan for value in values]
 

@@ -16,12 +16,16 @@ from harprune.files import read_arrays
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
+Stage = Literal["pretrain", "prune", "finetune"]
 
 STAGES = {"pretrain": "dense", "prune": "pruned", "finetune": "finetuned"}
 """Training stages in order, each with the artifact that says it is finished."""
 
 ATTACKED = ("dense", "finetuned")
 """The models whose robustness a run measures."""
+
+GIVEN_IN_PYTHON = "given in python"
+"""The name of the data of a run that `harprune.prune` made: there are no test images to attack."""
 
 WORST_CASE = "worst case"
 """An image counts when it withstands every attack."""
@@ -31,9 +35,13 @@ _STRICT = ConfigDict(extra="ignore", strict=True)
 
 @checked(frozen=True, config=_STRICT)
 class Epoch:
-    """One finished epoch: mean training loss, validation accuracies, and what pruning adds."""
+    """One finished epoch: mean training loss, validation accuracies, and what pruning adds.
 
-    stage: Literal["pretrain", "prune", "finetune"]
+    `selected` is the one whose network goes on; none in an unfinished stage, or one of an earlier
+    version.
+    """
+
+    stage: Stage
     epoch: Count
     loss: float
     clean: Fraction
@@ -45,6 +53,7 @@ class Epoch:
     penalty: float | None = None
     densities: dict[str, float] | None = None
     budget_met: bool | None = None
+    selected: bool = False
 
 
 @checked(frozen=True, config=_STRICT)
@@ -147,7 +156,8 @@ class Attacked:
 class RunRecord:
     """All that a run folder says.
 
-    `began_with` is the digest of the dense network that the run was given, None of its own one.
+    `began_with` is the digest of the dense network that the run was given, None of its own one;
+    `warnings` are what each stage warned of.
     """
 
     folder: Path
@@ -158,13 +168,21 @@ class RunRecord:
     audit: Audit | None
     attacked: Mapping[str, Attacked]
     began_with: str | None
+    warnings: Mapping[str, tuple[str, ...]]
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Stages that have not left their artifact, in order; a dense attack only if asked for."""
+        """Stages that have not left their artifact, in order; attacks only if asked for."""
         stages = [stage for stage in STAGES if stage not in self.finished]
         wanted = ATTACKED if self.section("attack").get("dense", True) else ATTACKED[1:]
+        if self.section("data").get("name") == GIVEN_IN_PYTHON:
+            wanted = ()
         return (*stages, *(f"attack/{m}" for m in wanted if m not in self.attacked))
+
+    @property
+    def method(self) -> str:
+        """The method's name, with its plug-ins."""
+        return str(self.section("method").get("name", "unknown"))
 
     def of_stage(self, stage: str) -> tuple[Epoch, ...]:
         return tuple(epoch for epoch in self.epochs if epoch.stage == stage)
@@ -194,9 +212,14 @@ def read_run(folder: str | Path) -> RunRecord:
     """
     folder = Path(folder)
     if not (folder / "recipe.json").is_file():
+        held = len(list(folder.glob("*/recipe.json")))
+        if held:
+            raise ValueError(
+                f"{folder} is no run folder but holds {held} of them; name those: {folder}/*"
+            )
         raise ValueError(f"{folder} is no run folder: it holds no recipe.json; see `harprune run`")
     environment, audit = folder / "environment.json", folder / "audit.json"
-    inputs = folder / "inputs.json"
+    inputs, warnings = folder / "inputs.json", folder / "warnings.json"
     return RunRecord(
         folder=folder,
         recipe=_read_mapping(folder / "recipe.json"),
@@ -210,6 +233,7 @@ def read_run(folder: str | Path) -> RunRecord:
             if (folder / "attack" / model / "evaluation.json").exists()
         },
         began_with=_read_mapping(inputs).get("dense network") if inputs.exists() else None,
+        warnings=_read_warnings(warnings) if warnings.exists() else {},
     )
 
 
@@ -218,6 +242,12 @@ def _read_epochs(path: Path) -> tuple[Epoch, ...]:
         return ()
     lines = enumerate(_read_text(path).splitlines(), start=1)
     return tuple(_parse(Epoch, line, f"{path} line {number}") for number, line in lines)
+
+
+def _read_warnings(path: Path) -> dict[str, tuple[str, ...]]:
+    """By stage, in the order of stages."""
+    found = _parse(dict[Stage, tuple[str, ...]], _read_text(path), str(path))
+    return {stage: found[stage] for stage in STAGES if stage in found}
 
 
 def _read_attacked(folder: Path) -> Attacked:

@@ -11,13 +11,13 @@ from typing import Any
 from harprune.files import to_json, write
 from harprune.reporting import plots
 from harprune.reporting.document import Document, Plot, Section
-from harprune.reporting.records import ATTACKED, RunRecord, read_run
+from harprune.reporting.records import ATTACKED, GIVEN_IN_PYTHON, RunRecord, read_run
 from harprune.reporting.summary import AUTOATTACK, summarise
 from harprune.reporting.tables import (
     Table,
     checks_table,
     flatten,
-    format_density,
+    format_budget,
     format_measure,
     format_percent,
     layers_table,
@@ -62,9 +62,9 @@ def _plots(run: RunRecord) -> dict[str, Plot]:
             "density", "Weights kept in each layer", plots.density_per_layer, run.audit
         )
     if any(epoch.density is not None for epoch in run.of_stage("prune")):
-        target = run.section("budget").get("density")
         caption = "The prune stage: gamma, penalty and density over epochs"
-        drawn["prune"] = _plot("prune", caption, plots.prune_course, run.of_stage("prune"), target)
+        course = run.of_stage("prune"), run.section("budget")
+        drawn["prune"] = _plot("prune", caption, plots.prune_course, *course)
     if run.epochs:
         caption = "Validation accuracy over epochs"
         drawn["validation"] = _plot("validation", caption, plots.validation_course, run.epochs)
@@ -77,7 +77,7 @@ def _plot(name: str, caption: str, draw: Any, *data: Any) -> Plot:
 
 def _document(summary: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Document:
     return Document(
-        title=f"{summary['recipe']}: {summary['method']} at {format_density(summary['density'])}",
+        title=f"{summary['recipe']}: {summary['method']} at {format_budget(summary)}",
         lead=tuple(_lead(summary)),
         warnings=tuple(_warnings(summary)),
         sections=tuple(_sections(summary, pictures)),
@@ -86,8 +86,11 @@ def _document(summary: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Docum
 
 def _lead(summary: Mapping[str, Any]) -> Iterator[str]:
     threat = flatten(summary["threat"])
-    where = f"Model {summary['model']} on {summary['data']}"
+    python = summary["data"] == GIVEN_IN_PYTHON
+    where = f"Model {summary['model']} on {'images ' if python else ''}{summary['data']}"
     yield f"{where}; threat: {threat}; seed {summary['seed']}."
+    if python and not summary["results"]:
+        yield _NOT_ATTACKED
     robust = _robust(summary)
     if robust and robust["finetuned"]:
         size = robust["finetuned"]["size"]
@@ -103,6 +106,13 @@ def _lead(summary: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+_NOT_ATTACKED = (
+    "No attack was run, for harprune.prune is given no test images. To have one, call "
+    "harprune.evaluate(pruned.model, test, out=...) with this folder's attack/finetuned, and then "
+    "harprune report."
+)
+
+
 def _robust(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return next((r for r in summary["results"] if r["measure"] == AUTOATTACK), None)
 
@@ -112,6 +122,8 @@ def _warnings(summary: Mapping[str, Any]) -> Iterator[str]:
         if not check["passed"]:
             name, model = check["check"], title_of(check["model"])
             yield f"check '{name}' FAILED on the {model} model: {check['detail']}"
+    for said in summary["warnings"]:
+        yield f"the {title_of(said['model'])} model: {said['warning']}"
     for flag in summary["flags"]:
         yield f"flag raised on the {title_of(flag['model'])} model: {flag['flag']}"
     if summary["results"] and not _robust(summary):
@@ -135,7 +147,9 @@ def _sections(summary: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Itera
     if "prune" in pictures:
         yield Section("How the densities were found", plot=pictures["prune"])
     text = (
-        "Accuracy on validation images in the last epoch; passes are images sent through and back."
+        "Accuracy on validation images in the selected epoch, whose network goes on, or in the "
+        "last one where no selection is known; passes are images sent through and back in all "
+        "epochs."
     )
     yield Section("Training", stages_table(summary), pictures.get("validation"), text)
     yield Section("How this was made", _made_table(summary))

@@ -29,6 +29,8 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "model": run.section("model").get("name"),
         "method": run.section("method").get("name"),
         "density": run.section("budget").get("density"),
+        "cost": run.section("budget").get("cost", "parameters"),
+        "multiply_adds": run.section("budget").get("multiply_adds"),
         "threat": run.threat,
         "missing": list(run.missing),
         "stages": {stage: _stage(run, stage) for stage in STAGES},
@@ -39,6 +41,11 @@ def summarise(run: RunRecord) -> dict[str, Any]:
             {"model": model, "flag": flag}
             for model, attacked in run.attacked.items()
             for flag in attacked.evaluation.flags
+        ],
+        "warnings": [
+            {"model": STAGES[stage], "warning": warning}
+            for stage, warnings in run.warnings.items()
+            for warning in warnings
         ],
         "environment": dict(run.environment),
     }
@@ -51,13 +58,17 @@ def measure_order(names: Iterable[str]) -> list[str]:
 
 
 def _stage(run: RunRecord, stage: str) -> dict[str, Any]:
+    """Accuracies of the selected epoch (from 0), or of the last where none is known as that."""
     epochs = run.of_stage(stage)
     last = epochs[-1] if epochs else None
+    selected = next((epoch for epoch in epochs if epoch.selected), None)
+    shown = selected or last
     return {
         "finished": stage in run.finished,
         "epochs": len(epochs),
-        "clean": last.clean if last else None,
-        "robust": last.robust if last else None,
+        "selected": selected.epoch if selected else None,
+        "clean": shown.clean if shown else None,
+        "robust": shown.robust if shown else None,
         "passes": last.passes if last else None,
     }
 

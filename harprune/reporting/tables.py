@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of a report, and how its numbers are written."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 from harprune.reporting.summary import AUTOATTACK
 
 ABSENT = "–"  # noqa: RUF001 - an en dash, as tables have it
+
+_COSTS = {"multiply-adds": "multiply-adds", "mixed": "a mix of weights and multiply-adds"}
 
 _TITLES = {
     "dense": "dense",
@@ -63,6 +65,33 @@ def format_density(density: float | None) -> str:
         return ABSENT
     kept = Decimal(f"{100 * density:.4g}")
     return f"{_plain(kept)} % kept ({_plain(100 - kept)} % sparse)"
+
+
+def format_budget(section: Mapping[str, Any]) -> str:
+    """A recipe's [budget]: `format_density` where it counts weights alone, else of what a share."""
+    density, cost = section.get("density"), section.get("cost", "parameters")
+    bound = section.get("multiply_adds")
+    if density is None or cost == "parameters":
+        text = format_density(density)
+    else:
+        text = f"{format_share(density)} of {_COSTS[cost]}"
+    return text if bound is None else f"{text}, at most {format_share(bound)} of multiply-adds"
+
+
+def format_budgets(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The budget of a comparison's rows of one density; where they count other things, its share.
+
+    Args:
+        rows: with "density" and the "budget" in words.
+    """
+    budgets = {row["budget"] for row in rows}
+    share = format_share(rows[0]["density"])
+    return budgets.pop() if len(budgets) == 1 else f"{share}, budgets differ"
+
+
+def format_share(fraction: float) -> str:
+    """0.0125 -> `1.25 %`."""
+    return f"{_plain(Decimal(f'{100 * fraction:.4g}'))} %"
 
 
 def format_percent(fraction: float | None) -> str:
@@ -147,9 +176,10 @@ def checks_table(summary: Mapping[str, Any]) -> Table | None:
 
 
 def stages_table(summary: Mapping[str, Any]) -> Table:
-    """How far training went, on validation images."""
+    """How far training went, and the epoch (from 1) that was selected on validation images."""
     rows = tuple(_stage_row(name, stage) for name, stage in summary["stages"].items())
-    return Table(("stage", "state", "epochs", "clean %", "robust %", "passes"), rows)
+    header = ("stage", "state", "epochs", "selected", "clean %", "robust %", "passes")
+    return Table(header, rows)
 
 
 def _stage_row(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
@@ -158,6 +188,7 @@ def _stage_row(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
         name,
         "finished" if stage["finished"] else unfinished,
         str(stage["epochs"]),
+        ABSENT if stage["selected"] is None else str(stage["selected"] + 1),
         format_percent(stage["clean"]),
         format_percent(stage["robust"]),
         f"{stage['passes']:,}" if stage["passes"] is not None else ABSENT,

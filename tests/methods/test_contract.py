@@ -133,6 +133,20 @@ def test_settling_is_exact_and_neither_it_nor_baking_changes_the_logits(method, 
     assert counts.kept == counts.budget
 
 
+def test_a_method_uses_the_allocation_if_it_says_so(method, model):
+    asked = []
+
+    def spy(weights, density):
+        asked.append(density)
+        return allocation.erk(weights, density)
+
+    budget = Budget(0.3, allocation=spy)
+    attach(method, model, budget)
+    train(model, method)
+    method.settle(model)
+    assert bool(asked) is method.uses_allocation
+
+
 @pytest.mark.parametrize("grain", [Granularity.FILTER, Granularity.CHANNEL])
 def test_filters_and_channels_are_kept_within_the_budget(method, model, grain):
     budget = Budget(0.4, granularity=grain)

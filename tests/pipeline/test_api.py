@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import harprune
+from harprune.reporting.report import write_report
 from harprune.sparsity.layers import prunable_layers
 from harprune.training.splits import Split
 
@@ -270,6 +271,19 @@ def test_what_an_argument_says_is_no_option(images):
         ValueError, match=r"\['density'\] = 0\.5 is said by an argument of prune al"
     ):
         harprune.prune(mlp(), images, images, density=0.1, options={"budget": {"density": 0.5}})
+
+
+def test_the_report_says_how_to_have_an_attack(images, tmp_path):
+    folder = tmp_path / "run"
+    pruned = harprune.prune(mlp(), images, images, out=folder, **QUICK)
+    said = (folder / "report" / "report.md").read_text()
+    assert "No attack was run" in said and "not complete" not in said
+    place = folder / "attack" / "finetuned"
+    harprune.evaluate(pruned.model, images, attacks=["fgsm"], out=place, quiet=True)
+    found = write_report(folder)
+    assert [r["measure"] for r in found["results"]] == ["clean", "fgsm"]
+    said = (folder / "report" / "report.md").read_text()
+    assert "No attack was run" not in said and "not complete" not in said
 
 
 def test_a_run_of_its_own_can_be_loaded(images, tmp_path):

@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,9 +155,31 @@ def test_reports_of_finished_runs(command, finished):
     said = command("report", finished, "--json")
     assert said.code == 0 and said.err == ""
     assert list(json.loads(said.out)) == [str(finished)]
-    plain = command("report", finished, "--out", "table.md", "--title", "Mine")
+    plain = command("report", finished)
     assert plain.out == f"{finished / 'report' / 'report.html'}\n"
-    assert "Mine" in Path("table.md").read_text()
+
+
+def test_a_comparison_touches_no_run(command, finished):
+    shutil.rmtree(finished / "report")
+    before = contents(finished)
+    said = command("report", finished, "--out", "table.md", "--title", "Mine")
+    assert said.out == "table.md\n" and contents(finished) == before
+    said = command("report", finished, "--out", "table.md", "--title", "Mine", "--json")
+    assert json.loads(said.out)["title"] == "Mine" and "# Mine" in Path("table.md").read_text()
+
+
+def test_files_beside_runs_are_passed_over(command, finished):
+    beside = finished.with_name("run.log")
+    beside.touch()
+    said = command("report", beside, finished)
+    assert said.out == f"{finished / 'report' / 'report.html'}\n"
+    assert command("report", beside).refusal == f"{beside} is a file; name run folders"
+
+
+def test_a_folder_of_runs_says_how_to_name_them(command, finished):
+    place = finished.parent
+    said = command("report", place).refusal
+    assert said == f"{place} is no run folder but holds 1 of them; name those: {place}/*"
 
 
 def test_evaluate_resumes_and_refuses_another_model(command, finished):

@@ -96,3 +96,11 @@ def test_parity_that_a_method_does_not_know_is_named(method, without):
     said = lines(small, method={"name": method}, parity=parity)
     named = [line.split()[1].removeprefix("parity.") for line in said if "parity" in line]
     assert sorted(named) == without
+
+
+def test_an_allocation_that_a_method_does_not_use_is_named():
+    note = "note: budget.allocation has no effect with method.name = 'snip'"
+    given = {"method": {"name": "snip"}, "budget": {"allocation": "lamp"}}
+    assert note in lines(small, **given)
+    for other in ({"budget": {}}, {"method": {"name": "hydra"}}):
+        assert not any("allocation" in line for line in lines(small, **(given | other)))

@@ -9,6 +9,7 @@ from harprune.pipeline import stages
 from harprune.pipeline.recipe_text import read_recipe
 from harprune.pipeline.run import Run
 from harprune.pipeline.stages import open_workshop, run_until
+from harprune.reporting.records import STAGES, read_run
 from harprune.sparsity.audit import audit
 from harprune.sparsity.layers import prunable_layers
 from harprune.training import checkpoint
@@ -43,6 +44,18 @@ def test_the_average_is_what_is_validated_selected_and_kept(finished, here):
     assert not same(averaged, plain)
     best = max(values["history"], key=lambda epoch: (epoch["robust"], epoch["clean"]))
     assert (values["clean"], values["robust"]) == (best["clean"], best["robust"])
+
+
+def test_the_selected_epoch_of_each_stage_is_marked(finished, here):
+    for stage, name in STAGES.items():
+        epochs = [e for e in read_run(finished).epochs if e.stage == stage]
+        (selected,) = [e for e in epochs if e.selected]
+        assert (
+            f"{stage}: epoch {selected.epoch + 1} of 2 selected"
+            in (finished / "log.txt").read_text()
+        )
+        history = checkpoint.load(finished / f"{name}.safetensors")[1]["history"]
+        assert history[selected.epoch]["selected"]
 
 
 def test_the_teacher_is_the_dense_network_in_eval_mode(finished, here):
@@ -133,6 +146,15 @@ def test_weights_that_only_guess_are_warned_of_where_they_were_given(finished, h
         monkeypatch.setattr(stages, "validate", lambda *_, clean=accuracy: (clean, 0.0))
         folder = f"{accuracy}{len(setting)}"
         assert (warning in said(here, folder, setting, last="pretrain")) is warned
+
+
+def test_a_warning_is_kept_until_its_stage_is_made_again(finished, here):
+    said(here, "a", "method.gamma=0.0", "pretrain.epochs=0")
+    assert "have not come down" in read_run(here / "a").warnings["prune"][0]
+    (here / "a" / "pruned.safetensors").unlink()
+    again = ("method.start_factor=1.0", "method.enforce_after=0", "pretrain.epochs=0")
+    said(here, "a", *again)
+    assert not any("come down" in w for w in read_run(here / "a").warnings.get("prune", ()))
 
 
 def test_logits_cut_off_from_the_image_are_warned_of(finished, here):

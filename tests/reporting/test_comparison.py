@@ -2,6 +2,7 @@
 """Runs side by side: means over seeds, pairs of the same images, and refusals."""
 
 import json
+import re
 import shutil
 from statistics import mean
 
@@ -67,6 +68,43 @@ def test_allocation_and_options_tell_configurations_apart(make_run):
     ]
     names = [row["configuration"] for row in compare_runs(folders)["rows"][1:]]
     assert names == ["harp", "harp + lamp", "harp + erk (learn_scores=False)"]
+
+
+def test_a_budget_in_multiply_adds_is_not_said_to_be_one_of_weights(make_run, tmp_path):
+    runs = [make_run("a"), make_run("b"), make_run("c", density=0.1)]
+    for run in runs[1:]:
+        set_in_recipe(run, "budget", "cost", "multiply-adds")
+    set_in_recipe(runs[1], "budget", "multiply_adds", 0.025)
+    found = write_comparison(
+        runs, tmp_path / "c.md", title="t", note="", command="c", baseline="dense"
+    )
+    names = [row["configuration"] for row in found["rows"][1:]]
+    assert names == [
+        "harp + erk",
+        "harp + erk (cost=multiply-adds, multiply_adds=0.025)",
+        "harp + erk (cost=multiply-adds)",
+    ]
+    budgets = [
+        "5 % kept (95 % sparse)",
+        "5 % of multiply-adds, at most 2.5 % of multiply-adds",
+        "10 % of multiply-adds",
+    ]
+    text = (tmp_path / "c.md").read_text()
+    for name, budget in zip(names, budgets, strict=True):
+        assert text.count(f"| {name} | {budget} |") == 2 + 2  # result, costs, pairs
+    drawn = (tmp_path / "c.svg").read_text()
+    assert "<!-- 5 %, budgets differ -->" in drawn and "<!-- 10 % of multiply-adds -->" in drawn
+    assert "share that the budget allows" in (tmp_path / "c-density.svg").read_text()
+    assert "Difference to dense at the same share of what the budget counts" in text
+
+
+def test_no_allocation_is_named_for_a_method_that_uses_none(make_run):
+    runs = [make_run(str(seed), seed=seed, method="snip") for seed in range(2)]
+    runs += [make_run("hydra", method="hydra"), make_run("plugged", method="snip+x")]
+    set_in_recipe(runs[1], "budget", "allocation", "lamp")  # changes nothing, so need not agree
+    rows = compare_runs(runs, without_allocation={"snip"})["rows"][1:]
+    assert [row["configuration"] for row in rows] == ["snip", "hydra + erk", "snip+x"]
+    assert rows[0]["seeds"] == [0, 1]
 
 
 @pytest.mark.parametrize("baseline", ["hydra", "hydra + erk"])
@@ -162,6 +200,47 @@ def test_a_dense_network_attacked_on_fewer_images(make_run, tmp_path):
     assert "| dense (50 images) |" in (tmp_path / "c.md").read_text()
 
 
+def attacked_by(run, digest: str) -> None:
+    """Give the dense network that a run attacked an identity."""
+    record = run / "attack" / "dense" / "evaluation.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"identity": {"model": digest}}))
+
+
+def test_different_dense_networks_of_one_seed_are_rows_of_their_own(make_run, tmp_path):
+    runs = [make_run(name, method=name) for name in ("harp", "hydra", "snip")]
+    runs.append(make_run("other", seed=1))
+    for run, digest in zip(runs, "aabc", strict=True):
+        attacked_by(run, digest)
+    # What only began with a network counts among its seeds as well.
+    shutil.rmtree(runs[1] / "attack" / "dense")
+    (runs[1] / "inputs.json").write_text('{"dense network": "a"}')
+    rows = [row for row in compare_runs(runs)["rows"] if row["density"] == 1.0]
+    names = ["dense of harp, hydra", "dense of snip", "dense of other"]
+    assert [row["configuration"] for row in rows] == names
+    assert [row["seeds"] for row in rows] == [[0], [0], [1]]
+    write_comparison(runs, tmp_path / "c.md", title="t", note="", command="c", baseline="dense")
+    assert "<!-- dense -->" not in (tmp_path / "c.svg").read_text()
+    (pooled,) = [r for r in compare_runs([runs[0], runs[3]])["rows"] if r["density"] == 1.0]
+    assert (pooled["configuration"], pooled["seeds"]) == ("dense", [0, 1])
+
+
+def test_other_images_are_another_protocol(make_run):
+    runs = [make_run("a"), make_run("b", method="hydra")]
+    path = runs[1] / "attack" / "finetuned" / "outcomes.npz"
+    arrays = dict(np.load(path))
+    np.savez(path, **{**arrays, "index": arrays["index"] + 1})
+    with pytest.raises(ValueError, match=r"b was attacked on other test images than .*a; compare"):
+        compare_runs(runs)
+    path.unlink()
+    assert compare_runs(runs)["protocol"]["images"] == 200  # nothing says that they differ
+    for run, digest in zip(runs, "xy", strict=True):
+        record = run / "attack" / "finetuned" / "evaluation.json"
+        said = json.loads(record.read_text()) | {"identity": {"images": digest}}
+        record.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="other test images"):
+        compare_runs(runs)
+
+
 def test_a_baseline_must_be_known_and_one(six_runs, make_run):
     with pytest.raises(
         ValueError, match="baseline 'admm' is not among the runs; choose one of: dense"
@@ -178,6 +257,10 @@ def test_refusals_name_the_folders(make_run):
         ValueError, match=r"half is not finished \(finetune, attack/finetuned missing\)"
     ):
         compare_runs([done, make_run("half", until="prune")])
+    python = make_run("python", until="finetune")
+    set_in_recipe(python, "data", "name", "given in python")
+    with pytest.raises(ValueError, match=r"python is not finished \(attack/finetuned missing\)"):
+        compare_runs([done, python])
     with pytest.raises(ValueError, match=r"done and .*again are both harp \+ erk at density 0\.05"):
         compare_runs([done, make_run("again")])
     with pytest.raises(ValueError, match=r"small has images 100 but .*done has 200"):
@@ -210,7 +293,7 @@ def test_the_threat_is_that_of_the_attacks_not_of_the_recipe(make_run):
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
-        ("budget", "cost", "multiply-adds"),
+        ("budget", "floor", 0.2),
         ("finetune", "epochs", 3),
         ("data", "validation", 0.2),
     ],
@@ -226,9 +309,9 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(make_run, secti
 
 def test_the_first_difference_is_named_by_its_key_and_both_values(make_run):
     runs = [make_run("a"), make_run("b", seed=1)]
-    for run, cost in zip(runs, ("parameters", "multiply-adds"), strict=True):
-        set_in_recipe(run, "budget", "cost", cost)
-    with pytest.raises(ValueError, match=r"budget\.cost = 'multiply-adds' but .* 'parameters', an"):
+    for run, floor in zip(runs, (0.1, 0.2), strict=True):
+        set_in_recipe(run, "budget", "floor", floor)
+    with pytest.raises(ValueError, match=r"budget\.floor = 0\.2 but .* has 0\.1, an"):
         compare_runs(runs)
 
 
@@ -305,6 +388,32 @@ def test_the_written_files_agree_and_repeat_bit_by_bit(six_runs, tmp_path):
     assert {path.suffix: path.read_bytes() for path in out.parent.iterdir()} == first
 
 
+def test_a_long_label_leaves_room_for_the_plots(make_run, tmp_path):
+    """Where labels take all of a figure matplotlib warns, and here warnings are errors."""
+    options = {f"option_{n}": n for n in range(9)}
+    runs = [make_run(str(d), density=d, options=options) for d in (0.05, 0.1)]
+    write_comparison(runs, tmp_path / "c.md", title="t", note="", command="c", baseline="harp")
+    for name in ("c.svg", "c-density.svg", "c-strategies.svg"):
+        drawn = (tmp_path / name).read_text()
+        lines = re.findall(r"<!-- (.*?) -->", drawn, re.DOTALL)
+        assert any(line.startswith("harp + erk") for line in lines)
+        assert all(len(line) <= 32 for text in lines for line in text.split("\n"))
+
+
+def test_the_legend_names_only_attacks_that_were_run(make_run, tmp_path):
+    for name, attacks in (("with", ("autoattack",)), ("without", ("pgd-20",))):
+        run = make_run(name, attacks=attacks)
+        write_comparison([run], tmp_path / f"{name}.md", title="t", note="", command="c")
+        drawn = (tmp_path / f"{name}.svg").read_text()
+        assert ("<!-- AutoAttack -->" in drawn) is (name == "with")
+
+
+def test_links_hold_where_a_name_has_spaces(make_run, tmp_path):
+    out = tmp_path / "my table.md"
+    write_comparison([make_run()], out, title="t", note="", command="c")
+    assert "(my%20table.svg)" in out.read_text() and (tmp_path / "my table.svg").exists()
+
+
 def test_an_attack_not_run_everywhere_is_said(make_run, tmp_path):
     runs = [make_run("a"), make_run("b", seed=1, attacks=("pgd-20",))]
     out = tmp_path / "c.md"
@@ -319,6 +428,14 @@ def test_failed_checks_of_any_run_are_shown(make_run, tmp_path):
     text = (tmp_path / "c.md").read_text()
     where = "harp + erk, 5 % kept (95 % sparse), seed 0, finetuned"
     assert f"**Warning:** {where}: check 'gradients' FAILED" in text
+
+
+def test_what_a_stage_warned_of_is_shown(make_run, tmp_path):
+    run = make_run()
+    (run / "warnings.json").write_text('{"prune": ["2 layers are thin"]}')
+    write_comparison([run], tmp_path / "c.md", title="t", note="", command="c")
+    said = "harp + erk, 5 % kept (95 % sparse), seed 0, pruned: 2 layers are thin"
+    assert f"**Warning:** {said}" in (tmp_path / "c.md").read_text()
 
 
 def test_a_run_continued_by_other_code_names_both(make_run, tmp_path):
@@ -340,8 +457,8 @@ def test_many_warnings_are_a_table(make_run, tmp_path):
     found = write_comparison(runs, tmp_path / "c.md", title="t", note="", command="c")
     text = (tmp_path / "c.md").read_text()
     count = len({w["seed"] for w in found["warnings"]})
-    assert f"raised in {count} runs; see Flags and failed checks" in text
-    table = text[text.index("## Flags and failed checks") :]
+    assert f"{count} runs have warnings or failed checks; see Warnings and failed checks" in text
+    table = text[text.index("## Warnings and failed checks") :]
     assert all(f"seed {w['seed']}, {w['model']}: check 'grad" in table for w in found["warnings"])
 
 

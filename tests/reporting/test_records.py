@@ -82,12 +82,14 @@ def swap(old: str, new: str):
         ("metrics.jsonl", swap('"epoch": 0', '"epoch": "0"'), "line 1 .*epoch: .*integer"),
         ("audit.json", swap('"kept": ', '"kept": 1'), "kept .* but its layers sum to"),
         ("audit.json", lambda text: "\ufffd{", r"audit\.json is garbled"),
+        ("warnings.json", swap("prune", "prone"), r"warnings\.json is garbled \(prone"),
         ("attack/dense/evaluation.json", swap('"correct": 1', '"correct": 2'), "is not correct"),
         ("attack/dense/evaluation.json", swap('"clean"', '"natural"'), "clean: Field required"),
     ],
 )
 def test_a_garbled_file_is_named_in_one_line(make_run, name, change, reason):
     folder = make_run()
+    (folder / "warnings.json").write_text('{"prune": ["2 layers are thin"]}')
     path = folder / name
     path.write_text(change(path.read_text()))
     with pytest.raises(ValueError, match=reason) as caught:

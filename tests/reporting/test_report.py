@@ -132,6 +132,18 @@ def test_failed_checks_and_flags_stand_at_the_top(make_run):
     assert "| **dense** | **gradients** | **FAILED** |" in rest
 
 
+def test_what_stages_warned_of_stands_at_the_top(make_run):
+    folder = make_run()
+    assert write_report(folder)["warnings"] == []
+    said = {"prune": ["layers are thin", "logits are cut off"], "pretrain": ["it guesses"]}
+    (folder / "warnings.json").write_text(json.dumps(said))
+    warnings = write_report(folder)["warnings"]
+    assert [w["model"] for w in warnings] == ["dense", "pruned", "pruned"]
+    for name in ("report.md", "report.html"):
+        top, _, _ = (folder / "report" / name).read_text().partition("Result")
+        assert top.index("the dense model: it guesses") < top.index("the pruned model: logits")
+
+
 def test_keeping_more_than_the_budget_is_a_failed_check(make_run):
     folder = make_run()
     audit = json.loads((folder / "audit.json").read_text())
@@ -181,6 +193,35 @@ def test_the_second_bound_is_checked_too(make_run):
     assert list(checks) == ["budget"]
 
 
+@pytest.mark.parametrize(
+    ("budget", "title", "axis", "line"),
+    [
+        ({}, "5 % kept (95 % sparse)", "weights kept", "budget"),
+        (
+            {"cost": "mixed"},
+            "5 % of a mix of weights and multiply-adds",
+            "mixed cost kept",
+            "budget",
+        ),
+        (
+            {"cost": "multiply-adds", "multiply_adds": 0.1},
+            "5 % of multiply-adds, at most 10 % of multiply-adds",
+            "multiply-adds kept",
+            "first of two bounds",
+        ),
+    ],
+)
+def test_what_the_budget_counts_is_said(make_run, budget, title, axis, line):
+    folder = make_run("mine")
+    recipe = json.loads((folder / "recipe.json").read_text())
+    recipe["budget"] |= budget
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    write_report(folder)
+    assert (folder / "report/report.md").read_text().startswith(f"# mine: harp at {title}\n")
+    drawn = (folder / "report/plots/prune.svg").read_text()
+    assert f"<!-- {axis} -->" in drawn and f"<!-- {line} -->" in drawn
+
+
 def test_an_audit_that_does_not_say_what_was_spent_is_still_read(make_run):
     work = {"budget": 900, "multiply_adds": {"dense": 10000, "kept": 901}}
     checks, _ = checked(make_run, "work", {"cost": "multiply-adds"}, work)
@@ -216,13 +257,32 @@ def test_a_run_that_has_not_begun_is_reported(make_run):
     assert cells((folder / "report/report.md").read_text(), "pretrain")[1:3] == ["not started", "0"]
 
 
+def rewrite(path: Path, change) -> None:
+    """`change` each record of a file of JSON lines."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(change(line)) + "\n" for line in lines))
+
+
+def test_the_selected_epoch_is_shown_and_not_the_last(make_run):
+    folder = make_run()
+
+    def select(line: dict) -> dict:
+        return line | {"selected": True} if (line["stage"], line["epoch"]) == ("prune", 1) else line
+
+    rewrite(folder / "metrics.jsonl", select)
+    stages = write_report(folder)["stages"]
+    assert (stages["prune"]["selected"], stages["finetune"]["selected"]) == (1, None)
+    text = (folder / "report/report.md").read_text()
+    # After two of four epochs, and passes of all; where nothing is marked it is the last epoch.
+    assert cells(text, "prune")[2:] == ["4", "2", "65.00", "35.00", "4,000"]
+    assert cells(text, "finetune")[2:5] == ["4", "–", "90.00"]  # noqa: RUF001
+    assert "<!-- selected epoch -->" in (folder / "report/plots/validation.svg").read_text()
+
+
 def test_a_method_without_gamma_is_reported(make_run):
     folder = make_run(method="hydra")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        for key in ("gamma", "penalty", "density", "densities", "budget_met"):
-            line.pop(key, None)
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    learned = {"gamma", "penalty", "density", "densities", "budget_met"}
+    rewrite(folder / "metrics.jsonl", lambda line: {k: line[k] for k in line.keys() - learned})
     assert "prune" not in write_report(folder)["plots"]
 
 
