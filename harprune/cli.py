@@ -367,15 +367,18 @@ def bench_deploy(
         bool,
         typer.Option(help="Also start a process for each runtime: time to answer, peak memory."),
     ] = True,
-    plot: Annotated[Path | None, typer.Option(help="Draw the times to this SVG file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the times to this file: .svg, .pdf or .png.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time a network on the sparse kernels and on other runtimes; all must agree first."""
     from harprune.files import write
     from harprune.pipeline import latency
-    from harprune.pipeline.timing import table
-    from harprune.reporting.plots import to_svg
+    from harprune.reporting.plots import picture, require_picture
 
+    if plot is not None:
+        require_picture(plot)
     network = latency.network_of(source)
     found = list(
         latency.rows(
@@ -388,14 +391,11 @@ def bench_deploy(
         )
     )
     if plot is not None:
-        write(plot, to_svg(latency.plot, found))
+        write(plot, picture(plot, latency.plot, found))
     if as_json:
         _print_json(found)
     else:
-        typer.echo("\n".join(table(found, latency.COLUMNS)))
-        for size in dict.fromkeys(row["batch"] for row in found):
-            reference = next(row["reference"] for row in found if row["batch"] == size)
-            typer.echo(f"ratio, batch {size}: times the speed of {reference}, in the same round")
+        typer.echo("\n".join(latency.lines(found)))
 
 
 def _machine(execution: str | None, device: str | None) -> list[str]:
