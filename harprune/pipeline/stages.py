@@ -354,8 +354,9 @@ def learn(
         def after_epoch(epoch: int) -> bool:
             _end_epoch(shop, course, epoch, fast)
             shop.run.write_metrics({**earlier, stage: course.history})
+            left = bar.left((epoch + 1) * len(batches))
             shop.console.say(
-                f"{stage} {epoch + 1}/{section.epochs}: {_summary(course.history[-1])}"
+                f"{stage} {epoch + 1}/{section.epochs}: {_summary(course.history[-1])}{left}"
             )
             return done()
 
