@@ -423,7 +423,10 @@ def report(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the report of each run; with --out, one table that compares them."""
+    """Write the report of each run; with --out, one table that compares them.
+
+    Of an unfinished run the report holds what there is, and the command says what is to come.
+    """
     from harprune.pipeline.recipe_text import completed
     from harprune.pipeline.run import command_line
     from harprune.reporting.comparison_report import write_comparison
@@ -447,7 +450,16 @@ def report(
     if as_json:
         _print_json(content)
     else:
-        typer.echo("\n".join(str(folder / "report" / "report.html") for folder in runs))
+        for folder, found in content.items():
+            typer.echo(Path(folder) / "report" / "report.html")
+            if to_come := ", ".join(_to_come(found)):
+                typer.echo(f"{folder} is not finished; to come: {to_come}")
+
+
+def _to_come(found: dict) -> list[str]:
+    """What a run still lacks, by the content of its report; of a stage under way, how far it is."""
+    begun = {stage: state["epochs"] for stage, state in found["stages"].items() if state["epochs"]}
+    return [f"{n} (epochs done: {begun[n]})" if n in begun else n for n in found["missing"]]
 
 
 @app.command(
