@@ -498,11 +498,18 @@ def record(
         typer.echo("\n".join(f"{board}: {what}" for board, what in found.items()))
 
 
-@app.command(epilog="Example: harprune compare recipes/compare/digits.toml --out runs/compare")
+@app.command(
+    epilog="Example: harprune compare recipes/compare/digits.toml --out runs/compare\n\n"
+    "  harprune recipe --grid > grid.toml\n\n"
+    "  harprune compare grid.toml --out runs/mine --jobs 2 --set execution.threads=1"
+)
 def compare(
     grid: Annotated[
         Path,
-        typer.Argument(help="What to compare (TOML): a base recipe, methods, densities, seeds."),
+        typer.Argument(
+            help="What to compare (TOML): a base recipe, methods, densities, seeds; "
+            "`harprune recipe --grid` prints every key."
+        ),
     ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The folder of all runs: made, or continued.")
@@ -557,13 +564,19 @@ def data(
     )
 
 
-@app.command(epilog="Example: harprune recipe > mine.toml")
-def recipe() -> None:
+@app.command(epilog="Example: harprune recipe > mine.toml\n\n  harprune recipe --grid > grid.toml")
+def recipe(
+    grid: Annotated[
+        bool, typer.Option("--grid", help="The keys of what `harprune compare` takes instead.")
+    ] = False,
+) -> None:
     """Print every key of a recipe with its meaning and default, as a TOML file to start from."""
+    from harprune.pipeline.grid import describe_grid
     from harprune.pipeline.pruning import method_notes
     from harprune.pipeline.recipe_text import describe
 
-    typer.echo("\n".join(describe(notes={"method": method_notes()})))
+    lines = describe_grid() if grid else describe(notes={"method": method_notes()})
+    typer.echo("\n".join(lines))
 
 
 @app.command()

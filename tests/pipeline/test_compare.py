@@ -13,6 +13,7 @@ import pytest
 
 from harprune.pipeline import compare
 from harprune.pipeline.compare import cells_of
+from harprune.pipeline.grid import Grid
 from harprune.pipeline.run import in_use
 
 GRID = """
@@ -68,6 +69,16 @@ def test_cells_are_the_product_and_share_dense_networks(grid, here):
     attacked = [cell.name for cell in cells[2:] if cell.recipe.attack.dense]
     assert attacked == ["harp-0.3-seed0", "harp-0.3-seed1"]
     assert cells[2].recipe.budget.allocation != "lamp" == cells[3].recipe.budget.allocation
+
+
+def test_the_printed_grid_is_a_grid(command, here):
+    (here / "recipes").mkdir()
+    (here / "tiny.toml").rename(here / "recipes" / "digits.toml")
+    (here / "grid.toml").write_text(command("recipe", "--grid").out)
+    names = [cell.name for cell in cells_of("grid.toml", here / "out")]
+    assert names[0] == "dense-seed0" and len(names) == 1 + 3 * 2
+    explained = (Path(__file__).parents[2] / "docs" / "comparing.md").read_text()
+    assert all(f"| `{key}` |" in explained for key in Grid.model_fields)
 
 
 def test_what_starts_from_random_weights_gets_no_dense_network(grid, here):
