@@ -185,7 +185,7 @@ def evaluate(
     ] = None,
     data: Annotated[str | None, typer.Option(help=f"Its data set: {IMAGES}.")] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="Its weights: an artifact of a run, or others'.")
+        Path | None, typer.Option(help="Its weights: a network of a run, or others'.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Keep per-image outcomes here, and resume.")
@@ -293,7 +293,10 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, or to replace.")],
     format: Annotated[
         Literal["artifact", "onnx", "torch"],
-        typer.Option(help="harprune's own sparse file, ONNX, or a program of torch.export."),
+        typer.Option(
+            help="artifact: harprune's own sparse file (.hpn). onnx: ONNX. torch: a program of "
+            "torch.export."
+        ),
     ] = "artifact",
     values: Annotated[
         Literal["fp32", "fp16", "int8"],
@@ -312,7 +315,7 @@ def export(
     """Write a pruned network as one file that runs elsewhere, once it is seen to compute the same.
 
     Batch norm is folded, and what cannot matter is removed; of a network that the sparse kernels do
-    not know ONNX and torch hold the whole. `harprune.deploy.load` runs an artifact on a CPU at the
+    not know ONNX and torch hold the whole. `harprune.deploy.load` runs an .hpn file on a CPU at the
     cost of its kept weights, without torch.
     """
     from harprune.deploy.artifact import Values
@@ -347,7 +350,9 @@ def export(
 
 @bench.command("deploy", epilog="Example: harprune bench deploy mine.hpn --batch 1 --threads 2")
 def bench_deploy(
-    source: Annotated[Path, typer.Argument(help="An exported artifact, or a finished run folder.")],
+    source: Annotated[
+        Path, typer.Argument(help="An exported .hpn file, or a finished run folder.")
+    ],
     batch: Annotated[
         list[int],
         typer.Option(min=1, help="Images at a time; repeat for several. 1 and 64 when absent."),

@@ -18,7 +18,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
 
 STAGES = {"pretrain": "dense", "prune": "pruned", "finetune": "finetuned"}
-"""Training stages in order, each with the artifact that says it is finished."""
+"""Training stages in order, each with the network whose file says it is finished."""
 
 ATTACKED = ("dense", "finetuned")
 """The models whose robustness a run measures."""
@@ -161,7 +161,7 @@ class RunRecord:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Stages that have not left their artifact, in order; a dense attack only if asked for."""
+        """Stages that have not left their network, in order; a dense attack only if asked for."""
         stages = [stage for stage in STAGES if stage not in self.finished]
         wanted = ATTACKED if self.section("attack").get("dense", True) else ATTACKED[1:]
         return (*stages, *(f"attack/{m}" for m in wanted if m not in self.attacked))

@@ -48,7 +48,7 @@ def smaller(path: Path, more: str = "") -> Path:
     return path
 
 
-def artifacts(folder: Path) -> dict[str, int]:
+def files(folder: Path) -> dict[str, int]:
     found = sorted(folder.glob("*/*.safetensors"))
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in found}
 
@@ -110,10 +110,10 @@ def test_a_grid_runs_to_its_table_and_then_does_nothing(grid, command, here):
     assert set(rows) == {"dense", "harp", "one-shot"}
     assert rows["harp"]["seconds"][0] > 0 and rows["harp"]["passes"] > rows["one-shot"]["passes"]
     assert {pair["configuration"] for pair in found["paired"]} == {"harp", "dense"}
-    before = artifacts(Path("out"))
+    before = files(Path("out"))
     assert len(before) == 1 + 2 * 3 + 2
     assert command("compare", grid, "--out", "out").code == 1  # tries the wild one again
-    assert artifacts(Path("out")) == before
+    assert files(Path("out")) == before
 
 
 def test_a_part_of_a_grid_is_the_same_cells(grid, command, here):
@@ -122,10 +122,10 @@ def test_a_part_of_a_grid_is_the_same_cells(grid, command, here):
     refused = command("compare", grid, "--out", "out", "--density", 0.25).refusal
     assert refused == f"--density 0.25 is none of {grid}; choose among 0.3, 0.2"
     assert command("compare", grid, "--out", "out", "--density", 0.3).code == 0
-    before = artifacts(Path("out"))
+    before = files(Path("out"))
     assert {path.split("/")[0] for path in before} == {"dense-seed0", "one-0.3-seed0"}
     assert command("compare", grid, "--out", "out").code == 0
-    after = artifacts(Path("out"))
+    after = files(Path("out"))
     assert before.items() < after.items()
     assert {path.split("/")[0] for path in after.keys() - before.keys()} == {"one-0.2-seed0"}
 
@@ -154,15 +154,15 @@ def test_a_cell_is_finished_when_its_dense_network_is_attacked_too(grid, here):
 def test_a_grid_without_attacks_measures_clean_images(grid, command, here):
     smaller(grid)
     assert command("compare", grid, "--out", "out", "--set", "attack.attacks=[]").code == 0
-    before = artifacts(Path("out"))
+    before = files(Path("out"))
     assert command("compare", grid, "--out", "out", "--set", "attack.attacks=[]").code == 0
-    assert artifacts(Path("out")) == before
+    assert files(Path("out")) == before
 
 
 def test_a_grid_that_has_changed_is_refused(grid, command, here):
     smaller(grid)
     assert command("compare", grid, "--out", "out").code == 0
-    before = artifacts(Path("out"))
+    before = files(Path("out"))
     said = command("compare", grid, "--out", "out", "--set", "attack.size=12")
     assert (
         "out/harp-0.2-seed0 holds a run of another recipe (attack.size: 16 -> 12)" in said.refusal
@@ -171,7 +171,7 @@ def test_a_grid_that_has_changed_is_refused(grid, command, here):
     assert "--set 'seed=3': the grid says this for each cell" in said.refusal
     (Path("out") / "harp-0.2-seed0/attack/finetuned/evaluation.json").unlink()
     assert command("compare", grid, "--out", "out").code == 0  # attacked again, and only that
-    assert artifacts(Path("out")) == before
+    assert files(Path("out")) == before
 
 
 @pytest.mark.slow
@@ -183,11 +183,11 @@ def test_a_killed_grid_goes_on(grid, here):
         time.sleep(8)
         os.killpg(begun.pid, signal.SIGKILL)
         begun.wait()
-        found = artifacts(here / "out")
+        found = files(here / "out")
         assert all(found[name] == at for name, at in finished.items())
         finished = found
     subprocess.run(call, check=True)
-    found = artifacts(here / "out")
+    found = files(here / "out")
     assert all(found[name] == at for name, at in finished.items()) and len(found) == 2 + 8 * 3
     assert "## Missing" not in (here / "out/comparison.md").read_text()
 

@@ -191,7 +191,7 @@ def test_weights_of_another_class_count_are_refused(command, here, kind):
     assert refusal.startswith(f"{path}: checkpoint has 5 classes, model 4; ")
 
 
-def test_an_artifact_of_another_network_is_refused(command, here, finished):
+def test_a_file_of_another_network_is_refused(command, here, finished):
     arguments = ("evaluate", "--model", "small_cnn", "--data", "digits", "--attack", "fgsm")
     refusal = command(*arguments, "--weights", finished / "dense.safetensors").refusal
     assert f"{finished / 'dense.safetensors'} does not fit the model in" in refusal
@@ -458,7 +458,7 @@ def damage(path: Path, how: str) -> None:
         ("finetune", "finetuned", ()),
     ],
 )
-def test_a_damaged_artifact_is_named_and_made_anew_when_deleted(
+def test_a_damaged_network_is_named_and_made_anew_when_deleted(
     command, here, finished, stage, name, later, how
 ):
     for each in (*later, "attack", "report"):
