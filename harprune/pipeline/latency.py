@@ -62,6 +62,11 @@ def network_of(source: str | Path) -> Network:
         if source.is_dir() or source.suffix == ".safetensors":
             path = Path(folder) / "network.hpn"
             export_recipe(find_source(source).recipe, path)
+        elif not artifact.recognised(source):
+            raise ValueError(
+                f"{source} is neither an .hpn file nor a run folder; `harprune export` makes "
+                "such a file of a finished run"
+            )
         return artifact.load(path)
 
 

@@ -87,6 +87,11 @@ def test_the_suffix_says_what_kind_of_picture(command, finished, name, start):
 def test_what_differs_or_is_unknown_is_not_timed(command, finished, monkeypatch):
     refusal = command("bench", "deploy", finished, "--runtime", "gpu").refusal
     assert "runtime 'gpu' is unknown; choose among harprune, harprune avx2" in refusal
+    for other in ("tiny.toml", "absent.hpn"):
+        refusal = command("bench", "deploy", other).refusal
+        assert refusal.startswith(
+            f"{other} is neither an .hpn file nor a run folder; `harprune exp"
+        )
     own = latency.RUNTIMES["torch"]
 
     def wrong(files, threads):
