@@ -61,7 +61,7 @@ class Bar:
             self._first, self._started = 0, self._at
         self._done, self._at = done, now
         left = self.left(done)
-        line = f"{self._title} {done}/{self._total}{left} {text}".rstrip()
+        line = f"{self._title} {done}/{self._total}{left}{text and f', {text}'}"
         if not self._plain:
             self._printed = now
             self._progress.update(self._task, completed=done, text=text)

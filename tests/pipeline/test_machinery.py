@@ -44,7 +44,7 @@ def test_the_log_says_once_how_much_time_is_left(monkeypatch, terminal):
     for clock[0], done in ((20.0, 1), (25.0, 2), (45.0, 6), (90.0, 15)):
         bar.update(done, "loss 1")
     bar.close()
-    assert noted == ["prune 6/100, 7:50 left loss 1"]
+    assert noted == ["prune 6/100, 7:50 left, loss 1"]
     assert bar.left(100) == ""
 
 
