@@ -48,7 +48,7 @@ test-slow: $(STAMP) ## the tests that take minutes each
 test-gpu: $(STAMP) ## the tests that need an accelerator
 	$(PYTEST) -m gpu
 
-bench-train: $(STAMP) ## one training step against a literal twin, to results/train_step.json
+bench-train: $(STAMP) ## one training step against a literal implementation, to results/train_step.json
 	$(BIN)/python bench/train_step.py --json results/train_step.json
 
 bench-attack: $(STAMP) ## attacks on pruned networks against torch, to results/attack.json

@@ -26,13 +26,14 @@ from harprune.deploy.shrink import shrink
 from harprune.files import write
 from harprune.pipeline import latency
 from harprune.pipeline.latency import OWN, RUNTIMES
-from harprune.reporting.plots import BLUE, GREY, ORANGE, PURPLE, to_svg
+from harprune.reporting.plots import BLUE, GREY, ORANGE, PURPLE, picture, require_picture
 from harprune.sparsity.audit import audit, connected
 from harprune.sparsity.execution import require_kernels
 from harprune.sparsity.extraction import extract
 from harprune.sparsity.layers import prunable_layers
 
-COLUMNS = ("arch", "density", "allocation", *latency.COLUMNS, "reference")
+COLUMNS = ("arch", "density", "allocation", "runtime", "batch", "milliseconds", "min", "max")
+COLUMNS += ("images_per_second", "ratio", "file_bytes", "start_seconds", "peak_bytes", "reference")
 _COLOURS = {"uniform": GREY, "erk": ORANGE, "lamp": PURPLE, None: BLUE}
 
 
@@ -105,20 +106,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=10, help="interleaved rounds")
     add("--no-processes", action="store_true", help="start none for time to answer and memory")
     add("--json", type=Path, help="also write the rows here")
-    add("--plot", type=Path, help="also draw speed against density to this SVG file")
+    add("--plot", type=Path, help="also draw speed against density to this .svg, .pdf or .png")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options, found = parse(arguments), []
     require_kernels()
+    if options.plot is not None:
+        require_picture(options.plot)
     for row in rows(options):
         found.append(row)
         write_rows(options.json, found)
         print(*table([row], COLUMNS)[1:], file=sys.stderr)
     print(*table(found, COLUMNS), sep="\n")
     if options.plot is not None:
-        write(options.plot, to_svg(draw, found))
+        write(options.plot, picture(options.plot, draw, found))
 
 
 if __name__ == "__main__":

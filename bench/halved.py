@@ -17,7 +17,7 @@ from harprune.training import checkpoint
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", help="an artifact of a run")
+    parser.add_argument("source", help="a network of a run")
     parser.add_argument("target", help="the file to write, or to replace")
     arguments = parser.parse_args()
     tensors, _ = checkpoint.load(arguments.source)

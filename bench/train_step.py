@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time one pruning and one finetuning step against the literal twin, a straightforward release.
+"""Time one pruning and one finetuning step against a literal, straightforward release.
 
     python bench/train_step.py --arch resnet18 --density 0.1 0.01 --json results/train_step.json
 
 A step is PGD-10 and the outer forward and backward pass, then SGD: of HARP's scores and densities
-with the hardware loss, or of all parameters under fixed masks. The literal twin also runs the
+with the hardware loss, or of all parameters under fixed masks. The literal release also runs the
 clean forward, sorts all scores at each of its twelve forwards, in finetuning too, and computes
 weight gradients in every attack step. Its work does not depend on the density, so it is timed once
 a round. In a round every variant is built, takes one step that is not timed, with a short attack,
 and one that is; each figure is a median over the rounds, each ratio the median of those to the
-literal twin in the same round.
+literal release in the same round.
 
 The untimed steps are compared: where a variant's loss or gradients are not those of dense float32,
-or these not the literal twin's, or the kernels did not do what its name says, the run ends.
+or these not the literal release's, or the kernels did not do what its name says, the run ends.
 """
 
 import argparse
@@ -315,7 +315,7 @@ class Rounds:
         """The references, none of them timed.
 
         Raises:
-            ValueError: the dense float32 step is not the literal twin's.
+            ValueError: the dense float32 step is not the literal release's.
         """
         for stage, step in self._literals.items():
             name = f"{stage}-dense-fp32"

@@ -53,10 +53,12 @@ int main(int arguments, char **argument) {
             printf("\n");
         }
     }
-    if (rest) fprintf(stderr, "%s ends within an image of %zu bytes\n", argument[2], bytes);
+    const int unreadable = ferror(file); /* a folder opens, but reads nothing */
+    if (unreadable) fprintf(stderr, "%s cannot be read\n", argument[2]);
+    else if (rest) fprintf(stderr, "%s ends within an image of %zu bytes\n", argument[2], bytes);
     fclose(file);
     free(images);
     free(logits);
     hpn_close(network);
-    return rest ? 2 : 0;
+    return unreadable || rest ? 2 : 0;
 }

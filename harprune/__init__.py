@@ -22,6 +22,7 @@ _HOMES = {
     "load_weights": "harprune.models",
     "load_dataset": "harprune.training.data",
     "split_validation": "harprune.training.data",
+    "Dataset": "harprune.training.data",
     "Split": "harprune.training.data",
     "Linf": "harprune.robustness.threat",
     "L2": "harprune.robustness.threat",

@@ -185,7 +185,7 @@ def evaluate(
     ] = None,
     data: Annotated[str | None, typer.Option(help=f"Its data set: {IMAGES}.")] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="Its weights: an artifact of a run, or others'.")
+        Path | None, typer.Option(help="Its weights: a network of a run, or others'.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Keep per-image outcomes here, and resume.")
@@ -293,7 +293,10 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, or to replace.")],
     format: Annotated[
         Literal["artifact", "onnx", "torch"],
-        typer.Option(help="harprune's own sparse file, ONNX, or a program of torch.export."),
+        typer.Option(
+            help="artifact: harprune's own sparse file (.hpn). onnx: ONNX. torch: a program of "
+            "torch.export."
+        ),
     ] = "artifact",
     values: Annotated[
         Literal["fp32", "fp16", "int8"],
@@ -312,7 +315,7 @@ def export(
     """Write a pruned network as one file that runs elsewhere, once it is seen to compute the same.
 
     Batch norm is folded, and what cannot matter is removed; of a network that the sparse kernels do
-    not know ONNX and torch hold the whole. `harprune.deploy.load` runs an artifact on a CPU at the
+    not know ONNX and torch hold the whole. `harprune.deploy.load` runs an .hpn file on a CPU at the
     cost of its kept weights, without torch.
     """
     from harprune.deploy.artifact import Values
@@ -347,7 +350,9 @@ def export(
 
 @bench.command("deploy", epilog="Example: harprune bench deploy mine.hpn --batch 1 --threads 2")
 def bench_deploy(
-    source: Annotated[Path, typer.Argument(help="An exported artifact, or a finished run folder.")],
+    source: Annotated[
+        Path, typer.Argument(help="An exported .hpn file, or a finished run folder.")
+    ],
     batch: Annotated[
         list[int],
         typer.Option(min=1, help="Images at a time; repeat for several. 1 and 64 when absent."),
@@ -367,15 +372,18 @@ def bench_deploy(
         bool,
         typer.Option(help="Also start a process for each runtime: time to answer, peak memory."),
     ] = True,
-    plot: Annotated[Path | None, typer.Option(help="Draw the times to this SVG file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the times to this file: .svg, .pdf or .png.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time a network on the sparse kernels and on other runtimes; all must agree first."""
     from harprune.files import write
     from harprune.pipeline import latency
-    from harprune.pipeline.timing import table
-    from harprune.reporting.plots import to_svg
+    from harprune.reporting.plots import picture, require_picture
 
+    if plot is not None:
+        require_picture(plot)
     network = latency.network_of(source)
     found = list(
         latency.rows(
@@ -388,14 +396,11 @@ def bench_deploy(
         )
     )
     if plot is not None:
-        write(plot, to_svg(latency.plot, found))
+        write(plot, picture(plot, latency.plot, found))
     if as_json:
         _print_json(found)
     else:
-        typer.echo("\n".join(table(found, latency.COLUMNS)))
-        for size in dict.fromkeys(row["batch"] for row in found):
-            reference = next(row["reference"] for row in found if row["batch"] == size)
-            typer.echo(f"ratio, batch {size}: times the speed of {reference}, in the same round")
+        typer.echo("\n".join(latency.lines(found)))
 
 
 def _machine(execution: str | None, device: str | None) -> list[str]:
@@ -432,7 +437,10 @@ def report(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the report of each run, or with --out one table that compares them."""
+    """Write the report of each run, or with --out one table that compares them.
+
+    Of an unfinished run the report holds what there is, and the command says what is to come.
+    """
     from harprune.pipeline.pruning import WITHOUT_ALLOCATION
     from harprune.pipeline.recipe_text import completed
     from harprune.pipeline.run import command_line
@@ -445,7 +453,7 @@ def report(
         raise ValueError(f"{runs[0]} is a file; name run folders")
     if out is None:
         content = {str(folder): write_report(folder) for folder in folders}
-        written = [folder / "report" / "report.html" for folder in folders]
+        said = [line for name, found in content.items() for line in _lines_of_report(name, found)]
     else:
         content = write_comparison(
             folders,
@@ -457,14 +465,23 @@ def report(
             complete=completed,
             without_allocation=WITHOUT_ALLOCATION,
         )
-        written = [out]
+        said = [str(out)]
     if tensorboard:
         for folder in folders:
             write_tensorboard(folder)
     if as_json:
         _print_json(content)
     else:
-        typer.echo("\n".join(map(str, written)))
+        typer.echo("\n".join(said))
+
+
+def _lines_of_report(folder: str, found: dict) -> list[str]:
+    """Where a run's report lies, and what the run lacks; of a stage under way, how far it is."""
+    begun = {stage: state["epochs"] for stage, state in found["stages"].items() if state["epochs"]}
+    missing = [f"{n} (epochs done: {begun[n]})" if n in begun else n for n in found["missing"]]
+    lines = [str(Path(folder) / "report" / "report.html")]
+    lines += [f"{folder} is not finished; to come: {', '.join(missing)}"] if missing else []
+    return lines
 
 
 @app.command(
@@ -503,11 +520,18 @@ def record(
         typer.echo("\n".join(f"{board}: {what}" for board, what in found.items()))
 
 
-@app.command(epilog="Example: harprune compare recipes/compare/digits.toml --out runs/compare")
+@app.command(
+    epilog="Example: harprune compare recipes/compare/digits.toml --out runs/compare\n\n"
+    "  harprune recipe --grid > grid.toml\n\n"
+    "  harprune compare grid.toml --out runs/mine --jobs 2 --set execution.threads=1"
+)
 def compare(
     grid: Annotated[
         Path,
-        typer.Argument(help="What to compare (TOML): a base recipe, methods, densities, seeds."),
+        typer.Argument(
+            help="What to compare (TOML): a base recipe, methods, densities, seeds; "
+            "`harprune recipe --grid` prints every key."
+        ),
     ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The folder of all runs: made, or continued.")
@@ -562,13 +586,19 @@ def data(
     )
 
 
-@app.command(epilog="Example: harprune recipe > mine.toml")
-def recipe() -> None:
+@app.command(epilog="Example: harprune recipe > mine.toml\n\n  harprune recipe --grid > grid.toml")
+def recipe(
+    grid: Annotated[
+        bool, typer.Option("--grid", help="The keys of what `harprune compare` takes instead.")
+    ] = False,
+) -> None:
     """Print every key of a recipe with its meaning and default, as a TOML file to start from."""
+    from harprune.pipeline.grid import describe_grid
     from harprune.pipeline.pruning import method_notes
     from harprune.pipeline.recipe_text import describe
 
-    typer.echo("\n".join(describe(notes={"method": method_notes()})))
+    lines = describe_grid() if grid else describe(notes={"method": method_notes()})
+    typer.echo("\n".join(lines))
 
 
 @app.command()

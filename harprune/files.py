@@ -51,6 +51,20 @@ class replacing:
         os.replace(self.temporary, self.path)
 
 
+def require_writable(path: str | Path) -> None:
+    """Say before the work, not after it, that `path` cannot become a file.
+
+    Raises:
+        ValueError: it is a folder, or nothing can be written where it would lie.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file in it")
+    home = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
+        raise ValueError(f"{path} cannot be written in {home}; name a file elsewhere")
+
+
 def write(path: str | Path, content: str | bytes) -> None:
     """Write a file atomically, text as UTF-8; its folder is made when absent."""
     data = content.encode() if isinstance(content, str) else content

@@ -27,10 +27,7 @@ from harprune.robustness.record import Evaluation
 from harprune.robustness.threat import L2, Linf, Threat
 from harprune.sparsity.audit import Audit
 from harprune.sparsity.execution import Execution
-from harprune.training.splits import Split, from_arrays, to_float
-
-Images = Split | tuple[Any, Any]
-"""A `Split`, or a pair (images, labels) of arrays: uint8, or float in [0, 1], (N, C, H, W)."""
+from harprune.training.splits import Images, as_split, to_float
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,9 @@ def prune(
 
     Args:
         model: images (N, C, H, W) in [0, 1] -> logits; normalisation inside.
-        train: images to learn from.
-        validation: images to select epochs on.
+        train: images to learn from: a pair (images, labels) of arrays, images (N, C, H, W) in
+            uint8 or float in [0, 1]; or a torch Dataset of pairs (image, label); or a `Split`.
+        validation: images to select epochs on, likewise.
         density: fraction of the weights to keep, in (0, 1).
         threat: what to be robust against; Linf(8/255) if absent.
         method: one that `harprune doctor` lists, or module:Class of your own.
@@ -129,6 +127,7 @@ def evaluate(
     """Clean accuracy and accuracy under each attack, with intervals, checks and flags.
 
     Args:
+        test: images as `prune` takes them.
         attacks: fgsm, pgd-STEPS, cw-STEPS, apgd-ce, apgd-dlr, autoattack.
         threat: Linf(8/255) if absent.
         size: number of images, drawn by `seed`; all if absent.
@@ -138,7 +137,7 @@ def evaluate(
         twin: whether attacks run on an equivalent of the model, batch norm folded and masks
             multiplied out, on the kernels if `execution` has it so; else on the plain model.
     """
-    threat, split = _threat(threat), _split(test)
+    threat, split = _threat(threat), as_split(test)
     attacks = (attacks,) if isinstance(attacks, str) else attacks
     checks.require_labels(split.labels, None, "test")
     checks.require_pixels(split, "test")
@@ -247,24 +246,13 @@ def _kept_in(out: str | Path | None) -> AbstractContextManager:
 def _materials(model: nn.Module, train: Images, validation: Images) -> Materials:
     given = supply.plain_copy(model)
     return Materials(
-        train=_split(train),
-        validation=_split(validation),
+        train=as_split(train),
+        validation=as_split(validation),
         test=None,
         num_classes=None,
         network=lambda: copy.deepcopy(given),
         given=False,
     )
-
-
-def _split(images: Images) -> Split:
-    if isinstance(images, Split):
-        return images
-    if not isinstance(images, tuple | list) or len(images) != 2:
-        raise ValueError(
-            f"images are a {type(images).__name__}; give a pair of arrays (images, labels), or a "
-            "harprune.Split: of a torch Dataset, stack its images and its labels"
-        )
-    return from_arrays(*images)
 
 
 def _threat(threat: Threat | None) -> Threat:

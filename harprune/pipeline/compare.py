@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
-
 from harprune.files import write
 from harprune.nested import differences, in_words
 from harprune.pipeline import checks
 from harprune.pipeline.console import Console
-from harprune.pipeline.recipe import Recipe, Section
+from harprune.pipeline.grid import read_grid
+from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import as_toml, completed, make_recipe, overridden, read_toml
 from harprune.pipeline.run import IN_USE, in_use, read_record
 from harprune.reporting.comparison import DENSE
@@ -31,60 +30,6 @@ from harprune.reporting.comparison_report import write_comparison
 
 _PAUSE = 0.5
 """Seconds between two looks at what is going on."""
-
-
-class Grid(Section):
-    """What is compared. Cells are the product of methods, densities and seeds."""
-
-    title: str = "Comparison"
-    """Heading of the table."""
-    note: str = ""
-    """What a reader should know first."""
-    base: str
-    """The recipe all cells share; a path, seen from this file."""
-    densities: list[float] = Field(min_length=1)
-    """Fractions of the weights to keep."""
-    seeds: list[int] = Field([0], min_length=1)
-    """Each has a dense network of its own, unless the recipe names weights."""
-    common: dict[str, Any] = Field(default_factory=dict)
-    """Keys of a recipe for all cells, over those of the base."""
-    methods: dict[str, dict[str, Any]] = Field(min_length=1)
-    """By the name in the table: keys of a recipe for its cells, over all others.
-
-    With `pretrain.epochs = 0` a method starts from random weights, not from the dense network. That
-    one is everybody's, so nothing else of `pretrain` can be a method's own.
-    """
-    baseline: str | None = None
-    """The method against which the others are tested, image by image."""
-
-    @field_validator("densities", "seeds")
-    @classmethod
-    def _once(cls, values: list) -> list:
-        if len(set(values)) < len(values):
-            raise ValueError("must not name a value twice")
-        return values
-
-    @field_validator("methods")
-    @classmethod
-    def _own(cls, methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for label, keys in methods.items():
-            if label == DENSE:
-                raise ValueError(
-                    f"{DENSE!r} is the network all start from; name the method otherwise"
-                )
-            if "weights" in keys.get("model", {}):
-                raise ValueError(f"{label}: model.weights are the grid's; give them in common")
-            if keys.get("pretrain", {"epochs": 0}) != {"epochs": 0}:
-                raise ValueError(f"{label}: of pretrain only epochs = 0 can be a method's own")
-        return methods
-
-    @field_validator("baseline")
-    @classmethod
-    def _known(cls, baseline: str | None, info: ValidationInfo) -> str | None:
-        methods = info.data.get("methods", {})
-        if baseline is not None and methods and baseline not in methods:
-            raise ValueError(f"{baseline!r} is no method here; choose one of {', '.join(methods)}")
-        return baseline
 
 
 @dataclass(frozen=True)
@@ -117,27 +62,6 @@ class Cell:
             last.append("attack/dense/evaluation.json")
         files = ["dense.safetensors"] if self.until == "pretrain" else last
         return all((self.folder / file).exists() for file in files)
-
-
-def read_grid(path: str | Path) -> Grid:
-    """The grid in a TOML file.
-
-    Raises:
-        ValueError: unreadable, an unknown key or a value out of range.
-    """
-    content = read_toml(path, f"grid {path}")
-    try:
-        return Grid.model_validate(content)
-    except ValidationError as error:
-        faults = error.errors(include_url=False)
-        fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-        where = ".".join(map(str, fault["loc"]))
-        known = f"; the keys are {', '.join(Grid.model_fields)}"
-        rule = fault["msg"].removeprefix("Value error, ")
-        unknown = fault["type"] == "extra_forbidden"
-        raise ValueError(
-            f"{path}: unknown key {where!r}{known}" if unknown else f"{path}: {where}: {rule}"
-        ) from None
 
 
 def cells_of(

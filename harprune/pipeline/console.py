@@ -3,7 +3,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,13 +17,22 @@ class Bar:
     """Progress of one piece of work; `update(done, text)` as often as you like.
 
     Into a terminal it draws a bar. Into a file it prints a plain line at most every
-    `every` seconds.
+    `every` seconds. The first line that can say how much time is left goes to `note` as well.
     """
 
-    def __init__(self, console: RichConsole, title: str, total: int, *, every: float = 30.0):
+    def __init__(
+        self,
+        console: RichConsole,
+        title: str,
+        total: int,
+        *,
+        every: float = 30.0,
+        note: Callable[[str], None] = lambda line: None,
+    ):
         self._title, self._total, self._every = title, total, every
-        self._started = self._printed = time.monotonic()
+        self._began = self._printed = time.monotonic()
         self._first: int | None = None
+        self._note: Callable[[str], None] | None = note
         self._plain = not console.is_terminal
         self._console = console
         columns = (
@@ -45,27 +54,34 @@ class Bar:
         return self._first is None or time.monotonic() - self._printed >= wait
 
     def update(self, done: int, text: str = "") -> None:
-        if self._first is None:
-            self._first = done
+        now = time.monotonic()
+        if self._first is None:  # what came before it, and the slow first step, say nothing of pace
+            self._first, self._started = done, now
+        elif done < self._done:  # the next of several attacks on the same images
+            self._first, self._started = 0, self._at
+        self._done, self._at = done, now
+        left = self.left(done)
+        line = f"{self._title} {done}/{self._total}{left}{text and f', {text}'}"
         if not self._plain:
-            self._printed = time.monotonic()
+            self._printed = now
             self._progress.update(self._task, completed=done, text=text)
-        elif time.monotonic() - self._printed >= self._every:
-            self._printed = time.monotonic()
-            left = self._left(done)
-            line = f"{self._title} {done}/{self._total}{left} {text}".rstrip()
+        elif now - self._printed >= self._every:
+            self._printed = now
             self._console.print(line, markup=False)
+        if left and self._note and now - self._began >= self._every:
+            self._note(line)
+            self._note = None
 
     def update_of(self, done: int, total: int, text: str) -> None:
         """`update`, for work that says its own total."""
         self.update(done, text)
 
-    def _left(self, done: int) -> str:
-        worked = done - (self._first or 0)
-        if worked <= 0:
+    def left(self, done: int) -> str:
+        """`, 1:20 left` at the pace so far; empty before there is a pace, and at the end."""
+        if self._first is None or not self._first < done < self._total:
             return ""
-        seconds = (time.monotonic() - self._started) / worked * (self._total - done)
-        return f", {_duration(seconds)} left"
+        pace = (time.monotonic() - self._started) / (done - self._first)
+        return f", {_duration(pace * (self._total - done))} left"
 
     def close(self) -> None:
         if not self._plain:
@@ -82,6 +98,9 @@ class Console:
     def say(self, text: str) -> None:
         """One line, on the screen and in the log."""
         self._rich.print(text, markup=False)
+        self._keep(text)
+
+    def _keep(self, text: str) -> None:
         if self._log is not None:
             with open(self._log, "a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
@@ -89,7 +108,7 @@ class Console:
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Bar]:
         """A bar that disappears when the work is done."""
-        bar = Bar(self._rich, title, total)
+        bar = Bar(self._rich, title, total, note=self._keep)
         try:
             yield bar
         finally:

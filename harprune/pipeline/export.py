@@ -24,7 +24,7 @@ from harprune.deploy.module import Module
 from harprune.deploy.network import Network
 from harprune.deploy.runtime import load
 from harprune.deploy.shrink import Shrinkage, shrink
-from harprune.files import replacing
+from harprune.files import replacing, require_writable
 from harprune.pipeline import checks, supply
 from harprune.pipeline.recipe import Recipe
 from harprune.sparsity import masks
@@ -184,8 +184,7 @@ def export(
 
 
 def _require_possible(path: Path, format: Format, values: Values) -> None:
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give --out the name of a file in it")
+    require_writable(path)
     named = _SUFFIXES.get(path.suffix.lower(), format)
     if named is not format:
         raise ValueError(

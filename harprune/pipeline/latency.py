@@ -6,6 +6,7 @@ each must compute the same logits. Rounds take turns, caches are warm, and the r
 fastest of the other runtimes, never the slowest.
 """
 
+import math
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from harprune.pipeline.export import export_recipe
 from harprune.pipeline.source import find_source
 from harprune.pipeline.timing import circumstances, interleaved, seconds, summary
 from harprune.reporting.plots import BLACK, BLUE, PALE
+from harprune.reporting.tables import ABSENT, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,9 +40,6 @@ TOLERANCE = 1e-3
 """Largest difference of a logit, as a share of the largest, between runtimes in float32."""
 _ROUND = 0.05
 """Seconds that one round of a runtime takes at least: what is faster is called several times."""
-
-COLUMNS = ("runtime", "batch", "milliseconds", "min", "max", "images_per_second", "ratio")
-COLUMNS += ("file_bytes", "start_seconds", "peak_bytes")
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,11 @@ def network_of(source: str | Path) -> Network:
         if source.is_dir() or source.suffix == ".safetensors":
             path = Path(folder) / "network.hpn"
             export_recipe(find_source(source).recipe, path)
+        elif not artifact.recognised(source):
+            raise ValueError(
+                f"{source} is neither an .hpn file nor a run folder; `harprune export` makes "
+                "such a file of a finished run"
+            )
         return artifact.load(path)
 
 
@@ -75,7 +79,10 @@ def rows(
     threads: int = 1,
     processes: bool = True,
 ) -> Iterator[dict]:
-    """A row for each number of images and runtime, with `COLUMNS` and the circumstances.
+    """A row for each number of images and runtime, with the circumstances.
+
+    `milliseconds` are those of a batch, the median of the rounds between `min` and `max`; `ratio`
+    is the median of how many times as fast as `reference` it was in the same round.
 
     Args:
         runtimes: some of `RUNTIMES`; when absent, all that are installed but for AVX2 alone.
@@ -161,6 +168,43 @@ def _require_same(name: str, found: np.ndarray, expected: np.ndarray) -> None:
         raise ValueError(
             f"{name}: its logits differ by {difference:.1e} of the largest; its times mean nothing"
         )
+
+
+def lines(found: Sequence[Mapping]) -> list[str]:
+    """The rows for people: a table for each number of images."""
+    said = []
+    for batch in dict.fromkeys(row["batch"] for row in found):
+        own = [row for row in found if row["batch"] == batch]
+        first = own[0]
+        said.append(
+            f"{_counted(batch, 'image')} at a time, {_counted(first['threads'], 'thread')}, median "
+            f"of {_counted(first['rounds'], 'round')}; speed in times that of {first['reference']}"
+        )
+        said += [*_table(own).lines(), ""]
+    return said[:-1]
+
+
+def _table(own: Sequence[Mapping]) -> Table:
+    header = ("runtime", "ms", "least", "most", "images/s", "speed")
+    header += ("file MB", "first answer s", "peak MB")
+    keys = {"milliseconds": 1, "min": 1, "max": 1, "images_per_second": 1, "ratio": 1}
+    keys |= {"file_bytes": 1e6, "start_seconds": 1, "peak_bytes": 1e6}
+    rows = [
+        (row["runtime"], *(_number(row[key], unit) for key, unit in keys.items())) for row in own
+    ]
+    return Table(header, tuple(rows))
+
+
+def _number(value: float | None, unit: float) -> str:
+    """Three digits that count, never an exponent."""
+    if value is None:
+        return ABSENT
+    places = max(0, 2 - math.floor(math.log10(value / unit)))
+    return f"{value / unit:,.{places}f}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def plot(found: Sequence[Mapping]) -> "Figure":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run's folder: where each artifact lies, which stages are done, and who works in it.
+"""One run's folder: where each stage's network lies, which stages are done, and who works in it.
 
     recipe.toml        the recipe that was run        recipe.json   with every default
     environment.json   versions, machine, command     log.txt       what was said
@@ -10,7 +10,7 @@
     metrics.jsonl      one line per epoch             warnings.json what stages warned of, if at all
     attack/  report/
 
-An artifact that exists is a finished stage; that is all the state a run has.
+A stage is finished when its network exists; that is all the state a run has.
 """
 
 import fcntl
@@ -131,7 +131,7 @@ class Run:
         if section == "attack":
             return (self.folder / "attack").exists()
         stage = _READ_FIRST_BY.get(section, section)
-        files = (self.artifact, self.progress, self.best)
+        files = (self.network, self.progress, self.best)
         return stage not in STAGES or any(file(stage).exists() for file in files)
 
     def require_same(self, inputs: Mapping[str, str]) -> None:
@@ -182,7 +182,7 @@ class Run:
             if _TEMPORARY.fullmatch(path.name) and path.is_file():
                 path.unlink()
         for stage in STAGES:
-            if self.artifact(stage).exists():
+            if self.network(stage).exists():
                 self._forget(stage)
 
     def _forget(self, stage: str) -> None:
@@ -192,11 +192,11 @@ class Run:
     @property
     def begun(self) -> bool:
         """Whether anything was computed here: a recipe that failed before may be corrected."""
-        files = [f(stage) for stage in STAGES for f in (self.artifact, self.progress, self.best)]
+        files = [f(stage) for stage in STAGES for f in (self.network, self.progress, self.best)]
         return any(path.exists() for path in files)
 
-    def artifact(self, stage: str) -> Path:
-        """The file that a finished training stage leaves."""
+    def network(self, stage: str) -> Path:
+        """The file of the network that a finished training stage leaves."""
         return self.folder / f"{STAGES[stage]}.safetensors"
 
     def progress(self, stage: str) -> Path:
@@ -225,11 +225,11 @@ class Run:
             write(path, json.dumps(known, indent=1) + "\n")
 
     def finish(self, stage: str, tensors: Mapping, values: Mapping[str, Any]) -> None:
-        """Write a stage's warnings and its artifact, then drop what was kept to resume it."""
+        """Write a stage's warnings and its network, then drop what was kept to resume it."""
         if self.leader:
             self.note_change()
             self._write_warnings(stage)
-            checkpoint.save(self.artifact(stage), tensors, values)
+            checkpoint.save(self.network(stage), tensors, values)
             self._forget(stage)
 
     def write_metrics(self, histories: Mapping[str, list[dict]]) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages of a run: pretrain, prune, finetune, attack, report. Folder in, folder out.
 
-A stage whose artifact exists is done, so an interrupted run goes on by the same command.
+A stage whose network exists is done, so an interrupted run goes on by the same command.
 The validation split selects epochs; the attack stage alone sees test images.
 """
 
@@ -104,7 +104,7 @@ def run_until(shop: Workshop, last: str = "report") -> dict:
 
 def pretrain(shop: Workshop) -> None:
     """Dense robust training, or the weights the recipe names -> dense.safetensors."""
-    if shop.run.artifact("pretrain").exists():
+    if shop.run.network("pretrain").exists():
         return
     model = shop.materials.network().to(shop.engine.device)
     history: list[dict] = []
@@ -124,7 +124,7 @@ def pretrain(shop: Workshop) -> None:
 
 def prune(shop: Workshop) -> None:
     """The method's stage: attach, learn, settle within the budget -> pruned.safetensors."""
-    if shop.run.artifact("prune").exists():
+    if shop.run.network("prune").exists():
         return
     model = load_network(shop, "pretrain")
     method, budget = (
@@ -195,7 +195,7 @@ def _alarm(shop: Workshop, model: nn.Module, counts: Audit) -> None:
             raise ValueError(
                 "layer collapse: the pruned network's output no longer depends on the image; "
                 "raise budget.floor or budget.density, or choose another allocation, in a new run "
-                f"with model.weights = {str(shop.run.artifact('pretrain'))!r}"
+                f"with model.weights = {str(shop.run.network('pretrain'))!r}"
             )
         with torch.no_grad():
             logits = model(x)
@@ -210,10 +210,10 @@ def _alarm(shop: Workshop, model: nn.Module, counts: Audit) -> None:
 
 def finetune(shop: Workshop) -> None:
     """Train the kept weights under fixed masks -> finetuned.safetensors."""
-    if shop.run.artifact("finetune").exists():
+    if shop.run.network("finetune").exists():
         return
     model, budget = load_network(shop, "prune"), pruning.budget(shop.recipe, shop.materials.example)
-    kept = checkpoint.unpack("mask", checkpoint.load(shop.run.artifact("prune"))[0])
+    kept = checkpoint.unpack("mask", checkpoint.load(shop.run.network("prune"))[0])
     for name, layer in budget.layers(model).items():
         masks.fix(layer, kept[name].to(shop.engine.device))
     history: list[dict] = []
@@ -362,8 +362,9 @@ def learn(
         def after_epoch(epoch: int) -> bool:
             _end_epoch(shop, course, epoch, fast)
             shop.run.write_metrics({**earlier, stage: course.history})
+            left = bar.left((epoch + 1) * len(batches))
             shop.console.say(
-                f"{stage} {epoch + 1}/{section.epochs}: {_summary(course.history[-1])}"
+                f"{stage} {epoch + 1}/{section.epochs}: {_summary(course.history[-1])}{left}"
             )
             return done()
 
@@ -500,7 +501,7 @@ def _outcome(model: nn.Module, x: Tensor, y: Tensor) -> tuple[int, float]:
 def load_network(shop: Workshop, stage: str) -> nn.Module:
     """The plain network that `stage` left, strictly loaded."""
     model = shop.materials.network()
-    supply.load_artifact(model, shop.run.artifact(stage))
+    supply.load_strictly(model, shop.run.network(stage))
     return model.to(shop.engine.device)
 
 
@@ -548,7 +549,7 @@ def _write_audit(shop: Workshop, counts: Audit, budget: Budget) -> None:
 def _earlier(shop: Workshop, stage: str) -> dict[str, list[dict]]:
     """The epochs of the stages before this one."""
     before = takewhile(lambda name: name != stage, STAGES)
-    return {name: checkpoint.load(shop.run.artifact(name))[1]["history"] for name in before}
+    return {name: checkpoint.load(shop.run.network(name))[1]["history"] for name in before}
 
 
 def _diverged(run: Run, stage: str, error: Diverged) -> ValueError:

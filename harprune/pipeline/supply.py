@@ -159,22 +159,22 @@ def in_torch(made: Network, name: str, dataset: Dataset) -> nn.Module:
 
 
 def load_network_weights(model: nn.Module, path: str, density: float | None = None) -> None:
-    """Weights into a plain network: from a run's artifact, or a checkpoint of others.
+    """Weights into a plain network: from a run's own file, or a checkpoint of others.
 
     Args:
         density: what a checkpoint that holds others' scores was pruned for.
     """
     if density is None and checkpoint.is_checkpoint(path):
-        load_artifact(model, path)
+        load_strictly(model, path)
     else:
         load_weights(model, path, density=density)
 
 
-def load_artifact(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
-    """The model in a run's artifact into a plain network, strictly; all tensors of the file.
+def load_strictly(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
+    """The network in a run's own file into `model`, strictly; all tensors of the file.
 
     Raises:
-        ValueError: a damaged file, or the artifact of another network.
+        ValueError: a damaged file, or another network's.
     """
     tensors, _ = checkpoint.load(path)
     there = {name: tuple(t.shape) for name, t in checkpoint.unpack("model", tensors).items()}

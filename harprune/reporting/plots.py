@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plots of a report, drawn with matplotlib: quiet, readable, told apart without colour.
 
-Each function returns a matplotlib figure; `to_svg` makes it a file, the same bits each time.
+Each function returns a matplotlib figure; `to_svg` and `picture` make it a file, the same bits each
+time.
 Hues are those of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harprune.files import require_writable
 from harprune.reporting.records import STAGES, Audit, Epoch, Evaluation, Measure
 from harprune.reporting.summary import measure_order
 from harprune.reporting.tables import title_of
@@ -58,16 +61,39 @@ _COUNTED = {
     "mixed": "mixed cost kept",
 }
 _MODELS = {"dense": PALE, "finetuned": BLUE}
+_UNDATED: dict[str, dict] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
+"""The kinds of picture, by their suffix, and what keeps the date out of each."""
 
 
 def to_svg(draw: Callable[..., "Figure"], *data: Any) -> bytes:
     """What `draw(*data)` draws, as SVG without a date or random names."""
+    return picture("picture.svg", draw, *data)
+
+
+def picture(path: str | Path, draw: Callable[..., "Figure"], *data: Any) -> bytes:
+    """What `draw(*data)` draws, in the format that the suffix of `path` names."""
     import matplotlib
 
-    stream = io.BytesIO()
+    stream, kind = io.BytesIO(), _kind(path)
     with matplotlib.rc_context(_STYLE):
-        draw(*data).savefig(stream, format="svg", metadata={"Date": None})
+        draw(*data).savefig(stream, format=kind, metadata=_UNDATED[kind])
     return stream.getvalue()
+
+
+def require_picture(path: str | Path) -> None:
+    """Say before the work, not after it, that `path` cannot become a picture.
+
+    Raises:
+        ValueError: its suffix names none, or the file cannot be written.
+    """
+    if _kind(path) not in _UNDATED:
+        known = ", ".join(f".{kind}" for kind in _UNDATED)
+        raise ValueError(f"{path} names no kind of picture; let it end in one of {known}")
+    require_writable(path)
+
+
+def _kind(path: str | Path) -> str:
+    return Path(path).suffix.lower().removeprefix(".")
 
 
 def density_per_layer(audit: Audit) -> "Figure":

@@ -19,7 +19,7 @@ Count = Annotated[int, Field(ge=0)]
 Stage = Literal["pretrain", "prune", "finetune"]
 
 STAGES = {"pretrain": "dense", "prune": "pruned", "finetune": "finetuned"}
-"""Training stages in order, each with the artifact that says it is finished."""
+"""Training stages in order, each with the network whose file says it is finished."""
 
 ATTACKED = ("dense", "finetuned")
 """The models whose robustness a run measures."""
@@ -172,7 +172,7 @@ class RunRecord:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Stages that have not left their artifact, in order; attacks only if asked for."""
+        """Stages that have not left their network, in order; attacks only if asked for."""
         stages = [stage for stage in STAGES if stage not in self.finished]
         wanted = ATTACKED if self.section("attack").get("dense", True) else ATTACKED[1:]
         if self.section("data").get("name") == GIVEN_IN_PYTHON:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,15 @@ from harprune.training.formats import (
     read_idx_pair,
     read_svhn,
 )
-from harprune.training.splits import Dataset, Split, from_arrays, split_validation, to_float
+from harprune.training.splits import (
+    Dataset,
+    Split,
+    as_split,
+    from_arrays,
+    require_labels,
+    split_validation,
+    to_float,
+)
 from harprune.user_code import accepted, called, current_directory_importable, user_function
 
 __all__ = [
@@ -205,7 +214,7 @@ def load_dataset(
     Args:
         name: one of `list_datasets()`, or `module:function` of the user, found from the current
             directory, called with `folder=` and `image_size=` as far as its signature takes them,
-            returning a `Dataset`.
+            returning (train, test), each as `as_split` takes it, or a `Dataset`.
         folder: where the files lie, directly or in their usual subfolder; None is `data_folder()`.
             For `folder`, the folder that holds train/<class>/, and test/<class>/ or, where there
             is no test/, val/<class>/.
@@ -254,7 +263,7 @@ def _load_digits() -> Dataset:
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     whole = from_arrays(images, digits.target)
     train, test = split_validation(whole, DIGITS_TEST_SIZE, seed=0)
-    return Dataset("digits", train, test, 10, tuple(DIGITS.split()))
+    return Dataset("digits", train, test, tuple(DIGITS.split()))
 
 
 def _load_source(name: str, root: Path, download: bool, progress: bool) -> Dataset:
@@ -270,7 +279,7 @@ def _load_source(name: str, root: Path, download: bool, progress: bool) -> Datas
         Split(torch.from_numpy(images), torch.from_numpy(labels))
         for images, labels in layout.read(folder)
     )
-    return Dataset(name, train, test, len(source.classes), source.classes)
+    return Dataset(name, train, test, source.classes)
 
 
 def _find(source: Source, root: Path) -> tuple[Layout, Path] | None:
@@ -334,7 +343,7 @@ def _load_folder(
         )
         for paths, labels in listed
     )
-    return Dataset(name, train, test, len(classes), tuple(classes))
+    return Dataset(name, train, test, tuple(classes))
 
 
 def _images(files: ImageFiles, decode: bool) -> Tensor | ImageFiles:
@@ -345,10 +354,26 @@ def _from_user(name: str, folder: str | os.PathLike[str] | None, image_size: int
     offered = {"folder": folder, "image_size": image_size}
     with current_directory_importable():
         function = user_function(name, "data set")
-        dataset = called(name, function, accepted(function, offered))
-    if not isinstance(dataset, Dataset):
+        made = called(name, function, accepted(function, offered))
+        return made if isinstance(made, Dataset) else _of_pair(name, made)
+
+
+def _of_pair(name: str, made: Any) -> Dataset:
+    """The data set of (train, test), its classes named by their numbers."""
+    if not isinstance(made, tuple | list) or len(made) != 2:
         raise ValueError(
-            f"{name} returned {type(dataset).__name__}; it must return "
-            "harprune.training.data.Dataset"
+            f"{name} returned {type(made).__name__}; it must return (train, test), each of them a "
+            "pair (images, labels) or a torch Dataset, or it must return a harprune.Dataset"
         )
-    return dataset
+    train, test = (_part(name, *part) for part in zip(("train", "test"), made, strict=True))
+    top = int(max(train.labels.max(), test.labels.max()))
+    return Dataset(name, train, test, tuple(map(str, range(top + 1))))
+
+
+def _part(name: str, part: str, images: Any) -> Split:
+    try:
+        split = as_split(images)
+    except ValueError as error:
+        raise ValueError(f"{name} must return (train, test), but of {part} {error}") from None
+    require_labels(split.labels, None, f"{name}, {part}")
+    return split

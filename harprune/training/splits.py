@@ -70,20 +70,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split of the same classes."""
+    """A training and a test split of the same classes; label k stands for `classes[k]`."""
 
     name: str
     train: Split
     test: Split
-    num_classes: int
     classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if len(self.classes) != self.num_classes:
-            raise ValueError(
-                f"{self.name} names {len(self.classes)} classes but num_classes is "
-                f"{self.num_classes}"
-            )
         if self.train.shape != self.test.shape:
             raise ValueError(
                 f"{self.name}: training images are {self.train.shape}, test images "
@@ -96,6 +90,14 @@ class Dataset:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return self.train.shape
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+Images = Split | tuple[Any, Any] | torch.utils.data.Dataset
+"""What `as_split` takes."""
 
 
 def require_labels(labels: Tensor, num_classes: int | None, what: str) -> None:
@@ -150,6 +152,69 @@ def from_arrays(images: Any, labels: Any, *, num_classes: int | None = None) -> 
     split = Split(_pixels(pixels), _integers(_tensor(labels)))
     require_labels(split.labels, num_classes, "labels")
     return split
+
+
+def as_split(images: Images) -> Split:
+    """Images with their labels, in whichever form they are given.
+
+    Args:
+        images: a `Split`; a pair (images, labels) as `from_arrays` takes it; or a torch `Dataset`
+            of pairs (image (C, H, W), label), which is read into memory, once.
+
+    Raises:
+        ValueError: none of them, or what `from_arrays` refuses; a torch `Dataset` that augments.
+    """
+    if isinstance(images, Split):
+        return images
+    if isinstance(images, torch.utils.data.Dataset):
+        return from_arrays(*_read(images))
+    if not isinstance(images, tuple | list) or len(images) != 2:
+        raise ValueError(
+            f"images are a {type(images).__name__}; give a pair (images, labels) of arrays, a "
+            "torch Dataset, or a harprune.Split"
+        )
+    return from_arrays(*images)
+
+
+_AGAIN = 16
+"""As many images are read twice, to see whether a torch `Dataset` augments them."""
+
+
+def _read(items: Any) -> tuple[Tensor, Tensor]:
+    """All images and labels of a torch `Dataset`."""
+    try:
+        count = len(items)
+    except TypeError:
+        raise ValueError(f"the {type(items).__name__} has no length; give one that has") from None
+    if count == 0:
+        raise ValueError(f"the {type(items).__name__} holds no images")
+    read = [_item(items, number) for number in range(count)]
+    for number, (image, _) in enumerate(read):
+        if image.shape != read[0][0].shape:
+            raise ValueError(
+                f"image {number} has shape {tuple(image.shape)}, the first "
+                f"{tuple(read[0][0].shape)}; bring them to one size"
+            )
+        if number < _AGAIN and not torch.equal(image, _item(items, number)[0]):
+            raise ValueError(
+                f"image {number} is another when it is read again; leave random transforms out: "
+                "harprune augments by itself (augmentation = 'crop_flip')"
+            )
+    images, labels = zip(*read)
+    return torch.stack(images), torch.stack(labels)
+
+
+def _item(items: Any, number: int) -> tuple[Tensor, Tensor]:
+    try:
+        image, label = items[number]
+    except (TypeError, ValueError):
+        raise ValueError(f"item {number} is no pair (image, label)") from None
+    if not isinstance(image, Tensor | np.ndarray):
+        raise ValueError(
+            f"image {number} is a {type(image).__name__}; make it a tensor (C, H, W), uint8 or "
+            "float in [0, 1], as torchvision's ToTensor does"
+        )
+    return _tensor(image), _tensor(label)
 
 
 def _tensor(values: Any) -> Tensor:

@@ -268,6 +268,8 @@ def test_the_example_classifies(tmp_path):
     assert cut.stdout.splitlines() == said.splitlines()[:2]
     refused = subprocess.run([program, program, program], capture_output=True, text=True)
     assert refused.returncode == 2 and "does not start as a network does" in refused.stderr
+    folder = subprocess.run([*command[:2], tmp_path], capture_output=True, text=True)
+    assert folder.returncode == 2 and f"{tmp_path} cannot be read" in folder.stderr
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HARP against its literal twin: loss, gradients, gamma, ablations."""
+"""HARP against its literal implementation: loss, gradients, gamma, ablations."""
 
 import copy
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slow literal twins of the papers' formulas."""
+"""Slow literal implementations of the papers' formulas."""

@@ -25,18 +25,18 @@ def images():
 
 def load():
     x, y = images()
-    return Dataset("stripes", from_arrays(x[:72], y[:72]), from_arrays(x[72:], y[72:]), 4,
-                   ("a", "b", "c", "d"))
+    train, test = from_arrays(x[:72], y[:72]), from_arrays(x[72:], y[72:])
+    return Dataset("stripes", train, test, tuple("abcd"))
 
 def relabelled():
     whole = load()
     others = from_arrays(whole.test.images, whole.test.labels.flip(0))
-    return Dataset("relabelled", whole.train, others, 4, ("a", "b", "c", "d"))
+    return Dataset("relabelled", whole.train, others, tuple("abcd"))
 
 def larger():
     x, y = images()
     x = torch.nn.functional.pad(x, (2, 2, 2, 2))
-    return Dataset("larger", from_arrays(x, y), from_arrays(x, y), 4, ("a", "b", "c", "d"))
+    return Dataset("larger", from_arrays(x, y), from_arrays(x, y), tuple("abcd"))
 
 def wants(num_classes, something, width):
     pass
@@ -68,7 +68,7 @@ def lonely(num_classes, in_channels=1, width=4):
 def too_bright():
     from harprune.training.splits import Split
     x, y = images()
-    return Dataset("bright", Split(x * 255, y), Split(x * 255, y), 4, ("a", "b", "c", "d"))
+    return Dataset("bright", Split(x * 255, y), Split(x * 255, y), tuple("abcd"))
 """
 
 RECIPE = """

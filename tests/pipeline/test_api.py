@@ -194,6 +194,13 @@ def test_the_example_runs(monkeypatch, capsys):
     assert "pgd-20" in shown
 
 
+def test_the_images_of_the_example_are_a_data_set(monkeypatch):
+    monkeypatch.chdir(EXAMPLE.parent)
+    dataset = harprune.load_dataset("prune_your_model:load")
+    assert isinstance(dataset, harprune.Dataset)
+    assert (len(dataset.train), len(dataset.test), dataset.num_classes) == (1258, 359, 10)
+
+
 def test_a_run_of_the_api_goes_on_where_it_was(tmp_path, images):
     options = {"validation": {"size": 8, "steps": 1}, "objective": {"steps": 1},
                "finetune": {"batch_size": 32}, "prune": {"batch_size": 32}}  # fmt: skip

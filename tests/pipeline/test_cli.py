@@ -182,6 +182,19 @@ def test_a_folder_of_runs_says_how_to_name_them(command, finished):
     assert said == f"{place} is no run folder but holds 1 of them; name those: {place}/*"
 
 
+def test_a_report_says_how_far_an_unfinished_run_is(command, finished):
+    for name in ("finetuned.safetensors", "pruned.safetensors", "attack/dense/evaluation.json"):
+        (finished / name).unlink()
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    (finished / "metrics.jsonl").write_text("\n".join(lines[:3]))
+    page, state = command("report", finished).out.splitlines()
+    assert page == str(finished / "report" / "report.html")
+    assert (
+        state
+        == f"{finished} is not finished; to come: prune (epochs done: 1), finetune, attack/dense"
+    )
+
+
 def test_evaluate_resumes_and_refuses_another_model(command, finished):
     def evaluate(weights: str, *more: object):
         return command(

@@ -13,6 +13,7 @@ import pytest
 
 from harprune.pipeline import compare
 from harprune.pipeline.compare import cells_of
+from harprune.pipeline.grid import Grid
 from harprune.pipeline.run import in_use
 
 GRID = """
@@ -47,7 +48,7 @@ def smaller(path: Path, more: str = "") -> Path:
     return path
 
 
-def artifacts(folder: Path) -> dict[str, int]:
+def files(folder: Path) -> dict[str, int]:
     found = sorted(folder.glob("*/*.safetensors"))
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in found}
 
@@ -68,6 +69,16 @@ def test_cells_are_the_product_and_share_dense_networks(grid, here):
     attacked = [cell.name for cell in cells[2:] if cell.recipe.attack.dense]
     assert attacked == ["harp-0.3-seed0", "harp-0.3-seed1"]
     assert cells[2].recipe.budget.allocation != "lamp" == cells[3].recipe.budget.allocation
+
+
+def test_the_printed_grid_is_a_grid(command, here):
+    (here / "recipes").mkdir()
+    (here / "tiny.toml").rename(here / "recipes" / "digits.toml")
+    (here / "grid.toml").write_text(command("recipe", "--grid").out)
+    names = [cell.name for cell in cells_of("grid.toml", here / "out")]
+    assert names[0] == "dense-seed0" and len(names) == 1 + 3 * 2
+    explained = (Path(__file__).parents[2] / "docs" / "comparing.md").read_text()
+    assert all(f"| `{key}` |" in explained for key in Grid.model_fields)
 
 
 def test_what_starts_from_random_weights_gets_no_dense_network(grid, here):
@@ -99,10 +110,10 @@ def test_a_grid_runs_to_its_table_and_then_does_nothing(grid, command, here):
     assert set(rows) == {"dense", "harp", "one-shot"}
     assert rows["harp"]["seconds"][0] > 0 and rows["harp"]["passes"] > rows["one-shot"]["passes"]
     assert {pair["configuration"] for pair in found["paired"]} == {"harp", "dense"}
-    before = artifacts(Path("out"))
+    before = files(Path("out"))
     assert len(before) == 1 + 2 * 3 + 2
     assert command("compare", grid, "--out", "out").code == 1  # tries the wild one again
-    assert artifacts(Path("out")) == before
+    assert files(Path("out")) == before
 
 
 def test_a_part_of_a_grid_is_the_same_cells(grid, command, here):
@@ -111,10 +122,10 @@ def test_a_part_of_a_grid_is_the_same_cells(grid, command, here):
     refused = command("compare", grid, "--out", "out", "--density", 0.25).refusal
     assert refused == f"--density 0.25 is none of {grid}; choose among 0.3, 0.2"
     assert command("compare", grid, "--out", "out", "--density", 0.3).code == 0
-    before = artifacts(Path("out"))
+    before = files(Path("out"))
     assert {path.split("/")[0] for path in before} == {"dense-seed0", "one-0.3-seed0"}
     assert command("compare", grid, "--out", "out").code == 0
-    after = artifacts(Path("out"))
+    after = files(Path("out"))
     assert before.items() < after.items()
     assert {path.split("/")[0] for path in after.keys() - before.keys()} == {"one-0.2-seed0"}
 
@@ -143,15 +154,15 @@ def test_a_cell_is_finished_when_its_dense_network_is_attacked_too(grid, here):
 def test_a_grid_without_attacks_measures_clean_images(grid, command, here):
     smaller(grid)
     assert command("compare", grid, "--out", "out", "--set", "attack.attacks=[]").code == 0
-    before = artifacts(Path("out"))
+    before = files(Path("out"))
     assert command("compare", grid, "--out", "out", "--set", "attack.attacks=[]").code == 0
-    assert artifacts(Path("out")) == before
+    assert files(Path("out")) == before
 
 
 def test_a_grid_that_has_changed_is_refused(grid, command, here):
     smaller(grid)
     assert command("compare", grid, "--out", "out").code == 0
-    before = artifacts(Path("out"))
+    before = files(Path("out"))
     said = command("compare", grid, "--out", "out", "--set", "attack.size=12")
     assert (
         "out/harp-0.2-seed0 holds a run of another recipe (attack.size: 16 -> 12)" in said.refusal
@@ -160,7 +171,7 @@ def test_a_grid_that_has_changed_is_refused(grid, command, here):
     assert "--set 'seed=3': the grid says this for each cell" in said.refusal
     (Path("out") / "harp-0.2-seed0/attack/finetuned/evaluation.json").unlink()
     assert command("compare", grid, "--out", "out").code == 0  # attacked again, and only that
-    assert artifacts(Path("out")) == before
+    assert files(Path("out")) == before
 
 
 @pytest.mark.slow
@@ -172,11 +183,11 @@ def test_a_killed_grid_goes_on(grid, here):
         time.sleep(8)
         os.killpg(begun.pid, signal.SIGKILL)
         begun.wait()
-        found = artifacts(here / "out")
+        found = files(here / "out")
         assert all(found[name] == at for name, at in finished.items())
         finished = found
     subprocess.run(call, check=True)
-    found = artifacts(here / "out")
+    found = files(here / "out")
     assert all(found[name] == at for name, at in finished.items()) and len(found) == 2 + 8 * 3
     assert "## Missing" not in (here / "out/comparison.md").read_text()
 

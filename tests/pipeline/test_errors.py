@@ -125,7 +125,7 @@ def test_a_wrong_recipe_is_one_line(command, here, setting, text, monkeypatch):
         (["data.name=cifar10", "data.folder=none"], "cifar10 not found in none or its cifar-10-b"),
         (["data.name=folder", "data.folder=none"], "folder not found in none (expected train/<cl"),
         (["data.name=stripes_of_tests:lod"], "data set 'stripes_of_tests:lod': stripes_of_tests "),
-        (["data.name=stripes_of_tests:images"], "stripes_of_tests:images returned tuple; it must"),
+        (["data.name=stripes_of_tests:images"], "stripes_of_tests:images must return (train, test"),
         (["data.name=stripes_of_tests:too_bright"], "train images run from"),
         (["objective.beta=3"], "objective.beta = 3.0 has no effect with objective.name ="),
         (["model.name=./nets.py:made"], "model './nets.py:made' names a file where a module belon"),
@@ -192,7 +192,7 @@ def test_weights_of_another_class_count_are_refused(command, here, kind):
     assert refusal.startswith(f"{path}: checkpoint has 5 classes, model 4; ")
 
 
-def test_an_artifact_of_another_network_is_refused(command, here, finished):
+def test_a_file_of_another_network_is_refused(command, here, finished):
     arguments = ("evaluate", "--model", "small_cnn", "--data", "digits", "--attack", "fgsm")
     refusal = command(*arguments, "--weights", finished / "dense.safetensors").refusal
     assert f"{finished / 'dense.safetensors'} does not fit the model in" in refusal
@@ -299,7 +299,7 @@ def test_the_call_from_python_refuses_before_it_makes_a_folder(tmp_path, options
 def test_images_that_are_no_pair_of_arrays_are_refused():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
     images = [(torch.rand(1, 8, 8), 0), (torch.rand(1, 8, 8), 1), (torch.rand(1, 8, 8), 2)]
-    with pytest.raises(ValueError, match=r"images are a list; give a pair of arrays"):
+    with pytest.raises(ValueError, match=r"images are a list; give a pair"):
         harprune.evaluate(model, images, attacks=["fgsm"], quiet=True)
 
 
@@ -459,7 +459,7 @@ def damage(path: Path, how: str) -> None:
         ("finetune", "finetuned", ()),
     ],
 )
-def test_a_damaged_artifact_is_named_and_made_anew_when_deleted(
+def test_a_damaged_network_is_named_and_made_anew_when_deleted(
     command, here, finished, stage, name, later, how
 ):
     for each in (*later, "attack", "report"):

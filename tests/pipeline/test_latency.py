@@ -11,6 +11,7 @@ import pytest
 from bench import deploy
 from harprune.kernels import native
 from harprune.pipeline import latency
+from harprune.reporting.tables import ABSENT
 
 
 def test_a_file_is_timed_beside_other_runtimes(command, finished):
@@ -35,19 +36,62 @@ def test_a_file_is_timed_beside_other_runtimes(command, finished):
 def test_a_run_is_timed_as_it_would_be_exported(command, finished):
     said = command("bench", "deploy", finished, "--runtime", "harprune", "--rounds", 1)
     assert said.code == 0
-    head, *lines, one, many = said.out.splitlines()
-    assert head.split() == list(latency.COLUMNS) and len(lines) == 2
-    peaks = [int(line.split()[-1]) for line in lines]
-    assert 2**24 < min(peaks) <= max(peaks) < 2**27  # Python, NumPy and little else
-    starts = [float(line.split()[-2]) for line in lines]
-    assert min(starts) > 0.0 and max(starts) < 30.0
-    assert "harprune" in lines[0] and one.startswith("ratio, batch 1: ")
-    assert many == "ratio, batch 64: times the speed of harprune, in the same round"
+    one, head, few, gap, many, _, more = said.out.splitlines()
+    of = "at a time, 1 thread, median of 1 round; speed in times that of harprune"
+    assert (one, gap, many) == (f"1 image {of}", "", f"64 images {of}")
+    assert head.split()[:6] == ["runtime", "ms", "least", "most", "images/s", "speed"]
+    for line in (few, more):
+        name, *numbers = line.split()
+        speed, size, start, peak = map(float, numbers[-4:])
+        assert name == "harprune" and speed == 1.0 and 0.0 < start < 30.0
+        assert size == pytest.approx(0.0034, abs=0.001)
+        assert 17.0 < peak < 134.0  # Python, NumPy and little else
+
+
+@pytest.mark.parametrize("number, said", [
+    (0.0012345, "0.00123"), (0.5, "0.500"), (12.345, "12.3"), (19532.1, "19,532"), (None, ABSENT),
+])  # fmt: skip
+def test_numbers_have_three_digits_and_no_exponent(number, said):
+    row = dict.fromkeys(
+        ("milliseconds", "min", "max", "images_per_second", "ratio", "start_seconds"), number
+    )
+    row |= {"runtime": "torch", "batch": 1, "threads": 2, "rounds": 3, "reference": "torch"}
+    row |= {"file_bytes": 1.5e6, "peak_bytes": None}
+    line = latency.lines([row])[-1]
+    assert line.split() == ["torch", *[said] * 5, "1.50", said, ABSENT]
+
+
+@pytest.mark.parametrize("name, said", [
+    ("run", "run names no kind of picture; let it end in one of .svg, .pdf, .png"),
+    ("a.jpg", "a.jpg names no kind of picture; let it end in one of .svg, .pdf, .png"),
+    ("tiny.toml/a.svg", "/tiny.toml; name a file elsewhere"),
+    ("made.svg", "made.svg is a folder; give the name of a file in it"),
+])  # fmt: skip
+def test_a_picture_that_cannot_be_is_refused_before_the_timing(
+    command, finished, monkeypatch, name, said
+):
+    Path("made.svg").mkdir()
+    monkeypatch.setattr(latency, "network_of", lambda source: pytest.fail("it was read"))
+    assert said in command("bench", "deploy", finished, "--plot", name).refusal
+
+
+@pytest.mark.parametrize(
+    "name, start", [("a.png", b"\x89PNG"), ("a/b.PDF", b"%PDF"), ("a.svg", b"<?xml")]
+)
+def test_the_suffix_says_what_kind_of_picture(command, finished, name, start):
+    few = ["--runtime", "harprune", "--rounds", 1, "--batch", 1, "--no-processes", "--plot", name]
+    assert command("bench", "deploy", finished, *few).code == 0
+    assert Path(name).read_bytes().startswith(start)
 
 
 def test_what_differs_or_is_unknown_is_not_timed(command, finished, monkeypatch):
     refusal = command("bench", "deploy", finished, "--runtime", "gpu").refusal
     assert "runtime 'gpu' is unknown; choose among harprune, harprune avx2" in refusal
+    for other in ("tiny.toml", "absent.hpn"):
+        refusal = command("bench", "deploy", other).refusal
+        assert refusal.startswith(
+            f"{other} is neither an .hpn file nor a run folder; `harprune exp"
+        )
     own = latency.RUNTIMES["torch"]
 
     def wrong(files, threads):

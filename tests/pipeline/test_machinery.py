@@ -2,13 +2,15 @@
 """What a run sets up around its training: exact arithmetic, and a bar that shows what is said."""
 
 import fcntl
+import io
 from threading import Timer
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console as RichConsole
 
-from harprune.pipeline import machinery
+from harprune.pipeline import console, machinery
 from harprune.pipeline.console import Bar
 from harprune.pipeline.pruning import method_notes
 from harprune.pipeline.recipe_text import make_recipe
@@ -25,12 +27,34 @@ def test_brackets_in_a_name_are_no_markup(tmp_path):
     for terminal in (True, False):
         path = tmp_path / str(terminal)
         with open(path, "w") as file:
-            console = RichConsole(file=file, force_terminal=terminal, width=120, highlight=False)
-            bar = Bar(console, "a [/b] name", 3, every=0.0)
+            rich = RichConsole(file=file, force_terminal=terminal, width=120, highlight=False)
+            bar = Bar(rich, "a [/b] name", 3, every=0.0)
             bar.update(0, "on [bold]")
             bar.update(2, "on [bold]")
             bar.close()
         assert "a [/b] name" in path.read_text()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_log_says_once_how_much_time_is_left(monkeypatch, terminal):
+    clock, noted = [0.0], []
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    rich = RichConsole(file=io.StringIO(), force_terminal=terminal, width=120)
+    bar = Bar(rich, "prune", 100, every=30.0, note=noted.append)
+    for clock[0], done in ((20.0, 1), (25.0, 2), (45.0, 6), (90.0, 15)):
+        bar.update(done, "loss 1")
+    bar.close()
+    assert noted == ["prune 6/100, 7:50 left, loss 1"]
+    assert bar.left(100) == ""
+
+
+def test_each_attack_has_a_pace_of_its_own(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    bar = Bar(RichConsole(file=io.StringIO()), "attack", 100)
+    for clock[0], done in ((1.0, 50), (2.0, 100), (62.0, 50)):
+        bar.update(done)
+    assert bar.left(50) == ", 1:00 left"
 
 
 def test_threads_far_beyond_the_cores_are_refused():

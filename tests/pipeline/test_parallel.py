@@ -48,8 +48,8 @@ def stripes():
 
 def load():
     x, y = stripes()
-    return Dataset("stripes", from_arrays(x[:72], y[:72]), from_arrays(x[72:], y[72:]), 4,
-                   ("a", "b", "c", "d"))
+    train, test = from_arrays(x[:72], y[:72]), from_arrays(x[72:], y[72:])
+    return Dataset("stripes", train, test, tuple("abcd"))
 
 def plain(num_classes=4, in_channels=1, width=8, norm=nn.Identity):
     return nn.Sequential(

@@ -20,7 +20,7 @@ def state(folder, *settings, last="finetune"):
     """Tensors and values of the last stage of a run of the tiny recipe with `settings`."""
     with Run(folder, read_recipe("tiny.toml", settings)) as run:
         run_until(open_workshop(run), last)
-        return checkpoint.load(run.artifact(last))
+        return checkpoint.load(run.network(last))
 
 
 def same(one: dict, other: dict) -> bool:

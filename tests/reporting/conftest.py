@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 STAGES = ("pretrain", "prune", "finetune")
-ARTIFACTS = ("dense", "pruned", "finetuned")
+NETWORKS = ("dense", "pruned", "finetuned")
 LAYERS = {"stem": (8, 1, 3, 3), "block.0.conv": (16, 8, 3, 3), "fc": (10, 64)}
 THREAT = {"norm": "linf", "epsilon": "8/255"}
 
@@ -66,8 +66,8 @@ def write_run(
         json.dumps(epoch) for stage in done for epoch in metrics(stage, layers, density, epochs)
     ]
     (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    for artifact in ARTIFACTS[: len(done)]:
-        (folder / f"{artifact}.safetensors").write_bytes(b"tensors")
+    for network in NETWORKS[: len(done)]:
+        (folder / f"{network}.safetensors").write_bytes(b"tensors")
     if "prune" in done:
         write_json(folder / "audit.json", audit(layers, density))
     if until == "attack":

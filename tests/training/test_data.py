@@ -26,6 +26,7 @@ from harprune.training.data import (
     split_validation,
 )
 from harprune.training.folders import ImageFiles
+from harprune.training.splits import as_split
 
 
 @pytest.fixture
@@ -76,18 +77,63 @@ def test_arrays_that_do_not_fit_are_named(images, labels, said):
         from_arrays(images, labels, num_classes=3)
 
 
+class Photographs(torch.utils.data.Dataset):
+    """Two images, `change`d each time that they are read."""
+
+    def __init__(self, change=lambda image: image, label=0):
+        self.change, self.label = change, label
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, number):
+        return self.change(torch.full((3, 4, 4), number / 2)), self.label
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(3, 4, 4), 0
+
+
+def test_a_torch_dataset_is_read_into_memory():
+    x, y = torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1])
+    read = as_split(torch.utils.data.TensorDataset(x, y))
+    assert torch.equal(read.images, x) and torch.equal(read.labels, y)
+    read = as_split(Photographs(lambda image: (255 * image.numpy()).astype(np.uint8)))
+    assert read.images.dtype == torch.uint8 and read.images.amax() == 127
+    assert as_split(read) is read
+    assert torch.equal(as_split((x, y)).images, x)
+
+
+@pytest.mark.parametrize(
+    ("items", "said"),
+    [
+        (Photographs(torch.rand_like), "image 0 is another when it is read again; leave random"),
+        (Photographs(lambda image: image[:, : int(4 * image[0, 0, 0]) + 1]), "bring them to one"),
+        (Photographs(lambda image: 4 * image), r"images run from 0 to 2; floats must lie"),
+        (Photographs(lambda image: "a path"), "image 0 is a str; make it a tensor"),
+        (Photographs(label=0.5), r"labels are torch\.float64 of shape \(2,\); they must be"),
+        (torch.utils.data.TensorDataset(torch.zeros(2, 1, 2, 2)), "item 0 is no pair"),
+        (torch.utils.data.TensorDataset(torch.zeros(0, 1, 2, 2)), "holds no images"),
+        (Stream(), "Stream has no length"),
+        (torch.utils.data.DataLoader(Photographs()), "are a DataLoader; give a pair"),
+    ],
+)
+def test_what_is_no_set_of_images_is_named(items, said):
+    with pytest.raises(ValueError, match=said):
+        as_split(items)
+
+
 def test_a_split_and_a_dataset_refuse_to_be_wrong():
     split = from_arrays(np.zeros((2, 1, 2, 2)), [0, 1])
     other = from_arrays(np.zeros((2, 1, 3, 3)), [0, 1])
     with pytest.raises(ValueError, match=r"images are torch\.float64"):
         Split(torch.zeros(2, 1, 2, 2).double(), torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="names 2 classes but num_classes is 3"):
-        Dataset("mine", split, split, 3, ("a", "b"))
     with pytest.raises(ValueError, match=r"training images are \(1, 2, 2\), test images"):
-        Dataset("mine", split, other, 2, ("a", "b"))
+        Dataset("mine", split, other, ("a", "b"))
     beyond = from_arrays(np.zeros((2, 1, 2, 2)), [0, 2])
     with pytest.raises(ValueError, match=r"mine test: labels run from 0 to 2; .* 0\.\.1"):
-        Dataset("mine", split, beyond, 2, ("a", "b"))
+        Dataset("mine", split, beyond, ("a", "b"))
 
 
 @settings(deadline=None, max_examples=60)
@@ -494,10 +540,18 @@ from harprune.training.data import Dataset, from_arrays
 
 def stripes(folder=None, image_size=4):
     split = from_arrays(torch.zeros(2, 1, image_size, image_size), [0, 1])
-    return Dataset(f"stripes of {folder}", split, split, 2, ("a", "b"))
+    return Dataset(f"stripes of {folder}", split, split, ("a", "b"))
+
+def pairs():
+    images = torch.zeros(4, 1, 2, 2)
+    test = torch.utils.data.TensorDataset(images, torch.tensor([0, 1, 2, 1]))
+    return (images.numpy(), [0, 1, 0, 1]), test
 
 def wrong():
     return 3
+
+def half():
+    return pairs()[0]
 """
 
 
@@ -507,8 +561,15 @@ def test_functions_of_the_user(tmp_path, monkeypatch):
     path = list(sys.path)
     dataset = load_dataset("my_images:stripes", "there", image_size=6)
     assert (dataset.name, dataset.shape) == ("stripes of there", (1, 6, 6))
+    dataset = load_dataset("my_images:pairs")
+    assert (dataset.name, dataset.classes) == ("my_images:pairs", ("0", "1", "2"))
+    assert len(dataset.train) == len(dataset.test) == 4
     for name, said in (
-        ("my_images:wrong", "returned int; it must return"),
+        ("my_images:wrong", r"returned int; it must return \(train, test\)"),
+        (
+            "my_images:half",
+            r"half must return \(train, test\), but of train images are a ndarray; give a pair",
+        ),
         ("my_images:absent", "defines no function 'absent'"),
         ("my_images_absent:f", "cannot import 'my_images_absent'"),
         ("my_images:", "is not of the form module:function"),
