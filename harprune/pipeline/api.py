@@ -94,6 +94,7 @@ def prune(
     recipe = make_recipe(content, source="harprune.prune")
     materials = _materials(model, train, validation)
     checks.check(recipe)
+    checks.require_effect(recipe, out)
     checks.rehearse(recipe, materials)
     place = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out))
     with place as folder, Run(folder, recipe, command="harprune.prune") as run:

@@ -169,8 +169,9 @@ def cells_of(
     made: dict[str, Cell] = {}
 
     def add(name: str, label: str, content: dict[str, Any], until: str, needs=None) -> None:
-        recipe = make_recipe(content, source=f"{path}, {label}")
+        recipe = make_recipe(_trimmed(content), source=f"{path}, {label}")
         checks.check(recipe, weights_follow=needs is not None)
+        checks.require_effect(recipe, out / name)
         if name in made:
             raise ValueError(
                 f"{path}: two cells would be called {name!r}; let the names of methods differ in "
@@ -202,6 +203,19 @@ def cells_of(
                 add(name, label, _over(own, point), "report", needs)
                 first = first and anew
     return list(made.values())
+
+
+def _trimmed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what only training has, where a stage has no epochs.
+
+    A grid asks for it in all cells at once, also those of methods that skip the stage.
+    """
+    kept = dict(content)
+    for name in ("pretrain", "prune", "finetune"):
+        stage = kept.get(name)
+        if isinstance(stage, Mapping) and stage.get("epochs") == 0:
+            kept[name] = {key: stage[key] for key in stage if key not in checks.OF_TRAINING}
+    return kept
 
 
 def _require_free_axes(overrides: Sequence[str]) -> None:
@@ -273,7 +287,7 @@ def _require_same_recipe(cell: Cell) -> None:
     """A finished cell is not opened again, so the grid may have changed since."""
     record = cell.folder / "recipe.json"
     if cell.finished and record.exists():
-        held = completed(read_record(record))
+        held = completed(_trimmed(read_record(record)))
         wanted = cell.recipe.model_dump(mode="json")
         # Which cell attacks the dense network depends on the order of the methods.
         free = ["dense"] if (cell.folder / "attack" / "dense").exists() else ["dense", "dense_size"]

@@ -129,6 +129,16 @@ def parity_without_effect(recipe: Recipe) -> list[str]:
     return [key for key in wanted if _PARITY[key][0] not in known]
 
 
+def require_effect(recipe: Recipe) -> None:
+    """Raises ValueError for an option of the method that cannot matter as the others stand."""
+    made = method(recipe)
+    usual = {option.name: option.default for option in fields(made)}
+    for option, why in made.without_effect(recipe.prune.epochs).items():
+        value = getattr(made, option)
+        if option in recipe.method.options and value != usual[option]:
+            raise ValueError(f"method.{option} = {value!r} has no effect {why}; leave it out")
+
+
 def sharpness(recipe: Recipe) -> S2AP | None:
     """The plug-in S2AP with its options, where the method's name asks for it.
 
@@ -155,6 +165,10 @@ def _kinds(recipe: Recipe) -> tuple[type[Method], list[type]]:
     """The classes behind `NAME+PLUG_IN`."""
     name, *extra = recipe.method.name.split("+")
     kind = METHODS.get(name) or _own_kind(name)
+    if len(set(extra)) < len(extra):
+        raise ValueError(
+            f"method.name = {recipe.method.name!r} names a plug-in twice; name it once"
+        )
     for each in extra:
         if each not in PLUG_INS:
             raise ValueError(

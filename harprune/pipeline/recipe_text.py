@@ -65,9 +65,22 @@ def _names_another(before: Any, after: Any) -> bool:
     return both and "name" in before and before["name"] != after.get("name")
 
 
-def settings(values: Mapping[str, Any]) -> list[str]:
-    """`section.key` -> value as overrides; None, which is nothing said, is left out."""
-    return [f"{key}={_toml(value)}" for key, value in values.items() if value is not None]
+def settings(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> list[str]:
+    """`section.key` -> value as overrides, then those given; None, nothing said, is left out.
+
+    Raises:
+        ValueError: an override that says what `values` say.
+    """
+    said = {key: value for key, value in values.items() if value is not None}
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        for other in said:
+            if other == key or other.startswith(f"{key}."):
+                raise ValueError(
+                    f"--set {text!r}: the command says {other} = {_toml(said[other])} already; "
+                    "give one of the two"
+                )
+    return [*(f"{key}={_toml(value)}" for key, value in said.items()), *overrides]
 
 
 def completed(held: Mapping[str, Any]) -> Mapping[str, Any]:

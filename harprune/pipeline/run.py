@@ -96,7 +96,7 @@ class Run:
     def _adopt(self, source: str, command: str) -> None:
         resolved = self.recipe.model_dump(mode="json")
         record = self.folder / "recipe.json"
-        if record.exists() and self.begun:
+        if record.exists() and begun_in(self.folder):
             found = list(differences(completed(read_record(record)), resolved))
             begun = [difference for difference in found if self._has_begun(difference[0])]
             if begun:
@@ -141,7 +141,7 @@ class Run:
         if not self.leader:
             return
         path = self.folder / "inputs.json"
-        held = read_record(path) if path.exists() and self.begun else {}
+        held = read_record(path) if path.exists() and begun_in(self.folder) else {}
         for name, digest in inputs.items():
             if held.get(name, digest) != digest:
                 raise ValueError(
@@ -187,12 +187,6 @@ class Run:
         self.progress(stage).unlink(missing_ok=True)
         self.best(stage).unlink(missing_ok=True)
 
-    @property
-    def begun(self) -> bool:
-        """Whether anything was computed here: a recipe that failed before may be corrected."""
-        files = [f(stage) for stage in STAGES for f in (self.artifact, self.progress, self.best)]
-        return any(path.exists() for path in files)
-
     def artifact(self, stage: str) -> Path:
         """The file that a finished training stage leaves."""
         return self.folder / f"{STAGES[stage]}.safetensors"
@@ -225,6 +219,16 @@ class Run:
                 for epoch in histories.get(stage, [])
             ]
             write(self.folder / "metrics.jsonl", "".join(f"{x}\n" for x in lines))
+
+
+def begun_in(folder: str | Path) -> bool:
+    """Whether anything was computed in a folder: a recipe that failed before may be corrected."""
+    names = [
+        name
+        for stage, artifact in STAGES.items()
+        for name in (f"{artifact}.safetensors", f"{stage}.progress", f"{stage}.best")
+    ]
+    return any((Path(folder) / name).exists() for name in names)
 
 
 def environment_of(command: str, section: Execution | None = None) -> dict[str, Any]:

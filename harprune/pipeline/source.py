@@ -41,13 +41,13 @@ def find_source(given: str | Path, overrides: Sequence[str] = ()) -> Source:
         )
     text = record.read_bytes()
     # What the run began with were other weights, and perhaps others' scores.
-    own = settings({"model.weights": str(weights)})
+    overrides = settings({"model.weights": str(weights)}, overrides)
     try:
         content = json.loads(text)
         content["model"]["weights_density"] = None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{record} is damaged; give --model and --data too") from None
-    recipe = make_recipe(content, [*overrides, *own], source=str(record))
+    recipe = make_recipe(content, overrides, source=str(record))
     return Source(recipe, _origin(recipe, text, weights))
 
 

@@ -284,7 +284,7 @@ def test_evaluate_against_something_else_is_refused_before_attacks(command, fini
     assert "not under L2(epsilon=0.1)" in evaluate(*against, "--norm", "l2").refusal
     seed = evaluate(*against, "--seed", 1).refusal
     assert seed == "e holds outcomes with seed 0, not 1; evaluate with the same seed"
-    names = evaluate(*against, "--set", "attack.attacks=['pgd-2']").refusal
+    names = evaluate(*against, attack="pgd-2").refusal
     assert names.startswith("e holds outcomes under fgsm, not under pgd-2")
     fewer = evaluate(*against, "--size", 12).refusal
     assert fewer.startswith("e (24 images) and this evaluation (12 images) differ in index")

@@ -79,6 +79,21 @@ def test_what_starts_from_random_weights_gets_no_dense_network(grid, here):
     assert [cell.recipe.attack.dense for cell in (first, second, third)] == [False, True, False]
 
 
+def test_what_only_training_has_is_not_asked_of_cells_without_it(grid, here):
+    grid.write_text(GRID.replace("[common]", "[common]\nprune.distillation = {}\n"))
+    one_shot = "budget.allocation = "
+    smaller(grid).write_text(grid.read_text().replace(one_shot, f"prune.epochs = 0\n{one_shot}"))
+    _, learned, ranked = cells_of(grid, here / "out")
+    assert learned.recipe.prune.distillation is not None
+    assert ranked.recipe.prune.distillation is None
+
+
+def test_a_grid_is_no_recipe(grid, command, here):
+    refusal = command("run", "grid.toml", "--out", "new").refusal
+    assert refusal == "grid.toml is a grid, not a recipe; `harprune compare grid.toml` runs it"
+    assert not Path("new").exists()
+
+
 def test_weights_that_the_recipe_names_are_everybodys(grid, finished):
     weights = finished / "dense.safetensors"
     cells = cells_of(grid, finished.parent / "out", [f"model.weights={weights}"])
