@@ -32,6 +32,11 @@ def outlook(recipe: Recipe, materials: Materials, device: torch.device) -> Itera
                 f"note: {left[0].name}{more}, together {sum(layer.size for layer in left):,} "
                 "parameters, are of no kind that is pruned unasked; budget.include can name them"
             )
+    if recipe.prune.epochs:
+        steps = len(materials.train) // recipe.prune.batch_size
+        method = pruning.method(recipe)
+        for option, what in method.beyond(recipe.prune.epochs, steps).items():
+            yield f"note: method.{option} = {getattr(method, option)} {what}"
     for key in pruning.parity_without_effect(recipe):
         yield f"note: parity.{key} has no effect with method.name = {recipe.method.name!r}"
     backend = Execution(recipe.execution.backend)
