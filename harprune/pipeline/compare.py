@@ -23,8 +23,16 @@ from harprune.files import write
 from harprune.nested import differences, in_words
 from harprune.pipeline import checks
 from harprune.pipeline.console import Console
+from harprune.pipeline.faults import rule_of, value_of
 from harprune.pipeline.recipe import Recipe, Section
-from harprune.pipeline.recipe_text import as_toml, completed, make_recipe, overridden, read_toml
+from harprune.pipeline.recipe_text import (
+    as_toml,
+    completed,
+    is_grid,
+    make_recipe,
+    overridden,
+    read_toml,
+)
 from harprune.pipeline.run import IN_USE, in_use, read_record
 from harprune.reporting.comparison import DENSE
 from harprune.reporting.comparison_report import write_comparison
@@ -126,6 +134,8 @@ def read_grid(path: str | Path) -> Grid:
         ValueError: unreadable, an unknown key or a value out of range.
     """
     content = read_toml(path, f"grid {path}")
+    if not is_grid(content) and content.keys() & Recipe.model_fields.keys():
+        raise ValueError(f"{path} is a recipe, not a grid; `harprune run {path}` runs it")
     try:
         return Grid.model_validate(content)
     except ValidationError as error:
@@ -133,10 +143,11 @@ def read_grid(path: str | Path) -> Grid:
         fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
         where = ".".join(map(str, fault["loc"]))
         known = f"; the keys are {', '.join(Grid.model_fields)}"
-        rule = fault["msg"].removeprefix("Value error, ")
         unknown = fault["type"] == "extra_forbidden"
         raise ValueError(
-            f"{path}: unknown key {where!r}{known}" if unknown else f"{path}: {where}: {rule}"
+            f"{path}: unknown key {where!r}{known}"
+            if unknown
+            else f"{path}: {where}{value_of(fault)}: {rule_of(fault)}"
         ) from None
 
 
@@ -163,6 +174,8 @@ def cells_of(
             known = ", ".join(f"{known:g}" for known in grid.densities)
             raise ValueError(f"--density {density:g} is none of {path}; choose among {known}")
     content = read_toml(Path(path).parent / grid.base, f"base = {grid.base!r} of {path}")
+    if is_grid(content):
+        raise ValueError(f"base = {grid.base!r} of {path} is itself a grid; name a recipe")
     content = _over(content, grid.common)
     shared = overridden(content, overrides)
     given = make_recipe(shared, source=str(path))

@@ -28,6 +28,7 @@ from harprune.methods.s2ap import S2AP
 from harprune.methods.snip import SNIP
 from harprune.methods.synflow import SynFlow
 from harprune.methods.twinrep import TwinRep
+from harprune.pipeline.faults import rule_of, value_of
 from harprune.pipeline.recipe import Recipe
 from harprune.robustness.evaluation import device_of
 from harprune.sparsity import allocation, costs
@@ -210,8 +211,8 @@ def _made(kind: type, options: Mapping):
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         where = ".".join(["method", *map(str, fault["loc"])])
-        given = f" = {fault['input']!r}" if fault["loc"] else ""
-        raise ValueError(f"{where}{given}: {fault['msg'].removeprefix('Value error, ')}") from None
+        given = value_of(fault) if fault["loc"] else ""
+        raise ValueError(f"{where}{given}: {rule_of(fault)}") from None
 
 
 def budget(recipe: Recipe, example: Tensor) -> Budget:

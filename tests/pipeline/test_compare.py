@@ -218,9 +218,15 @@ def test_a_cell_in_other_hands_is_waited_for(grid, command, here, monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('base = "tiny.toml"', "", "base: Field required"),
+        ('base = "tiny.toml"', "", "grid.toml: base: must be given"),
+        ("[0.3, 0.2]", "0.3", "grid.toml: densities = 0.3: must be a list, as [a, b]"),
+        (
+            'base = "tiny.toml"',
+            'base = "grid.toml"',
+            "base = 'grid.toml' of grid.toml is itself a g",
+        ),
         ('base = "tiny.toml"', 'base = "none.toml"', "base = 'none.toml' of grid.toml cannot be"),
-        ("seeds = [0, 1]", "seeds = [1, 1]", "seeds: must not name a value twice"),
+        ("seeds = [0, 1]", "seeds = [1, 1]", "seeds = [1, 1]: must not name a value twice"),
         ("seeds = [0, 1]", "seed = 1", "unknown key 'seed'; the keys are title, note, base"),
         ('name = "harp"', 'name = "harq"', "method.name = 'harq' is unknown"),
         ("gamma = 0.1", "gama = 0.1", "gama"),
