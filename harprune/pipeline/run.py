@@ -289,7 +289,12 @@ def lock(folder: Path) -> TextIO:
     Raises:
         ValueError: another process works in it.
     """
-    file = open(folder / ".lock", "a+")  # noqa: SIM115 - the open file *is* the lock
+    try:
+        file = open(folder / ".lock", "a+")  # noqa: SIM115 - the open file *is* the lock
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be written to ({error.strerror}); allow it, or name another place"
+        ) from None
     for _ in range(_ATTEMPTS):
         if _taken(file):
             break

@@ -399,16 +399,27 @@ def test_a_file_in_the_place_of_the_folder_is_refused(command, here):
 def test_a_folder_that_cannot_be_written_is_refused(command, here):
     run_with(command, "seed=-1")  # whoever takes over may not read the program's files
     (here / "locked").mkdir(mode=0o555)
+    (here / "held").mkdir()
+    (here / "held" / "kept.md").write_text("old")
+    (here / "held").chmod(0o555)
     here.chmod(0o755)
     root = os.geteuid() == 0
     try:
         if root:
             os.seteuid(65534)
         refusal = run_with(command, out="locked/run").refusal
+        held = run_with(command, out="held").refusal
+        with pytest.raises(OSError) as caught:
+            write("held/kept.md", "new")
     finally:
         if root:
             os.seteuid(0)
     assert refusal == "[Errno 13] Permission denied: 'locked/run'"
+    assert held == "held cannot be written to (Permission denied); allow it, or name another place"
+    assert str(caught.value) == (
+        "held/kept.md could not be written (Permission denied); what was there before is intact: "
+        "allow writing there, or name another place"
+    )
 
 
 # --- damaged files --------------------------------------------------------------------------------
