@@ -30,12 +30,15 @@ Images = Split | tuple[Any, Any]
 """A `Split`, or a pair (images, labels) of arrays: uint8, or float in [0, 1], (N, C, H, W)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pruned:
     """The pruned plain model, in eval mode, and the count of what it keeps."""
 
     model: nn.Module
     audit: Audit
+
+    def __repr__(self) -> str:
+        return f"Pruned({type(self.model).__name__}: {self.audit})"
 
 
 def prune(

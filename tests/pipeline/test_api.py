@@ -274,7 +274,8 @@ def test_what_an_argument_says_is_no_option(images):
 
 def test_a_run_of_its_own_can_be_loaded(images, tmp_path):
     model = mlp()
-    pruned = harprune.prune(model, images, images, out=tmp_path / "run", **QUICK).model
-    again = mlp()
+    result = harprune.prune(model, images, images, out=tmp_path / "run", **QUICK)
+    assert repr(result) == "Pruned(Sequential: 3,763 of 12,544 prunable weights kept (29.998 %))"
+    pruned, again = result.model, mlp()
     assert harprune.load_weights(again, tmp_path / "run" / "finetuned.safetensors").complete
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in pruned.state_dict().items())
