@@ -75,6 +75,7 @@ def prune(
     Raises:
         ValueError: whatever a recipe or the data refuse, in one line.
     """
+    checks.require_module(model)
     threat = _threat(threat)
     if out is None and machinery.processes() > 1:
         raise ValueError("several processes share one run, which needs a folder; give out")
@@ -90,6 +91,11 @@ def prune(
         "prune": {"epochs": prune_epochs},
         "finetune": {"epochs": finetune_epochs},
     }
+    if not isinstance(options, Mapping | None):
+        raise ValueError(
+            f"options are a {type(options).__name__}; give sections by their names, as "
+            "{'finetune': {'learning_rate': 0.02}}"
+        )
     for section, values in (options or {}).items():
         _require_about_the_run(section, values)
         _require_not_said(section, values, content)
@@ -137,6 +143,7 @@ def evaluate(
         twin: whether attacks run on an equivalent of the model, batch norm folded and masks
             multiplied out, on the kernels if `execution` has it so; else on the plain model.
     """
+    checks.require_module(model)
     threat, split = _threat(threat), _split(test)
     attacks = (attacks,) if isinstance(attacks, str) else attacks
     checks.require_labels(split.labels, None, "test")

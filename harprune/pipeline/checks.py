@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -234,6 +235,28 @@ def require_comparable(folder: str | Path, recipe: Recipe, labels: Tensor) -> No
                 f"{folder} ({before.size} images) and this evaluation ({len(index)} images) differ "
                 f"in {what}; evaluate both on the same subset of the same data"
             )
+
+
+def require_module(model: Any) -> None:
+    """Raises ValueError where what a caller gives as a network is none."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}, not a torch.nn.Module; give a network, as "
+            "harprune.create_model makes one by its name"
+        )
+
+
+def require_batch(images: Any) -> Tensor:
+    """Images as a tensor in main memory; ValueError where they are no batch of floats."""
+    wanted = "give float32 (N, C, H, W) in [0, 1]"
+    if not isinstance(images, Tensor | np.ndarray):
+        raise ValueError(f"images are a {type(images).__name__}; {wanted}")
+    batch = torch.as_tensor(images).detach().cpu()
+    if batch.dtype != torch.float32 or batch.ndim != 4:
+        raise ValueError(
+            f"images are {batch.dtype} {tuple(batch.shape)}; {wanted}, uint8 images divided by 255"
+        )
+    return batch
 
 
 def require_pixels(split: Split, what: str) -> None:

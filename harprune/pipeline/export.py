@@ -48,6 +48,11 @@ class Format(Enum):
     ONNX = "onnx"
     TORCH = "torch"
 
+    @classmethod
+    def _missing_(cls, value: object) -> "Format":
+        known = ", ".join(format.value for format in cls)
+        raise ValueError(f"format = {value!r} is unknown; choose one of {known}")
+
 
 _SUFFIXES = {".hpn": Format.ARTIFACT, ".onnx": Format.ONNX, ".pt2": Format.TORCH}
 """What the usual names of files promise."""
@@ -157,9 +162,11 @@ def export(
             is not what the network does.
     """
     path, format, values = Path(path), Format(format), Values(values)
-    images = torch.as_tensor(images).detach().cpu()
+    checks.require_module(model)
+    images = checks.require_batch(images)
     _require_possible(path, format, values)
     plain = supply.plain_copy(model).eval()
+    checks.require_logits(plain, images[:1], 1)
     x = _to_compare(images)
     with torch.no_grad():
         expected = plain(x).numpy()

@@ -282,6 +282,7 @@ def test_floats_outside_the_unit_are_refused():
         ({"options": {"prune": {"batch_size": 150}}}, "prune.batch_size = 150 exceeds the 140 "),
         ({"options": {"budget": {"include": ["x"]}}}, "layer pattern 'x' matches no parameter"),
         ({"threat": 8 / 255}, "threat = 0.03137254901960784 says no norm; give Linf(8 / 255) or"),
+        ({"options": ["prune"]}, "options are a list; give sections by their names, as {'finet"),
         ({"options": {"prune.batch_size": 8}}, "write options = {'prune': {'batch_size': 8}}"),
         ({"options": {"budgt": {}}}, "harprune.prune: unknown key 'budgt'; the nearest known is"),
     ],
@@ -293,6 +294,35 @@ def test_the_call_from_python_refuses_before_it_makes_a_folder(tmp_path, options
         harprune.prune(model, images, images, out=tmp_path / "run", **{"density": 0.1} | options)
     assert str(caught.value).startswith(text)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_network_is_refused(tmp_path):
+    images = torch.rand(40, 1, 8, 8), torch.arange(40) % 4
+    for call in (
+        lambda: harprune.prune("resnet18", images, images, density=0.1),
+        lambda: harprune.evaluate("resnet18", images),
+        lambda: harprune.export("resnet18", tmp_path / "a.hpn", images[0]),
+    ):
+        with pytest.raises(ValueError, match=r"model is a str, not a torch\.nn\.Module; give"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            lambda x: (255 * x).byte(),
+            r"images are torch.uint8 \(40, 1, 8, 8\); give float32 \(N, C",
+        ),
+        (lambda x: x[0], r"images are torch.float32 \(1, 8, 8\); give float32 \(N, C, H, W\) in"),
+        (lambda x: x.permute(0, 2, 3, 1), r"the network refuses images of shape \(8, 8, 1\) \("),
+        (lambda x: x.tolist(), r"images are a list; give float32 \(N, C, H, W\) in \[0, 1\]"),
+    ],
+)
+def test_what_is_no_batch_is_not_exported(tmp_path, change, text):
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 4))
+    with pytest.raises(ValueError, match=text):
+        harprune.export(network, tmp_path / "a.hpn", change(torch.rand(40, 1, 8, 8)))
 
 
 def test_images_that_are_no_pair_of_arrays_are_refused():
