@@ -183,6 +183,7 @@ def evaluate_recipe(
             or for other images; an evaluation of which `against` is no repetition.
     """
     checks.check(recipe)
+    supply.require_no_folder(recipe.model.name)
     held = supply.exported(recipe.model) if supply.is_exported(recipe.model.name) else None
     if recipe.model.weights is None and held is None:
         raise ValueError(

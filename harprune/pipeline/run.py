@@ -21,13 +21,13 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
 from harprune.files import write
-from harprune.nested import differences, in_words
+from harprune.nested import Difference, differences, in_words
 from harprune.pipeline.recipe import Execution, Recipe
 from harprune.pipeline.recipe_text import as_toml, completed, make_recipe
 from harprune.reporting.records import STAGES
@@ -46,6 +46,17 @@ _PLACES = (".*", "attack/*/.*", "report/.*", "report/plots/.*")
 _DECISIVE = ("commit", "python", "versions", "machine", "command")
 _ATTEMPTS, _MOMENT = 10, 0.02
 """How often a folder is tried, and seconds between, before it counts as in other hands."""
+_OF_EVALUATE = {
+    "attack.attacks": "--attack",
+    "attack.size": "--size",
+    "attack.seed": "--seed",
+    "attack.batch_size": "--batch-size",
+}
+"""Keys that `harprune evaluate` has an option for."""
+_WAYS_BACK = {
+    "dense network": ", or give the same weights: of a network that is made anew they are others, "
+    "unless torch.manual_seed comes before it or they are loaded"
+}
 _READ_FIRST_BY = {"budget": "prune", "method": "prune"}
 """The stage that is the first to read a section which has not its name."""
 
@@ -102,7 +113,7 @@ class Run:
             if begun:
                 raise ValueError(
                     f"{self.folder} holds a run of another recipe ({in_words(begun)}); "
-                    "choose another --out"
+                    f"choose another --out{self._attacked_otherwise(begun)}"
                 )
             self._going_on = environment_of(command, self.recipe.execution)
             self._changed = (source, resolved) if found else None
@@ -132,6 +143,17 @@ class Run:
         files = (self.artifact, self.progress, self.best)
         return stage not in STAGES or any(file(stage).exists() for file in files)
 
+    def _attacked_otherwise(self, found: Iterable[Difference]) -> str:
+        """How else to attack the network of a finished run, where nothing but that is wanted."""
+        said = []
+        for key, _, new in found:
+            if key not in _OF_EVALUATE or new in (None, []):
+                return ""
+            values = new if isinstance(new, list) else [new]
+            said += [f"{_OF_EVALUATE[key]} {value}" for value in values]
+        command = f"harprune evaluate {self.folder} {' '.join(said)} --out FOLDER"
+        return f", or attack its network by `{command}`"
+
     def require_same(self, inputs: Mapping[str, str]) -> None:
         """Keep what the run is made from, by digests; refuse to go on from anything else.
 
@@ -145,8 +167,8 @@ class Run:
         for name, digest in inputs.items():
             if held.get(name, digest) != digest:
                 raise ValueError(
-                    f"{self.folder} holds a run that began with another {name}; "
-                    "choose another --out"
+                    f"{self.folder} holds a run that began with another {name}; choose another "
+                    f"--out{_WAYS_BACK.get(name, '')}"
                 )
         if held != dict(inputs):
             write(path, json.dumps(dict(inputs), indent=1) + "\n")

@@ -215,8 +215,9 @@ def test_a_run_of_the_api_goes_on_where_it_was(tmp_path, images):
         ((model, (x[:48], y[:48]), images), "set of training images"),
         ((model, images, (x.flip(0), y)), "set of validation images"),
     ):
-        with pytest.raises(ValueError, match=f"run that began with another {what}; choose"):
+        with pytest.raises(ValueError, match=f"run that began with another {what}; choose") as said:
             harprune.prune(*others, out=tmp_path / "run", **common)
+        assert ("torch.manual_seed" in str(said.value)) == (what == "dense network")
 
 
 def test_images_given_in_python_are_augmented_where_that_is_said(images):

@@ -33,6 +33,10 @@ from .conftest import contents
 PROGRAM = [sys.executable, "-c", "from harprune.cli import main; main()"]
 
 
+PRUNE = ["prune", "--model", "small_cnn", "--weights", "tiny.toml", "--data", "digits",
+         "--density", 0.1, "--out", "new"]  # fmt: skip
+
+
 def run_with(command, *settings: str, out: str = "new", until: str = "report"):
     sets = [part for setting in settings for part in ("--set", setting)]
     return command("run", "tiny.toml", "--out", out, "--until", until, *sets)
@@ -68,6 +72,29 @@ def run_with(command, *settings: str, out: str = "new", until: str = "report"):
          "harprune evaluate: attack.size = 0: must be greater than or equal to 1"),
         (["evaluate", "--model", "small_cnn", "--weights", "tiny.toml", "--data", "digits",
           "--attack", "autoatack"], "attack 'autoatack' is unknown; choose among fgsm, pgd-STEPS"),
+        (["evaluate", "--model", "small_cnn", "--weights", "tiny.toml", "--data", "digits",
+          "--attack", "fgsm", "--set", "attack.attacks=['pgd-2']"],
+         """--set "attack.attacks=['pgd-2']": the command says attack.attacks = ["fgsm"] alread"""),
+        ([*PRUNE, "--set", "budget.density=0.2"],
+         "--set 'budget.density=0.2': the command says budget.density = 0.1 already; give one of"),
+        ([*PRUNE, "--set", "model={name='vgg16_bn'}"],
+         """--set "model={name='vgg16_bn'}": the command says model.name = "small_cnn" already;"""),
+        ([*PRUNE, "--set", "pretrain.epochs=3"],
+         "--set 'pretrain.epochs=3' has no effect with model.weights = 'tiny.toml', which is the"),
+        (["run", "tiny.toml", "--out", "new", "--execution", "dense", "--set",
+          "execution.backend=auto"], "--set 'execution.backend=auto': the command says execution."),
+        (["run", "tiny.toml", "--out", ""],
+         "Invalid value for '--out' / '-o': it is empty; name a place, as runs/mine; see `harprun"),
+        (["report", "run", "--baseline", "harp"],
+         "--baseline 'harp' is of a comparison; name its file by --out"),
+        (["compare", "tiny.toml", "--out", "new"],
+         "tiny.toml is a recipe, not a grid; `harprune run tiny.toml` runs it"),
+        (["evaluate", "--model", ".", "--data", "digits"],
+         "model.name = '.' is a folder; give a run to `harprune evaluate` or `harprune export` by"),
+        (["export", "tiny.toml", "--model", ".", "--data", "digits", "--out", "new"],
+         "model.name = '.' is a folder; give a run to `harprune evaluate` or `harprune export` by"),
+        (["evaluate", "a.hpn"], "a.hpn is an exported network, not a run; `harprune evaluate --m"),
+        (["export", "a.hpn", "--out", "new"], "a.hpn is an exported network, not a run; `harpru"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_is_one_line(command, here, arguments, text):
@@ -407,6 +434,17 @@ def test_a_folder_of_another_recipe_is_refused_and_left_alone(command, here, fin
     assert run_with(command, out="run").refusal.startswith("run/recipe.json is damaged; restore it")
     (finished / "recipe.json").write_bytes(before["recipe.json"])
     assert contents(finished) == before
+
+
+def test_another_attack_of_a_finished_run_is_an_evaluation(command, here, finished):
+    assert run_with(
+        command, "attack.size=8", "attack.attacks=['fgsm', 'pgd-2']", out="run"
+    ).refusal == (
+        "run holds a run of another recipe (attack.attacks: ['pgd-2'] -> ['fgsm', 'pgd-2']; "
+        "attack.size: 16 -> 8); choose another --out, or attack its network by `harprune evaluate "
+        "run --attack fgsm --attack pgd-2 --size 8 --out FOLDER`"
+    )
+    assert run_with(command, "attack.size=8", "seed=1", out="run").refusal.endswith("another --out")
 
 
 def test_a_second_process_is_refused(command, here, finished):
