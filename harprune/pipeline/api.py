@@ -14,7 +14,7 @@ from torch import nn
 
 from harprune.pipeline import checks, hardening, machinery, pruning, stages, supply
 from harprune.pipeline.console import Console
-from harprune.pipeline.judging import judge
+from harprune.pipeline.judging import chosen, judge
 from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import make_recipe
 from harprune.pipeline.run import Run, lock
@@ -101,7 +101,7 @@ def prune(
         _require_not_said(section, values, content)
         content[section] = {**content.get(section, {}), **values}
     recipe = make_recipe(content, source="harprune.prune")
-    materials = _materials(model, train, validation)
+    materials = _materials(model, train, validation, given=pretrain_epochs == 0)
     checks.check(recipe)
     checks.require_effect(recipe, out)
     checks.rehearse(recipe, materials)
@@ -151,19 +151,21 @@ def evaluate(
     example = to_float(split.images[torch.tensor([0])])
     example = example.to(evaluation.device_of(model))
     checks.require_logits(model, example, int(split.labels.max()) + 1)
+    console = Console(quiet=quiet)
+    index = chosen(split.labels, size, seed, console)
     with _kept_in(out):
         return judge(
             model,
             split,
             attacks=attacks,
             threat=threat,
-            index=evaluation.subset(split.labels, size, seed),
+            index=index,
             seed=seed,
             batch_size=batch_size,
             folder=out,
             execution=execution,
             twin=twin,
-            console=Console(quiet=quiet),
+            console=console,
             name=name,
         )
 
@@ -251,15 +253,15 @@ def _kept_in(out: str | Path | None) -> AbstractContextManager:
     return lock(Path(out))
 
 
-def _materials(model: nn.Module, train: Images, validation: Images) -> Materials:
-    given = supply.plain_copy(model)
+def _materials(model: nn.Module, train: Images, validation: Images, *, given: bool) -> Materials:
+    plain = supply.plain_copy(model)
     return Materials(
         train=_split(train),
         validation=_split(validation),
         test=None,
         num_classes=None,
-        network=lambda: copy.deepcopy(given),
-        given=False,
+        network=lambda: copy.deepcopy(plain),
+        given=given,
     )
 
 

@@ -16,6 +16,18 @@ from harprune.sparsity.execution import Execution
 from harprune.training.splits import Floats, Split
 
 
+def chosen(labels: Tensor, size: int | None, seed: int, console: Console) -> Tensor:
+    """Positions of the test images to attack, as `evaluation.subset` draws them.
+
+    Says so where more are asked for than there are.
+    """
+    if not isinstance(size, int | None):
+        raise ValueError(f"size = {size!r} must be a whole number, or None for all images")
+    if size is not None and size > len(labels):
+        console.say(f"note: there are {len(labels)} test images, not {size}; all are taken")
+    return evaluation.subset(labels, size, seed)
+
+
 def judge(
     model: nn.Module,
     test: Split,

@@ -127,6 +127,11 @@ QUICK = {
 }  # fmt: skip
 
 
+PRETRAINED = QUICK | {
+    "quiet": False, "options": {**QUICK["options"], "pretrain": {"batch_size": 32}}
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["harp", "li20", "snip", "grasp", "synflow", "mad"])
 def test_what_is_frozen_is_pruned_but_not_trained(method, images):
     torch.manual_seed(0)
@@ -191,6 +196,15 @@ def test_the_example_runs(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "kept 1448 of 28960 prunable weights" in shown
     assert "pgd-20" in shown
+
+
+def test_a_network_that_only_guesses_is_warned_of(images, capsys):
+    model = mlp()
+    nn.init.constant_(model[3].bias[:1], 100.0)
+    harprune.prune(model, images, images, **QUICK | {"quiet": False})
+    assert "is what guessing gives; are these the right weights" in capsys.readouterr().err
+    harprune.prune(model, images, images, pretrain_epochs=1, **PRETRAINED)
+    assert "is what guessing gives" not in capsys.readouterr().err
 
 
 def test_a_run_of_the_api_goes_on_where_it_was(tmp_path, images):

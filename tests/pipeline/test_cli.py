@@ -291,7 +291,14 @@ def test_evaluate_against_something_else_is_refused_before_attacks(command, fini
     data = evaluate(*against, data="stripes_of_tests:relabelled").refusal
     assert data.startswith("e (24 images) and this evaluation (24 images) differ in labels")
     with pytest.raises(AssertionError, match="images were attacked"):
-        evaluate(*against, "--attack", "pgd-2", "--set", "attack.attacks=['fgsm']")
+        evaluate(*against)
+
+
+def test_evaluate_says_where_there_are_fewer_images(command, finished):
+    said = command("evaluate", finished, "--attack", "none", "--size", 1000)
+    assert said.code == 0 and said.out.startswith("clean ") and " of 24" in said.out
+    assert "note: there are 24 test images, not 1000; all are taken" in said.err.splitlines()
+    assert "note" not in command("evaluate", finished, "--attack", "none", "--size", 24).err
 
 
 def test_evaluate_prints_its_result_before_it_compares(command, finished, monkeypatch):
