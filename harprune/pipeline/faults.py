@@ -23,7 +23,7 @@ def rule_of(fault: Mapping[str, Any]) -> str:
     """The rule that a fault breaks: "must be a whole number"."""
     kind = fault["type"].partition("_")[0]
     message = fault["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    return _KINDS.get(kind, message[:1].lower() + message[1:])
+    return _KINDS.get(kind) or message[:1].lower() + message[1:]
 
 
 def value_of(fault: Mapping[str, Any]) -> str:
