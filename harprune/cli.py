@@ -31,6 +31,18 @@ app = typer.Typer(
     ),
 )
 
+
+def _path(text: str) -> Path:
+    """What --out names; empty text, which `Path` takes for the current folder, names nothing."""
+    if not text:
+        raise typer.BadParameter("it is empty; name a place, as runs/mine")
+    return Path(text)
+
+
+def _out(help: str):
+    return typer.Option("--out", "-o", parser=_path, metavar="<Path>", help=help)
+
+
 NETWORKS = (
     "a name that `harprune doctor` lists, module:function of yours, torchvision:NAME or timm:NAME"
 )
@@ -47,14 +59,19 @@ Set = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Print the result, and nothing else, as JSON on stdout.")
 ]
-Out = Annotated[
-    Path, typer.Option("--out", "-o", help="The run folder: made, or continued where it stopped.")
-]
+Out = Annotated[Path, _out("The run folder: made, or continued where it stopped.")]
 Folder = Annotated[
     Path | None,
     typer.Option(
         "--data-dir", help="Where the data files lie; $HARPRUNE_DATA or the user's cache if absent."
     ),
+]
+Norm = Annotated[
+    Literal["linf", "l2"] | None,
+    typer.Option(help="Norm that bounds the perturbation; linf when absent."),
+]
+Epsilon = Annotated[
+    str | None, typer.Option(help="Radius for images in [0, 1], as 0.031; 8/255 when absent.")
 ]
 Backend = Annotated[
     Literal["auto", "dense", "sparse"] | None,
@@ -107,11 +124,12 @@ def run(
 
     Give the same command again to continue after an interruption.
     """
-    from harprune.pipeline.recipe_text import read_recipe
+    from harprune.pipeline.recipe_text import read_recipe, settings
 
-    resolved = read_recipe(recipe, [*overrides, *_machine(execution, device)])
+    said = {"execution.backend": execution, "execution.device": device}
+    resolved = read_recipe(recipe, settings(said, overrides))
     source = recipe.read_text(encoding="utf-8-sig")
-    _run(resolved, out, source=source, until=until, as_json=as_json)
+    _run(resolved, out, overrides, source=source, until=until, as_json=as_json)
 
 
 @app.command(
@@ -125,16 +143,18 @@ def prune(
     density: Annotated[float, typer.Option(help="Fraction of the weights to keep, as 0.01.")],
     out: Out,
     data_dir: Folder = None,
-    norm: Annotated[
-        Literal["linf", "l2"], typer.Option(help="Norm that bounds the perturbation.")
-    ] = "linf",
-    epsilon: Annotated[
-        str, typer.Option(help="Its radius for images in [0, 1], as 8/255 or 0.031.")
-    ] = "8/255",
-    method: Annotated[str, typer.Option(help="As method.name of a recipe.")] = "harp",
-    prune_epochs: Annotated[int, typer.Option(help="Epochs of the method's stage.")] = 20,
-    finetune_epochs: Annotated[int, typer.Option(help="Epochs of finetuning.")] = 100,
-    seed: Annotated[int, typer.Option(help="Decides all randomness.")] = 0,
+    norm: Norm = None,
+    epsilon: Epsilon = None,
+    method: Annotated[
+        str | None, typer.Option(help="As method.name of a recipe; harp when absent.")
+    ] = None,
+    prune_epochs: Annotated[
+        int | None, typer.Option(help="Epochs of the method's stage; 20 when absent.")
+    ] = None,
+    finetune_epochs: Annotated[
+        int | None, typer.Option(help="Epochs of finetuning; 100 when absent.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides all randomness; 0 when absent.")] = None,
     overrides: Set = [],  # noqa: B006
     execution: Backend = None,
     device: Device = None,
@@ -145,22 +165,26 @@ def prune(
     Anything else a recipe can say goes through --set, as in
     `--set finetune.learning_rate=0.02 --set attack.size=1000`.
     """
-    from harprune.pipeline.recipe_text import make_recipe
+    from harprune.pipeline.recipe_text import make_recipe, settings
 
-    content = {
-        "name": f"{model}-{method}",
+    said = {
         "seed": seed,
-        "data": {"name": data, **({"folder": str(data_dir)} if data_dir else {})},
-        "model": {"name": model, "weights": str(weights)},
-        "threat": {"norm": norm, "epsilon": epsilon},
-        "budget": {"density": density},
-        "method": {"name": method},
-        "prune": {"epochs": prune_epochs},
-        "finetune": {"epochs": finetune_epochs},
+        "data.name": data,
+        "data.folder": data_dir and str(data_dir),
+        "model.name": model,
+        "model.weights": str(weights),
+        "threat.norm": norm,
+        "threat.epsilon": epsilon,
+        "budget.density": density,
+        "method.name": method,
+        "prune.epochs": prune_epochs,
+        "finetune.epochs": finetune_epochs,
+        "execution.backend": execution,
+        "execution.device": device,
     }
-    overrides = [*overrides, *_machine(execution, device)]
-    resolved = make_recipe(content, overrides, source="harprune prune")
-    _run(resolved, out, as_json=as_json)
+    content = {"name": f"{model}-{method or 'harp'}"}
+    resolved = make_recipe(content, settings(said, overrides), source="harprune prune")
+    _run(resolved, out, overrides, as_json=as_json)
 
 
 @app.command(
@@ -187,9 +211,7 @@ def evaluate(
     weights: Annotated[
         Path | None, typer.Option(help="Its weights: a network of a run, or others'.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Keep per-image outcomes here, and resume.")
-    ] = None,
+    out: Annotated[Path | None, _out("Keep per-image outcomes here, and resume.")] = None,
     against: Annotated[
         Path | None,
         typer.Option(
@@ -198,14 +220,8 @@ def evaluate(
         ),
     ] = None,
     data_dir: Folder = None,
-    norm: Annotated[
-        Literal["linf", "l2"] | None,
-        typer.Option(help="Norm that bounds the perturbation; linf when absent."),
-    ] = None,
-    epsilon: Annotated[
-        str | None,
-        typer.Option(help="Radius for images in [0, 1], as 0.031; 8/255 when absent."),
-    ] = None,
+    norm: Norm = None,
+    epsilon: Epsilon = None,
     attack: Annotated[
         list[str],
         typer.Option(
@@ -250,18 +266,15 @@ def evaluate(
         "attack.size": size,
         "attack.seed": seed,
         "attack.batch_size": batch_size,
+        "execution.backend": execution,
+        "execution.device": device,
     }
-    overrides = [*settings(said), *overrides, *_machine(execution, device)]
     if source is not None:
-        recipe = find_source(source, overrides).recipe
+        recipe = find_source(source, settings(said, overrides)).recipe
     else:
-        content = {
-            "name": f"{model}-evaluation",
-            "data": {"name": data},
-            "model": {"name": model, "weights": weights and str(weights)},
-            "attack": {"attacks": ["autoattack"]},
-        }
-        recipe = make_recipe(content, overrides, source="harprune evaluate")
+        said |= {"data.name": data, "model.name": model, "model.weights": weights and str(weights)}
+        content = {"name": f"{model}-evaluation", "attack": {"attacks": ["autoattack"]}}
+        recipe = make_recipe(content, settings(said, overrides), source="harprune evaluate")
     if against is not None and out is not None and against.resolve() == out.resolve():
         raise ValueError(f"--against and --out both name {out}; keep what is new in another folder")
     # Read now: the attacks may take hours.
@@ -290,7 +303,7 @@ def export(
     source: Annotated[
         Path, typer.Argument(help="A finished run folder, one of its files, or other weights.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, or to replace.")],
+    out: Annotated[Path, _out("The file to write, or to replace.")],
     format: Annotated[
         Literal["artifact", "onnx", "torch"],
         typer.Option(
@@ -325,16 +338,14 @@ def export(
 
     if (model is None) != (data is None):
         raise ValueError("--model and --data describe other weights together; give both or none")
-    overrides = [*settings({"data.folder": data_dir and str(data_dir)}), *overrides]
+    said = {"data.folder": data_dir and str(data_dir)}
     if model is None:
-        found = find_source(source, overrides)
+        found = find_source(source, settings(said, overrides))
     else:
-        content = {
-            "name": f"{model}-export",
-            "data": {"name": data},
-            "model": {"name": model, "weights": str(source)},
-        }
-        found = Source(make_recipe(content, overrides, source="harprune export"), {})
+        said |= {"data.name": data, "model.name": model, "model.weights": str(source)}
+        content = {"name": f"{model}-export"}
+        recipe = make_recipe(content, settings(said, overrides), source="harprune export")
+        found = Source(recipe, {})
     result = export_recipe(
         found.recipe,
         out,
@@ -403,13 +414,6 @@ def bench_deploy(
         typer.echo("\n".join(latency.lines(found)))
 
 
-def _machine(execution: str | None, device: str | None) -> list[str]:
-    """What a command's own options say of `execution`, as `--set` would."""
-    from harprune.pipeline.recipe_text import settings
-
-    return settings({"execution.backend": execution, "execution.device": device})
-
-
 @app.command(
     epilog="Example: harprune report runs/harp-* runs/hydra-* --out results.md --baseline hydra"
 )
@@ -422,13 +426,14 @@ def report(
         ),
     ],
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", help="Compare the runs in this Markdown file; nothing in them changes."
-        ),
+        Path | None, _out("Compare the runs in this Markdown file; nothing in them changes.")
     ] = None,
-    title: Annotated[str, typer.Option(help="Heading of the comparison.")] = "Comparison",
-    note: Annotated[str, typer.Option(help="What a reader of the comparison should know.")] = "",
+    title: Annotated[
+        str | None, typer.Option(help='Heading of the comparison; "Comparison" when absent.')
+    ] = None,
+    note: Annotated[
+        str | None, typer.Option(help="What a reader of the comparison should know.")
+    ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Method to test the others against, pair by pair.")
     ] = None,
@@ -448,6 +453,10 @@ def report(
     from harprune.reporting.report import write_report
     from harprune.reporting.tensorboard import write_tensorboard
 
+    of_comparison = {"--title": title, "--note": note, "--baseline": baseline}
+    for option, value in of_comparison.items() if out is None else ():
+        if value is not None:
+            raise ValueError(f"{option} {value!r} is of a comparison; name its file by --out")
     folders = [run for run in runs if not run.is_file()]
     if not folders:
         raise ValueError(f"{runs[0]} is a file; name run folders")
@@ -458,8 +467,8 @@ def report(
         content = write_comparison(
             folders,
             out,
-            title=title,
-            note=note,
+            title=title or "Comparison",
+            note=note or "",
             command=command_line(),
             baseline=baseline,
             complete=completed,
@@ -491,7 +500,7 @@ def _lines_of_report(folder: str, found: dict) -> list[str]:
 )
 def record(
     folder: Annotated[Path, typer.Argument(help="A finished run folder.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the files.")],
+    out: Annotated[Path, _out("The folder for the files.")],
     method: Annotated[str, typer.Option(help="The method's short name, as HARP.")],
     key: Annotated[
         str, typer.Option(help="First author, year, first word of the title: Zhao2023Holistic.")
@@ -533,9 +542,7 @@ def compare(
             "`harprune recipe --grid` prints every key."
         ),
     ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="The folder of all runs: made, or continued.")
-    ],
+    out: Annotated[Path, _out("The folder of all runs: made, or continued.")],
     jobs: Annotated[int, typer.Option(help="Runs at work at a time, each a process.")] = 1,
     density: Annotated[
         list[float],
@@ -614,12 +621,21 @@ def doctor(as_json: Json = False) -> None:
         typer.echo("\n".join(f"{name:<{width}}  {value}" for name, value in findings.items()))
 
 
-def _run(recipe, out: Path, *, source: str = "", until: str = "report", as_json: bool) -> None:
+def _run(
+    recipe,
+    out: Path,
+    overrides: list[str],
+    *,
+    source: str = "",
+    until: str = "report",
+    as_json: bool,
+) -> None:
     from harprune.pipeline import checks
     from harprune.pipeline.run import Run, command_line
     from harprune.pipeline.stages import open_workshop, run_until
 
     checks.check(recipe)
+    checks.require_effect(recipe, out, overrides)
     with Run(out, recipe, source=source, command=command_line()) as folder:
         content = run_until(open_workshop(folder), until)
     if as_json:

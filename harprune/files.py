@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files written whole or not at all, JSON that any reader accepts, and archives of arrays."""
 
+import errno
 import io
 import json
 import math
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 class replacing:
@@ -24,9 +27,12 @@ class replacing:
         self.path = Path(path)
 
     def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        os.close(handle)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+            os.close(handle)
+        except OSError as error:
+            raise self._fault(error) from None
         self.temporary = Path(name)
         return self.temporary
 
@@ -39,10 +45,19 @@ class replacing:
         finally:
             self.temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise OSError(
-                f"{self.path} could not be written ({error}); what was there before is intact: "
-                "make room and give the same command again"
-            ) from None
+            raise self._fault(error) from None
+
+    def _fault(self, error: OSError) -> OSError:
+        # Its own words would name the temporary file.
+        way = (
+            "allow writing there, or name another place"
+            if error.errno in _FORBIDDEN
+            else "make room and give the same command again"
+        )
+        return OSError(
+            f"{self.path} could not be written ({error.strerror or error}); what was there before "
+            f"is intact: {way}"
+        )
 
     def _commit(self) -> None:
         with open(self.temporary, "rb+") as file:

@@ -54,8 +54,12 @@ class Values(Enum):
     INT8 = "int8"
 
     @classmethod
-    def _missing_(cls, value: object) -> "Values | None":
-        return {"fp32": cls.FLOAT32, "fp16": cls.FLOAT16}.get(str(value))
+    def _missing_(cls, value: object) -> "Values":
+        short = {"fp32": cls.FLOAT32, "fp16": cls.FLOAT16}
+        if str(value) not in short:
+            known = ", ".join(values.value for values in cls)
+            raise ValueError(f"values = {value!r} are unknown; choose one of {known}")
+        return short[str(value)]
 
     @property
     def dtype(self) -> np.dtype:

@@ -49,6 +49,10 @@ class Engine:
     def __init__(
         self, network: Network, *, threads: int = 1, kernels: native.Kernels | None = None
     ):
+        if not isinstance(network, Network):
+            raise ValueError(
+                f"network = {network!r} is no network; harprune.deploy.load reads one from a file"
+            )
         if not isinstance(threads, int) or threads < 1:
             raise ValueError(f"threads = {threads} must be a whole number from 1 on")
         if kernels is not None and kernels.dtype != np.float32:

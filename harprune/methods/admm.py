@@ -52,6 +52,10 @@ class ADMM(Method):
             raise ValueError(f"updates = {self.updates} must be at least 1")
         self._weight = self.rho
 
+    def beyond(self, epochs: int, steps: int) -> dict[str, str]:
+        short = self.updates > epochs
+        return {"updates": f"exceeds {epochs} epochs; there is one after each"} if short else {}
+
     @torch.no_grad()
     def attach(self, model: nn.Module, budget: Budget) -> None:
         self._budget, self._counts = budget, given_counts(model, budget)

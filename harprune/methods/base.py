@@ -187,6 +187,20 @@ class Method(ABC):
         """The images that `observe` is shown; none by default."""
         return None
 
+    def without_effect(self, epochs: int) -> dict[str, str]:
+        """Options that cannot matter in a stage of `epochs`, as the others stand; none by default.
+
+        By name, each with the reason: "with learn_densities = false".
+        """
+        return {}
+
+    def beyond(self, epochs: int, steps: int) -> dict[str, str]:
+        """Options that ask for more than `epochs` of `steps` batches have; none by default.
+
+        By name, each with what happens instead: "exceeds 5 epochs; there is one after each".
+        """
+        return {}
+
     def check(self, model: nn.Module, budget: Budget) -> None:
         """Before any training: raise ValueError for a network or a budget that cannot be pruned."""
 

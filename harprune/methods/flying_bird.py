@@ -98,6 +98,11 @@ class FlyingBird(Method):
     def watches(self) -> bool:
         return self.adaptive
 
+    def beyond(self, epochs: int, steps: int) -> dict[str, str]:
+        total = epochs * steps
+        short = self.updates > total
+        return {"updates": f"exceeds {total} steps; there is one after each"} if short else {}
+
     def attach(self, model: nn.Module, budget: Budget) -> None:
         self._budget, self._seed = budget, int(torch.randint(2**31, ()))
         counts = given_counts(model, budget)

@@ -35,6 +35,7 @@ from harprune.sparsity.costs import Cost
 from harprune.sparsity.density import LARGEST_LOGIT, Density, LearnedDensity
 
 _NEWTON_STEPS = 50
+_OF_DENSITIES = ("gamma", "enforce_after", "start_density", "start_factor", "decay_densities")
 
 
 @dataclass(eq=False)
@@ -93,6 +94,20 @@ class HARP(Method):
     @property
     def trains_scores(self) -> bool:
         return self.learn_scores
+
+    def without_effect(self, epochs: int) -> dict[str, str]:
+        idle = {}
+        if self.enforce_after is not None and self.enforce_after >= epochs:
+            idle["enforce_after"] = f"in {epochs} epochs"
+        if self.start_density is not None:
+            idle["start_factor"] = f"beside start_density = {self.start_density:g}"
+        if not self.learn_densities:
+            idle |= dict.fromkeys(_OF_DENSITIES, "with learn_densities = false")
+        if not self.learn_scores:
+            idle["decay_scores"] = "with learn_scores = false"
+        if self.train_weights:
+            idle["train_batch_norm"] = "with train_weights = true, which trains it as well"
+        return idle
 
     def attach(self, model: nn.Module, budget: Budget) -> None:
         self._budget, self._cost = budget, budget.cost(model)

@@ -40,6 +40,13 @@ class RobustBird(Method):
         if self.window < 2:
             raise ValueError(f"window = {self.window} must be at least 2, to compare masks")
 
+    def beyond(self, epochs: int, steps: int) -> dict[str, str]:
+        if self.window <= epochs:
+            return {}
+        return {
+            "window": f"exceeds {epochs} epochs; the ticket is drawn after them, settled or not"
+        }
+
     def attach(self, model: nn.Module, budget: Budget) -> None:
         self._budget = budget
         for layer in budget.layers(model).values():

@@ -291,17 +291,20 @@ def _refusal(report: WeightsReport, head: str | None) -> str:
         if theirs[1:] == ours[1:]:
             return (
                 f"{report.path}: checkpoint has {theirs[0]} classes, model {ours[0]}; create the "
-                f"model with num_classes={theirs[0]}, or load with strict=False to keep its own "
-                "head"
+                f"model with num_classes={theirs[0]} (a recipe: name the data set of the "
+                "checkpoint), or in Python load with strict=False to keep its own head"
             )
     only_extra = not (report.missing or report.mismatched)
     if only_extra and all(n.rpartition(".")[2] in NORMALISATION for n in report.unexpected):
         return (
             f"{report.path}: carries its own normalisation ({_some(report.unexpected)}); create "
-            "the "
-            "model with that mean= and std= and load with strict=False"
+            "the model with that mean= and std= (a recipe: model.mean, model.std) and save the "
+            "rest alone, or in Python load with strict=False"
         )
-    return f"{report}; strict=False loads what fits"
+    return (
+        f"{report}; name the network, width and data set it was trained with, or in Python load "
+        "what fits with strict=False"
+    )
 
 
 def _check_finite(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from harprune.pipeline import checks, hardening, machinery, pruning, stages, supply
 from harprune.pipeline.console import Console
-from harprune.pipeline.judging import judge
+from harprune.pipeline.judging import chosen, judge
 from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import make_recipe
 from harprune.pipeline.run import Run, lock
@@ -22,7 +22,6 @@ from harprune.pipeline.supply import Materials
 from harprune.reporting.records import GIVEN_IN_PYTHON
 from harprune.robustness.evaluation import device_of
 from harprune.robustness.identity import model_digest
-from harprune.robustness.images import subset
 from harprune.robustness.record import Evaluation
 from harprune.robustness.threat import L2, Linf, Threat
 from harprune.sparsity.audit import Audit
@@ -30,12 +29,15 @@ from harprune.sparsity.execution import Execution
 from harprune.training.splits import Images, as_split, to_float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pruned:
     """The pruned plain model, in eval mode, and the count of what it keeps."""
 
     model: nn.Module
     audit: Audit
+
+    def __repr__(self) -> str:
+        return f"Pruned({type(self.model).__name__}: {self.audit})"
 
 
 def prune(
@@ -75,6 +77,7 @@ def prune(
     Raises:
         ValueError: whatever a recipe or the data refuse, in one line.
     """
+    checks.require_module(model)
     threat = _threat(threat)
     if out is None and machinery.processes() > 1:
         raise ValueError("several processes share one run, which needs a folder; give out")
@@ -90,13 +93,19 @@ def prune(
         "prune": {"epochs": prune_epochs},
         "finetune": {"epochs": finetune_epochs},
     }
+    if not isinstance(options, Mapping | None):
+        raise ValueError(
+            f"options are a {type(options).__name__}; give sections by their names, as "
+            "{'finetune': {'learning_rate': 0.02}}"
+        )
     for section, values in (options or {}).items():
         _require_about_the_run(section, values)
         _require_not_said(section, values, content)
         content[section] = {**content.get(section, {}), **values}
     recipe = make_recipe(content, source="harprune.prune")
-    materials = _materials(model, train, validation)
+    materials = _materials(model, train, validation, given=pretrain_epochs == 0)
     checks.check(recipe)
+    checks.require_effect(recipe, out)
     checks.rehearse(recipe, materials)
     place = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out))
     with place as folder, Run(folder, recipe, command="harprune.prune") as run:
@@ -137,6 +146,7 @@ def evaluate(
         twin: whether attacks run on an equivalent of the model, batch norm folded and masks
             multiplied out, on the kernels if `execution` has it so; else on the plain model.
     """
+    checks.require_module(model)
     threat, split = _threat(threat), as_split(test)
     attacks = (attacks,) if isinstance(attacks, str) else attacks
     checks.require_labels(split.labels, None, "test")
@@ -144,19 +154,21 @@ def evaluate(
     example = to_float(split.images[torch.tensor([0])])
     example = example.to(device_of(model))
     checks.require_logits(model, example, int(split.labels.max()) + 1)
+    console = Console(quiet=quiet)
+    index = chosen(split.labels, size, seed, console)
     with _kept_in(out):
         return judge(
             model,
             split,
             attacks=attacks,
             threat=threat,
-            index=subset(split.labels, size, seed),
+            index=index,
             seed=seed,
             batch_size=batch_size,
             folder=out,
             execution=execution,
             twin=twin,
-            console=Console(quiet=quiet),
+            console=console,
             name=name,
         )
 
@@ -176,6 +188,7 @@ def evaluate_recipe(
             or for other images; an evaluation of which `against` is no repetition.
     """
     checks.check(recipe)
+    supply.require_no_folder(recipe.model.name)
     held = supply.exported(recipe.model) if supply.is_exported(recipe.model.name) else None
     if recipe.model.weights is None and held is None:
         raise ValueError(
@@ -243,15 +256,15 @@ def _kept_in(out: str | Path | None) -> AbstractContextManager:
     return lock(Path(out))
 
 
-def _materials(model: nn.Module, train: Images, validation: Images) -> Materials:
-    given = supply.plain_copy(model)
+def _materials(model: nn.Module, train: Images, validation: Images, *, given: bool) -> Materials:
+    plain = supply.plain_copy(model)
     return Materials(
         train=as_split(train),
         validation=as_split(validation),
         test=None,
         num_classes=None,
-        network=lambda: copy.deepcopy(given),
-        given=False,
+        network=lambda: copy.deepcopy(plain),
+        given=given,
     )
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is refused before any training starts, so that no fault waits for hours to show."""
 
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 
 from harprune.modes import eval_mode
 from harprune.pipeline import hardening, machinery, pruning
-from harprune.pipeline.recipe import Objective, Recipe, Threat
+from harprune.pipeline.recipe import Budget, Objective, Recipe, Threat, Training
+from harprune.pipeline.run import begun_in
 from harprune.pipeline.supply import Materials
 from harprune.robustness.images import subset
 from harprune.robustness.record import load_evaluation
@@ -39,10 +42,6 @@ def check(recipe: Recipe, *, weights_follow: bool = False) -> None:
         )
     if recipe.parity.epsilon:
         _require_no_other_epsilon(recipe)
-    for prefix in ("", "pretrain.", "prune.", "finetune."):
-        section = attrgetter(f"{prefix}objective")(recipe)
-        if section is not None:
-            _require_effect(f"{prefix}objective", section)
     if recipe.execution.attack_precision == "bf16" and not recipe.execution.twin:
         raise ValueError(
             "execution.attack_precision = 'bf16' is the twin's, and execution.twin = false leaves "
@@ -77,6 +76,50 @@ def check(recipe: Recipe, *, weights_follow: bool = False) -> None:
         raise ValueError(f"model.weights = {weights!r}: no such file; name a checkpoint")
 
 
+def require_effect(
+    recipe: Recipe, folder: str | Path | None, overrides: Sequence[str] = ()
+) -> None:
+    """Refuse a value of `recipe` that nothing will use, but for a run that has begun in `folder`.
+
+    A key at its default passes: whoever writes it down changes nothing. So does pretraining beside
+    given weights, for a recipe may serve both ways; but not where `overrides` ask for it.
+
+    Raises:
+        ValueError: a value that has no effect beside the others.
+    """
+    if folder is not None and begun_in(folder):
+        return
+    for text in overrides if recipe.model.weights is not None else ():
+        if text.partition("=")[0].strip().split(".")[0] == "pretrain":
+            raise ValueError(
+                f"--set {text!r} has no effect with model.weights = {recipe.model.weights!r}, "
+                "which is the dense network; leave it out"
+            )
+    for prefix in ("", "pretrain.", "prune.", "finetune."):
+        section = attrgetter(f"{prefix}objective")(recipe)
+        if section is not None:
+            _require_effect_of_loss(f"{prefix}objective", section)
+    for name in ("pretrain", "prune", "finetune"):
+        stage = getattr(recipe, name)
+        if stage.optimiser == "adamw" and stage.momentum != Training().momentum:
+            raise ValueError(
+                f"{name}.momentum = {stage.momentum} has no effect with {name}.optimiser = "
+                "'adamw'; leave it out"
+            )
+        for key in OF_TRAINING if stage.epochs == 0 else ():
+            if getattr(stage, key, None) is not None:
+                raise ValueError(f"{name}.{key} has no effect with {name}.epochs = 0; leave it out")
+    share = recipe.budget.multiply_add_share
+    if recipe.budget.cost != "mixed" and share != Budget().multiply_add_share:
+        raise ValueError(
+            f"budget.multiply_add_share = {share} has no effect with budget.cost = "
+            f"{recipe.budget.cost!r}; leave it out, or set budget.cost to 'mixed'"
+        )
+    pruning.require_effect(recipe)
+
+
+OF_TRAINING = ("averaging", "awp", "distillation")
+"""Keys of a stage that ask for more than its usual training."""
 _KEYS_OF_LOSSES = {
     "pgd-at": {"steps", "step_size"},
     "trades": {"steps", "step_size", "beta"},
@@ -86,7 +129,7 @@ _KEYS_OF_LOSSES = {
 }
 
 
-def _require_effect(name: str, section: Objective) -> None:
+def _require_effect_of_loss(name: str, section: Objective) -> None:
     """Raises ValueError for a key of a loss other than the one that is named."""
     usual, known = Objective(), _KEYS_OF_LOSSES.get(section.name, set())
     for key in Objective.model_fields:
@@ -193,6 +236,28 @@ def require_comparable(folder: str | Path, recipe: Recipe, labels: Tensor) -> No
                 f"{folder} ({before.size} images) and this evaluation ({len(index)} images) differ "
                 f"in {what}; evaluate both on the same subset of the same data"
             )
+
+
+def require_module(model: Any) -> None:
+    """Raises ValueError where what a caller gives as a network is none."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}, not a torch.nn.Module; give a network, as "
+            "harprune.create_model makes one by its name"
+        )
+
+
+def require_batch(images: Any) -> Tensor:
+    """Images as a tensor in main memory; ValueError where they are no batch of floats."""
+    wanted = "give float32 (N, C, H, W) in [0, 1]"
+    if not isinstance(images, Tensor | np.ndarray):
+        raise ValueError(f"images are a {type(images).__name__}; {wanted}")
+    batch = torch.as_tensor(images).detach().cpu()
+    if batch.dtype != torch.float32 or batch.ndim != 4:
+        raise ValueError(
+            f"images are {batch.dtype} {tuple(batch.shape)}; {wanted}, uint8 images divided by 255"
+        )
+    return batch
 
 
 def require_pixels(split: Split, what: str) -> None:

@@ -23,7 +23,14 @@ from harprune.pipeline import checks
 from harprune.pipeline.console import Console
 from harprune.pipeline.grid import read_grid
 from harprune.pipeline.recipe import Recipe
-from harprune.pipeline.recipe_text import as_toml, completed, make_recipe, overridden, read_toml
+from harprune.pipeline.recipe_text import (
+    as_toml,
+    completed,
+    is_grid,
+    make_recipe,
+    overridden,
+    read_toml,
+)
 from harprune.pipeline.run import IN_USE, in_use, read_record
 from harprune.reporting.comparison import DENSE
 from harprune.reporting.comparison_report import write_comparison
@@ -87,14 +94,17 @@ def cells_of(
             known = ", ".join(f"{known:g}" for known in grid.densities)
             raise ValueError(f"--density {density:g} is none of {path}; choose among {known}")
     content = read_toml(Path(path).parent / grid.base, f"base = {grid.base!r} of {path}")
+    if is_grid(content):
+        raise ValueError(f"base = {grid.base!r} of {path} is itself a grid; name a recipe")
     content = _over(content, grid.common)
     shared = overridden(content, overrides)
     given = make_recipe(shared, source=str(path))
     made: dict[str, Cell] = {}
 
     def add(name: str, label: str, content: dict[str, Any], until: str, needs=None) -> None:
-        recipe = make_recipe(content, source=f"{path}, {label}")
+        recipe = make_recipe(_trimmed(content), source=f"{path}, {label}")
         checks.check(recipe, weights_follow=needs is not None)
+        checks.require_effect(recipe, out / name)
         if name in made:
             raise ValueError(
                 f"{path}: two cells would be called {name!r}; let the names of methods differ in "
@@ -126,6 +136,19 @@ def cells_of(
                 add(name, label, _over(own, point), "report", needs)
                 first = first and anew
     return list(made.values())
+
+
+def _trimmed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what only training has, where a stage has no epochs.
+
+    A grid asks for it in all cells at once, also those of methods that skip the stage.
+    """
+    kept = dict(content)
+    for name in ("pretrain", "prune", "finetune"):
+        stage = kept.get(name)
+        if isinstance(stage, Mapping) and stage.get("epochs") == 0:
+            kept[name] = {key: stage[key] for key in stage if key not in checks.OF_TRAINING}
+    return kept
 
 
 def _require_free_axes(overrides: Sequence[str]) -> None:
@@ -197,7 +220,7 @@ def _require_same_recipe(cell: Cell) -> None:
     """A finished cell is not opened again, so the grid may have changed since."""
     record = cell.folder / "recipe.json"
     if cell.finished and record.exists():
-        held = completed(read_record(record))
+        held = completed(_trimmed(read_record(record)))
         wanted = cell.recipe.model_dump(mode="json")
         # Which cell attacks the dense network depends on the order of the methods.
         free = ["dense"] if (cell.folder / "attack" / "dense").exists() else ["dense", "dense_size"]

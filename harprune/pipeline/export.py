@@ -48,12 +48,17 @@ class Format(Enum):
     ONNX = "onnx"
     TORCH = "torch"
 
+    @classmethod
+    def _missing_(cls, value: object) -> "Format":
+        known = ", ".join(format.value for format in cls)
+        raise ValueError(f"format = {value!r} is unknown; choose one of {known}")
+
 
 _SUFFIXES = {".hpn": Format.ARTIFACT, ".onnx": Format.ONNX, ".pt2": Format.TORCH}
 """What the usual names of files promise."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Exported:
     """What was written, and how it compares with the network.
 
@@ -76,6 +81,9 @@ class Exported:
     same: int
     images: int
 
+    def __repr__(self) -> str:
+        return f"Exported({self.path}: {self.bytes:,} bytes, {self.audit})"
+
     @property
     def ratio(self) -> float:
         """How many times smaller than the dense float32 tensors the file is."""
@@ -83,13 +91,16 @@ class Exported:
 
     def lines(self) -> list[str]:
         """A few lines for people."""
-        counts = self.audit
-        shrunk = self.note
-        if self.shrinkage is not None:
-            shrunk = (
-                f"{self.shrinkage.weights_removed:,} of them and "
-                f"{self.shrinkage.channels_removed:,} channels had no effect and are removed"
-            )
+        shrunk = self.shrinkage
+        if shrunk is None:
+            about = [self.note]
+        elif shrunk.weights_removed or shrunk.channels_removed:
+            about = [
+                f"{shrunk.weights_removed:,} of them and {shrunk.channels_removed:,} channels had "
+                "no effect and are removed"
+            ]
+        else:
+            about = []
         than = (
             f"{self.ratio:.1f} times smaller than"
             if self.ratio > 1
@@ -98,9 +109,8 @@ class Exported:
         return [
             f"{self.path}: {self.bytes:,} bytes, {than} the dense network in float32 "
             f"({self.dense_bytes:,} bytes)",
-            f"{counts.kept:,} of {counts.total:,} {counts.denominator} kept "
-            f"({100 * counts.density:.3f} %)",
-            shrunk,
+            str(self.audit),
+            *about,
             f"largest difference from the network: {self.difference:.1e} of the largest logit; "
             f"the same class on {self.same} of {self.images} images",
         ]
@@ -152,9 +162,11 @@ def export(
             is not what the network does.
     """
     path, format, values = Path(path), Format(format), Values(values)
-    images = torch.as_tensor(images).detach().cpu()
+    checks.require_module(model)
+    images = checks.require_batch(images)
     _require_possible(path, format, values)
     plain = supply.plain_copy(model).eval()
+    checks.require_logits(plain, images[:1], 1)
     x = _to_compare(images)
     with torch.no_grad():
         expected = plain(x).numpy()

@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
-from harprune.pipeline.recipe import Section
-from harprune.pipeline.recipe_text import as_toml, read_toml
+from harprune.pipeline.faults import rule_of, value_of
+from harprune.pipeline.recipe import Recipe, Section
+from harprune.pipeline.recipe_text import as_toml, is_grid, read_toml
 from harprune.reporting.comparison import DENSE
 
 _METHODS = """\
@@ -86,6 +87,8 @@ def read_grid(path: str | Path) -> Grid:
         ValueError: unreadable, an unknown key or a value out of range.
     """
     content = read_toml(path, f"grid {path}")
+    if not is_grid(content) and content.keys() & Recipe.model_fields.keys():
+        raise ValueError(f"{path} is a recipe, not a grid; `harprune run {path}` runs it")
     try:
         return Grid.model_validate(content)
     except ValidationError as error:
@@ -93,10 +96,11 @@ def read_grid(path: str | Path) -> Grid:
         fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
         where = ".".join(map(str, fault["loc"]))
         known = f"; the keys are {', '.join(Grid.model_fields)}"
-        rule = fault["msg"].removeprefix("Value error, ")
         unknown = fault["type"] == "extra_forbidden"
         raise ValueError(
-            f"{path}: unknown key {where!r}{known}" if unknown else f"{path}: {where}: {rule}"
+            f"{path}: unknown key {where!r}{known}"
+            if unknown
+            else f"{path}: {where}{value_of(fault)}: {rule_of(fault)}"
         ) from None
 
 

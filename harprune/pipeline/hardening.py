@@ -196,7 +196,7 @@ def attack(name: str, bound: Threat, *, seed: int = 0, batch_size: int = 250) ->
 
     `seed` and `batch_size` are AutoAttack's; the others draw from the global generator.
     """
-    base, _, number = name.partition("-")
+    base, _, number = str(name).partition("-")
     try:
         match base:
             case "fgsm" if not number:

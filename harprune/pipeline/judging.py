@@ -9,11 +9,24 @@ from torch import Tensor, nn
 from harprune.pipeline import hardening
 from harprune.pipeline.console import Console
 from harprune.robustness import evaluation
+from harprune.robustness.images import subset
 from harprune.robustness.record import Evaluation
 from harprune.robustness.threat import Threat
 from harprune.sparsity import execution as executions
 from harprune.sparsity.execution import Execution
 from harprune.training.splits import Floats, Split
+
+
+def chosen(labels: Tensor, size: int | None, seed: int, console: Console) -> Tensor:
+    """Positions of the test images to attack, as `subset` draws them.
+
+    Says so where more are asked for than there are.
+    """
+    if not isinstance(size, int | None):
+        raise ValueError(f"size = {size!r} must be a whole number, or None for all images")
+    if size is not None and size > len(labels):
+        console.say(f"note: there are {len(labels)} test images, not {size}; all are taken")
+    return subset(labels, size, seed)
 
 
 def judge(

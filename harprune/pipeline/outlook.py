@@ -34,6 +34,11 @@ def outlook(recipe: Recipe, materials: Materials, device: torch.device) -> Itera
             )
     for key in pruning.without_effect(recipe):
         yield f"note: {key} has no effect with method.name = {recipe.method.name!r}"
+    if recipe.prune.epochs:
+        steps = len(materials.train) // recipe.prune.batch_size
+        method = pruning.method(recipe)
+        for option, what in method.beyond(recipe.prune.epochs, steps).items():
+            yield f"note: method.{option} = {getattr(method, option)} {what}"
     backend = Execution(recipe.execution.backend)
     if device.type == "cpu" and backend is not Execution.DENSE and native.best() is None:
         yield (

@@ -28,6 +28,7 @@ from harprune.methods.s2ap import S2AP
 from harprune.methods.snip import SNIP
 from harprune.methods.synflow import SynFlow
 from harprune.methods.twinrep import TwinRep
+from harprune.pipeline.faults import rule_of, value_of
 from harprune.pipeline.recipe import Recipe
 from harprune.robustness.evaluation import device_of
 from harprune.sparsity import allocation, costs
@@ -136,6 +137,16 @@ def without_effect(recipe: Recipe) -> list[str]:
     return idle
 
 
+def require_effect(recipe: Recipe) -> None:
+    """Raises ValueError for an option of the method that cannot matter as the others stand."""
+    made = method(recipe)
+    usual = {option.name: option.default for option in fields(made)}
+    for option, why in made.without_effect(recipe.prune.epochs).items():
+        value = getattr(made, option)
+        if option in recipe.method.options and value != usual[option]:
+            raise ValueError(f"method.{option} = {value!r} has no effect {why}; leave it out")
+
+
 def sharpness(recipe: Recipe) -> S2AP | None:
     """The plug-in S2AP with its options, where the method's name asks for it.
 
@@ -162,6 +173,10 @@ def _kinds(recipe: Recipe) -> tuple[type[Method], list[type]]:
     """The classes behind `NAME+PLUG_IN`."""
     name, *extra = recipe.method.name.split("+")
     kind = METHODS.get(name) or _own_kind(name)
+    if len(set(extra)) < len(extra):
+        raise ValueError(
+            f"method.name = {recipe.method.name!r} names a plug-in twice; name it once"
+        )
     for each in extra:
         if each not in PLUG_INS:
             raise ValueError(
@@ -203,8 +218,8 @@ def _made(kind: type, options: Mapping):
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         where = ".".join(["method", *map(str, fault["loc"])])
-        given = f" = {fault['input']!r}" if fault["loc"] else ""
-        raise ValueError(f"{where}{given}: {fault['msg'].removeprefix('Value error, ')}") from None
+        given = value_of(fault) if fault["loc"] else ""
+        raise ValueError(f"{where}{given}: {rule_of(fault)}") from None
 
 
 def budget(recipe: Recipe, example: Tensor) -> Budget:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from harprune.pipeline.faults import rule_of, value_of
 from harprune.pipeline.recipe import Recipe, Section
 
 
@@ -18,9 +19,18 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a TOML file, with `section.key=value` overrides.
 
     Raises:
-        ValueError: unreadable, an unknown key (the nearest is named) or a value out of range.
+        ValueError: unreadable, a grid, an unknown key (the nearest is named) or a value out of
+            range.
     """
-    return make_recipe(read_toml(path, f"recipe {path}"), overrides, source=str(path))
+    content = read_toml(path, f"recipe {path}")
+    if is_grid(content):
+        raise ValueError(f"{path} is a grid, not a recipe; `harprune compare {path}` runs it")
+    return make_recipe(content, overrides, source=str(path))
+
+
+def is_grid(content: Mapping[str, Any]) -> bool:
+    """Whether nested values are of a grid of runs: it has keys that no recipe has."""
+    return "base" in content or "methods" in content
 
 
 def read_toml(path: str | Path, what: str) -> dict[str, Any]:
@@ -65,9 +75,22 @@ def _names_another(before: Any, after: Any) -> bool:
     return both and "name" in before and before["name"] != after.get("name")
 
 
-def settings(values: Mapping[str, Any]) -> list[str]:
-    """`section.key` -> value as overrides; None, which is nothing said, is left out."""
-    return [f"{key}={_toml(value)}" for key, value in values.items() if value is not None]
+def settings(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> list[str]:
+    """`section.key` -> value as overrides, then those given; None, nothing said, is left out.
+
+    Raises:
+        ValueError: an override that says what `values` say.
+    """
+    said = {key: value for key, value in values.items() if value is not None}
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        for other in said:
+            if other == key or other.startswith(f"{key}."):
+                raise ValueError(
+                    f"--set {text!r}: the command says {other} = {_toml(said[other])} already; "
+                    "give one of the two"
+                )
+    return [*(f"{key}={_toml(value)}" for key, value in said.items()), *overrides]
 
 
 def completed(held: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -143,13 +166,12 @@ def _first_fault(error: ValidationError) -> str:
     path = _path(fault["loc"])
     if fault["type"] == "extra_forbidden":
         return _unknown_key(path)
-    name, given = ".".join(path), _short(fault["input"])
+    name, given, rule = ".".join(path), value_of(fault), rule_of(fault)
     if fault["type"] == "model_type":
-        return f"{name} = {given} must be a section; write its keys under [{name}]"
-    message = fault["msg"].removeprefix("Value error, ").replace("Input should", "must")
+        return f"{name}{given} must be a section; write its keys under [{name}]"
     # A rule of another wing may have begun with the key and the value itself.
-    rule = message.removeprefix(f"{path[-1]} = {given} ")
-    return f"{name} = {given} {rule}" if rule != message else f"{name} = {given}: {_lower(message)}"
+    rest = rule.removeprefix(f"{path[-1]}{given} ")
+    return f"{name}{given} {rest}" if rest != rule else f"{name}{given}: {rule}"
 
 
 def _path(location: Sequence[int | str]) -> list[str]:
@@ -187,12 +209,3 @@ def _section_of(section: type[Section], key: str) -> type[Section] | None:
     annotation = section.model_fields[key].annotation
     options = getattr(annotation, "__args__", (annotation,))
     return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]

@@ -22,13 +22,13 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
 from harprune.files import write
-from harprune.nested import differences, in_words
+from harprune.nested import Difference, differences, in_words
 from harprune.pipeline.recipe import Execution, Recipe
 from harprune.pipeline.recipe_text import as_toml, completed, make_recipe
 from harprune.reporting.records import STAGES
@@ -47,6 +47,17 @@ _PLACES = (".*", "attack/*/.*", "report/.*", "report/plots/.*")
 _DECISIVE = ("commit", "python", "versions", "machine", "command")
 _ATTEMPTS, _MOMENT = 10, 0.02
 """How often a folder is tried, and seconds between, before it counts as in other hands."""
+_OF_EVALUATE = {
+    "attack.attacks": "--attack",
+    "attack.size": "--size",
+    "attack.seed": "--seed",
+    "attack.batch_size": "--batch-size",
+}
+"""Keys that `harprune evaluate` has an option for."""
+_WAYS_BACK = {
+    "dense network": ", or give the same weights: of a network that is made anew they are others, "
+    "unless torch.manual_seed comes before it or they are loaded"
+}
 _READ_FIRST_BY = {"budget": "prune", "method": "prune"}
 """The stage that is the first to read a section which has not its name."""
 
@@ -98,13 +109,13 @@ class Run:
     def _adopt(self, source: str, command: str) -> None:
         resolved = self.recipe.model_dump(mode="json")
         record = self.folder / "recipe.json"
-        if record.exists() and self.begun:
+        if record.exists() and begun_in(self.folder):
             found = list(differences(completed(read_record(record)), resolved))
             begun = [difference for difference in found if self._has_begun(difference[0])]
             if begun:
                 raise ValueError(
                     f"{self.folder} holds a run of another recipe ({in_words(begun)}); "
-                    "choose another --out"
+                    f"choose another --out{self._attacked_otherwise(begun)}"
                 )
             self._going_on = environment_of(command, self.recipe.execution)
             self._changed = (source, resolved) if found else None
@@ -134,6 +145,17 @@ class Run:
         files = (self.network, self.progress, self.best)
         return stage not in STAGES or any(file(stage).exists() for file in files)
 
+    def _attacked_otherwise(self, found: Iterable[Difference]) -> str:
+        """How else to attack the network of a finished run, where nothing but that is wanted."""
+        said = []
+        for key, _, new in found:
+            if key not in _OF_EVALUATE or new in (None, []):
+                return ""
+            values = new if isinstance(new, list) else [new]
+            said += [f"{_OF_EVALUATE[key]} {value}" for value in values]
+        command = f"harprune evaluate {self.folder} {' '.join(said)} --out FOLDER"
+        return f", or attack its network by `{command}`"
+
     def require_same(self, inputs: Mapping[str, str]) -> None:
         """Keep what the run is made from, by digests; refuse to go on from anything else.
 
@@ -143,12 +165,12 @@ class Run:
         if not self.leader:
             return
         path = self.folder / "inputs.json"
-        held = read_record(path) if path.exists() and self.begun else {}
+        held = read_record(path) if path.exists() and begun_in(self.folder) else {}
         for name, digest in inputs.items():
             if held.get(name, digest) != digest:
                 raise ValueError(
-                    f"{self.folder} holds a run that began with another {name}; "
-                    "choose another --out"
+                    f"{self.folder} holds a run that began with another {name}; choose another "
+                    f"--out{_WAYS_BACK.get(name, '')}"
                 )
         if held != dict(inputs):
             write(path, json.dumps(dict(inputs), indent=1) + "\n")
@@ -188,12 +210,6 @@ class Run:
     def _forget(self, stage: str) -> None:
         self.progress(stage).unlink(missing_ok=True)
         self.best(stage).unlink(missing_ok=True)
-
-    @property
-    def begun(self) -> bool:
-        """Whether anything was computed here: a recipe that failed before may be corrected."""
-        files = [f(stage) for stage in STAGES for f in (self.network, self.progress, self.best)]
-        return any(path.exists() for path in files)
 
     def network(self, stage: str) -> Path:
         """The file of the network that a finished training stage leaves."""
@@ -241,6 +257,16 @@ class Run:
                 for epoch in histories.get(stage, [])
             ]
             write(self.folder / "metrics.jsonl", "".join(f"{x}\n" for x in lines))
+
+
+def begun_in(folder: str | Path) -> bool:
+    """Whether anything was computed in a folder: a recipe that failed before may be corrected."""
+    names = [
+        name
+        for stage, network in STAGES.items()
+        for name in (f"{network}.safetensors", f"{stage}.progress", f"{stage}.best")
+    ]
+    return any((Path(folder) / name).exists() for name in names)
 
 
 def environment_of(command: str, section: Execution | None = None) -> dict[str, Any]:
@@ -301,7 +327,12 @@ def lock(folder: Path) -> TextIO:
     Raises:
         ValueError: another process works in it.
     """
-    file = open(folder / ".lock", "a+")  # noqa: SIM115 - the open file *is* the lock
+    try:
+        file = open(folder / ".lock", "a+")  # noqa: SIM115 - the open file *is* the lock
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be written to ({error.strerror}); allow it, or name another place"
+        ) from None
     for _ in range(_ATTEMPTS):
         if _taken(file):
             break

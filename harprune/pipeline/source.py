@@ -10,6 +10,7 @@ from typing import Any
 
 from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import make_recipe, settings
+from harprune.pipeline.supply import is_exported
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ def find_source(given: str | Path, overrides: Sequence[str] = ()) -> Source:
         ValueError: neither of them, or a run without its finetuned network.
     """
     given = Path(given)
+    if is_exported(str(given)):
+        raise ValueError(
+            f"{given} is an exported network, not a run; `harprune evaluate --model {given} "
+            "--data DATA` takes it, everything else the run that it came from"
+        )
     weights = given / "finetuned.safetensors" if given.is_dir() else given
     record = weights.parent / "recipe.json"
     if not weights.is_file() and given.is_dir() and record.is_file():
@@ -41,13 +47,13 @@ def find_source(given: str | Path, overrides: Sequence[str] = ()) -> Source:
         )
     text = record.read_bytes()
     # What the run began with were other weights, and perhaps others' scores.
-    own = settings({"model.weights": str(weights)})
+    overrides = settings({"model.weights": str(weights)}, overrides)
     try:
         content = json.loads(text)
         content["model"]["weights_density"] = None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{record} is damaged; give --model and --data too") from None
-    recipe = make_recipe(content, [*overrides, *own], source=str(record))
+    recipe = make_recipe(content, overrides, source=str(record))
     return Source(recipe, _origin(recipe, text, weights))
 
 

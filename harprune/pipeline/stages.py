@@ -5,11 +5,12 @@ A stage whose network exists is done, so an interrupted run goes on by the same 
 The validation split selects epochs; the attack stage alone sees test images.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, takewhile
+from math import ceil, log
 
 import torch
 from lightning_fabric import Fabric
@@ -22,7 +23,7 @@ from harprune.modes import eval_mode
 from harprune.pipeline import checks, hardening, machinery, pruning, supply
 from harprune.pipeline.console import Console
 from harprune.pipeline.course import Course
-from harprune.pipeline.judging import judge
+from harprune.pipeline.judging import chosen, judge
 from harprune.pipeline.outlook import outlook
 from harprune.pipeline.recipe import Distillation, Recipe
 from harprune.pipeline.run import Run
@@ -45,6 +46,10 @@ from harprune.training.schedules import make_schedule
 from harprune.training.splits import Split, to_float
 
 _VALIDATION_BATCH = 250
+_GUESSING = 1.2
+"""Times the share of one class, up to which accuracy may be luck."""
+_EXPLODED = 10.0
+"""Times the loss of the first epoch, or of guessing, above which it counts as exploding."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,11 @@ class Workshop:
     @property
     def recipe(self) -> Recipe:
         return self.run.recipe
+
+    @property
+    def classes(self) -> int:
+        """How many there are among the validation images."""
+        return len(self.materials.validation.labels.unique())
 
     def seed(self, stage: str) -> int:
         """A seed of its own for each stage."""
@@ -112,8 +122,7 @@ def pretrain(shop: Workshop) -> None:
         history = learn_weights(shop, "pretrain", model, prunable_layers(model))
     clean, robust = validate(shop, model, hardening.twin(shop.recipe, model))
     shop.console.say(f"dense network: {_percent(clean, robust)} on validation images")
-    chance = 1.0 / len(shop.materials.validation.labels.unique())
-    if shop.materials.given and clean <= 1.2 * chance:
+    if shop.materials.given and clean <= _GUESSING / shop.classes:
         shop.warn(
             "pretrain",
             f"clean accuracy {clean:.1%} is what guessing gives; are these the right weights, "
@@ -236,7 +245,7 @@ def attack(shop: Workshop) -> None:
     section, test = shop.recipe.attack, shop.materials.test
     if test is None or not shop.run.leader:
         return
-    index = subset(test.labels, section.size, section.seed)
+    index = chosen(test.labels, section.size, section.seed, shop.console)
     # The pruned network first: it is what was asked for, and the cheaper one.
     wanted = {"finetuned": ("finetune", index)}
     if section.dense:
@@ -366,6 +375,8 @@ def learn(
             shop.console.say(
                 f"{stage} {epoch + 1}/{section.epochs}: {_summary(course.history[-1])}{left}"
             )
+            for doubt in _doubts(course.history, section.epochs, shop.classes):
+                shop.warn(stage, f"{doubt}; lower {stage}.learning_rate in a new run")
             return done()
 
         def done() -> bool:
@@ -558,6 +569,18 @@ def _diverged(run: Run, stage: str, error: Diverged) -> ValueError:
         f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
     )
     return ValueError(f"{stage} stopped: {error}; {good}; lower {stage}.learning_rate in a new run")
+
+
+def _doubts(history: list[dict], epochs: int, classes: int) -> Iterator[str]:
+    """What speaks against a stage after the last epoch of `history`, each said once."""
+    # A trained network's first loss may be next to nothing, and then grow tenfold without harm.
+    usual = max(history[0]["loss"], log(classes))
+    exploded = [epoch["loss"] > _EXPLODED * usual for epoch in history]
+    if exploded[-1] and not any(exploded[:-1]):
+        yield f"the loss has grown from {history[0]['loss']:.3g} to {history[-1]['loss']:.3g}"
+    best = max(epoch["clean"] for epoch in history)
+    if len(history) == ceil(epochs / 2) and best <= _GUESSING / classes:
+        yield f"clean accuracy, {best:.1%} at best, is still what guessing gives"
 
 
 def _now(course: Course, loss: float) -> dict:

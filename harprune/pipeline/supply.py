@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from harprune.deploy import artifact
 from harprune.deploy.module import Module
 from harprune.deploy.network import Network
-from harprune.models.registry import create_model
+from harprune.models.registry import create_model, list_models
 from harprune.models.weights import load_weights
 from harprune.pipeline import recipe as recipes
 from harprune.pipeline.recipe import Recipe
@@ -90,6 +90,7 @@ def network(section: recipes.Model, dataset: Dataset, seed: int) -> nn.Module:
             f"model.name = {section.name!r} is an exported network, pruned for good; "
             "`harprune evaluate` takes it, everything else its run"
         )
+    require_no_folder(section.name)
     channels = dataset.train.images[torch.tensor([0])].shape[1]
     with seeded(seed, torch.device("cpu")):
         model = create_model(
@@ -118,6 +119,15 @@ def plain_copy(model: nn.Module) -> nn.Module:
             f"the network cannot be copied ({error}); remove weight_norm or whatever else computes "
             "its weights from other tensors"
         ) from None
+
+
+def require_no_folder(name: str) -> None:
+    """Raises ValueError where a model's name is that of a folder, as a run has one."""
+    if name not in list_models() and Path(name).is_dir():
+        raise ValueError(
+            f"model.name = {name!r} is a folder; give a run to `harprune evaluate` or `harprune "
+            "export` by itself, without --model and --data"
+        )
 
 
 def is_exported(name: str) -> bool:

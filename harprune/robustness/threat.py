@@ -8,6 +8,7 @@ clean image, cut by the box of valid pixels. Every function takes batches of any
 import difflib
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ def _length(noise: Tensor) -> Tensor:
 
 
 def _require_radius(epsilon: float) -> None:
+    if not isinstance(epsilon, Real):
+        raise ValueError(f"epsilon = {epsilon!r} is not a number; give one such as 8 / 255")
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ValueError(f"epsilon = {epsilon} must be finite and above 0; give one such as 8/255")
 

@@ -39,6 +39,10 @@ class Audit:
     budget: int
     denominator: str = "prunable weights"
 
+    def __str__(self) -> str:
+        share = f"{100 * self.density:.3f} %"
+        return f"{self.kept:,} of {self.total:,} {self.denominator} kept ({share})"
+
     @property
     def total(self) -> int:
         return sum(layer.total for layer in self.layers.values())

@@ -249,8 +249,8 @@ def _same_size(dataset: Dataset, image_size: int | None) -> Dataset:
     height, width = dataset.shape[1:]
     if image_size not in (None, height):
         raise ValueError(
-            f"image_size {image_size} applies to image folders; {dataset.name} is {height} x "
-            f"{width}"
+            f"image_size = {image_size} applies to image folders; {dataset.name} is {height} x "
+            f"{width}: leave it out"
         )
     return dataset
 
@@ -329,9 +329,10 @@ def _load_folder(
     test_folders = [root / test for test in test_names if (root / test).is_dir()]
     if not train_folder.is_dir() or not test_folders:
         expected = " or ".join(f"{test}/<class>/" for test in test_names)
-        hint = "" if name == "folder" else f"; get it with `harprune data {name}`"
+        own = "name the folder that holds them (data.folder, --data-dir)"
+        hint = own if name == "folder" else f"get it with `harprune data {name}`"
         raise ValueError(
-            f"{name} not found in {root} (expected train/<class>/ and {expected}){hint}"
+            f"{name} not found in {root} (expected train/<class>/ and {expected}); {hint}"
         )
     classes = list_classes(train_folder)
     listed = [list_images(folder, classes) for folder in (train_folder, test_folders[0])]

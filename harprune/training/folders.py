@@ -16,6 +16,16 @@ from torch import Tensor
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".webp", ".tif", ".tiff"))
 TINY_IMAGENET_ANNOTATIONS = "val_annotations.txt"
 DECODERS = min(16, os.cpu_count() or 1)
+LARGEST = 1024
+"""Most pixels along a side: a batch of 128 such images takes 1.6 GB as floats, its network more."""
+
+
+def require_size(size: int) -> None:
+    """Raises ValueError for a side of images, in pixels, outside 1..LARGEST."""
+    if not 1 <= size <= LARGEST:
+        raise ValueError(
+            f"image_size = {size} must lie in 1..{LARGEST}; give a size to which images are scaled"
+        )
 
 
 class ImageFiles:
@@ -26,8 +36,7 @@ class ImageFiles:
     """
 
     def __init__(self, paths: Sequence[Path], size: int):
-        if size < 1:
-            raise ValueError(f"image_size is {size}; it must be at least 1")
+        require_size(size)
         self.paths = list(paths)
         self.size = size
 
@@ -107,8 +116,10 @@ def short_side(path: Path) -> int:
     try:
         with Image.open(path) as image:
             return min(image.size)
-    except OSError as error:
-        raise ValueError(f"{path} is not a readable image ({error})") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path} is not a readable image ({error}); remove or replace it"
+        ) from error
 
 
 def list_classes(folder: Path) -> list[str]:
@@ -121,7 +132,10 @@ def list_classes(folder: Path) -> list[str]:
         entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(Path(entry.name))
     )
     if len(classes) < 2:
-        raise ValueError(f"{folder} holds {len(classes)} class folders; it must hold at least 2")
+        raise ValueError(
+            f"{folder} holds {len(classes)} class folders; it must hold at least 2, each with the "
+            "images of its class"
+        )
     return classes
 
 
@@ -136,7 +150,10 @@ def list_images(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[
         return _list_annotated(folder, classes)
     unknown = sorted(set(list_classes(folder)) - set(classes))
     if unknown:
-        raise ValueError(f"{folder} holds classes that were not trained on: {_some(unknown)}")
+        raise ValueError(
+            f"{folder} holds classes that were not trained on: {_some(unknown)}; remove them, or "
+            "give them training images"
+        )
     paths, labels = [], []
     for label, name in enumerate(classes):
         found = _images_below(folder / name)
@@ -145,7 +162,10 @@ def list_images(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[
     found = set(labels)
     absent = [name for label, name in enumerate(classes) if label not in found]
     if absent:
-        raise ValueError(f"{folder} holds no images of: {_some(absent)}")
+        raise ValueError(
+            f"{folder} holds no images of: {_some(absent)}; every class needs some, as one of "
+            f"{', '.join(sorted(SUFFIXES))}"
+        )
     return paths, labels
 
 
@@ -159,14 +179,15 @@ def _list_annotated(folder: Path, classes: Sequence[str]) -> tuple[list[Path], l
         if wnid not in positions:
             raise ValueError(
                 f"{folder / TINY_IMAGENET_ANNOTATIONS} names class {wnid!r}, which has no "
-                "training folder"
+                "training folder; get the data set anew with `harprune data tiny_imagenet`"
             )
         paths.append(folder / "images" / name)
         labels.append(positions[wnid])
     lost = [path.name for path in paths if not path.is_file()]
     if lost or not paths:
         raise ValueError(
-            f"{folder} lacks {len(lost)} of the {len(paths)} annotated images: {_some(lost)}"
+            f"{folder} lacks {len(lost)} of the {len(paths)} annotated images ({_some(lost)}); "
+            "get the data set anew with `harprune data tiny_imagenet`"
         )
     return paths, labels
 

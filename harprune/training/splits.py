@@ -26,6 +26,11 @@ class Split:
     labels: Tensor
 
     def __post_init__(self) -> None:
+        if not isinstance(self.images, Tensor | ImageFiles) or not isinstance(self.labels, Tensor):
+            raise ValueError(
+                f"images and labels are a {type(self.images).__name__} and a "
+                f"{type(self.labels).__name__}; they must be tensors: give torch.as_tensor of each"
+            )
         if isinstance(self.images, Tensor) and self.images.dtype not in (
             torch.uint8,
             torch.float32,

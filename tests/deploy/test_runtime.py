@@ -309,6 +309,11 @@ def test_an_engine_may_be_copied_and_sent_to_another_process(engine, small):
         assert np.array_equal(again(x), engine(x)) and again.classes == engine.classes
 
 
+def test_an_engine_is_made_of_a_network():
+    with pytest.raises(ValueError, match=r"network = 'a.hpn' is no network; harprune\.deploy"):
+        Engine("a.hpn")
+
+
 def test_threads_are_counted_in_whole_numbers(small):
     with pytest.raises(ValueError, match=r"threads = 2\.5 must be a whole number from 1 on"):
         Engine(deployed(small), threads=2.5)

@@ -132,7 +132,7 @@ def test_missing_and_unexpected_names_are_counted_and_shown(tmp_path):
     del state["conv1.weight"], state["bn1.bias"]
     state["extra.weight"] = torch.zeros(1)
     torch.save(state, tmp_path / "weights.pt")
-    said = r"2 missing \(conv1.weight, bn1.bias\), 1 unexpected \(extra.weight\); strict=False"
+    said = r"2 missing \(conv1.weight, bn1.bias\), 1 unexpected \(extra.weight\); name the"
     with pytest.raises(ValueError, match=said) as caught:
         load_weights(narrow(), tmp_path / "weights.pt")
     assert "\n" not in str(caught.value)

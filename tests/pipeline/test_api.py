@@ -128,6 +128,11 @@ QUICK = {
 }  # fmt: skip
 
 
+PRETRAINED = QUICK | {
+    "quiet": False, "options": {**QUICK["options"], "pretrain": {"batch_size": 32}}
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["harp", "li20", "snip", "grasp", "synflow", "mad"])
 def test_what_is_frozen_is_pruned_but_not_trained(method, images):
     torch.manual_seed(0)
@@ -201,6 +206,15 @@ def test_the_images_of_the_example_are_a_data_set(monkeypatch):
     assert (len(dataset.train), len(dataset.test), dataset.num_classes) == (1258, 359, 10)
 
 
+def test_a_network_that_only_guesses_is_warned_of(images, capsys):
+    model = mlp()
+    nn.init.constant_(model[3].bias[:1], 100.0)
+    harprune.prune(model, images, images, **QUICK | {"quiet": False})
+    assert "is what guessing gives; are these the right weights" in capsys.readouterr().err
+    harprune.prune(model, images, images, pretrain_epochs=1, **PRETRAINED)
+    assert "is what guessing gives" not in capsys.readouterr().err
+
+
 def test_a_run_of_the_api_goes_on_where_it_was(tmp_path, images):
     options = {"validation": {"size": 8, "steps": 1}, "objective": {"steps": 1},
                "finetune": {"batch_size": 32}, "prune": {"batch_size": 32}}  # fmt: skip
@@ -223,8 +237,9 @@ def test_a_run_of_the_api_goes_on_where_it_was(tmp_path, images):
         ((model, (x[:48], y[:48]), images), "set of training images"),
         ((model, images, (x.flip(0), y)), "set of validation images"),
     ):
-        with pytest.raises(ValueError, match=f"run that began with another {what}; choose"):
+        with pytest.raises(ValueError, match=f"run that began with another {what}; choose") as said:
             harprune.prune(*others, out=tmp_path / "run", **common)
+        assert ("torch.manual_seed" in str(said.value)) == (what == "dense network")
 
 
 def test_images_given_in_python_are_augmented_where_that_is_said(images):
@@ -295,7 +310,8 @@ def test_the_report_says_how_to_have_an_attack(images, tmp_path):
 
 def test_a_run_of_its_own_can_be_loaded(images, tmp_path):
     model = mlp()
-    pruned = harprune.prune(model, images, images, out=tmp_path / "run", **QUICK).model
-    again = mlp()
+    result = harprune.prune(model, images, images, out=tmp_path / "run", **QUICK)
+    assert repr(result) == "Pruned(Sequential: 3,763 of 12,544 prunable weights kept (29.998 %))"
+    pruned, again = result.model, mlp()
     assert harprune.load_weights(again, tmp_path / "run" / "finetuned.safetensors").complete
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in pruned.state_dict().items())

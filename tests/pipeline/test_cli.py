@@ -320,14 +320,21 @@ def test_evaluate_against_something_else_is_refused_before_attacks(command, fini
     assert "not under L2(epsilon=0.1)" in evaluate(*against, "--norm", "l2").refusal
     seed = evaluate(*against, "--seed", 1).refusal
     assert seed == "e holds outcomes with seed 0, not 1; evaluate with the same seed"
-    names = evaluate(*against, "--set", "attack.attacks=['pgd-2']").refusal
+    names = evaluate(*against, attack="pgd-2").refusal
     assert names.startswith("e holds outcomes under fgsm, not under pgd-2")
     fewer = evaluate(*against, "--size", 12).refusal
     assert fewer.startswith("e (24 images) and this evaluation (12 images) differ in index")
     data = evaluate(*against, data="stripes_of_tests:relabelled").refusal
     assert data.startswith("e (24 images) and this evaluation (24 images) differ in labels")
     with pytest.raises(AssertionError, match="images were attacked"):
-        evaluate(*against, "--attack", "pgd-2", "--set", "attack.attacks=['fgsm']")
+        evaluate(*against)
+
+
+def test_evaluate_says_where_there_are_fewer_images(command, finished):
+    said = command("evaluate", finished, "--attack", "none", "--size", 1000)
+    assert said.code == 0 and said.out.startswith("clean ") and " of 24" in said.out
+    assert "note: there are 24 test images, not 1000; all are taken" in said.err.splitlines()
+    assert "note" not in command("evaluate", finished, "--attack", "none", "--size", 24).err
 
 
 def test_evaluate_prints_its_result_before_it_compares(command, finished, monkeypatch):

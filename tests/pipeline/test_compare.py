@@ -90,6 +90,21 @@ def test_what_starts_from_random_weights_gets_no_dense_network(grid, here):
     assert [cell.recipe.attack.dense for cell in (first, second, third)] == [False, True, False]
 
 
+def test_what_only_training_has_is_not_asked_of_cells_without_it(grid, here):
+    grid.write_text(GRID.replace("[common]", "[common]\nprune.distillation = {}\n"))
+    one_shot = "budget.allocation = "
+    smaller(grid).write_text(grid.read_text().replace(one_shot, f"prune.epochs = 0\n{one_shot}"))
+    _, learned, ranked = cells_of(grid, here / "out")
+    assert learned.recipe.prune.distillation is not None
+    assert ranked.recipe.prune.distillation is None
+
+
+def test_a_grid_is_no_recipe(grid, command, here):
+    refusal = command("run", "grid.toml", "--out", "new").refusal
+    assert refusal == "grid.toml is a grid, not a recipe; `harprune compare grid.toml` runs it"
+    assert not Path("new").exists()
+
+
 def test_weights_that_the_recipe_names_are_everybodys(grid, finished):
     weights = finished / "dense.safetensors"
     cells = cells_of(grid, finished.parent / "out", [f"model.weights={weights}"])
@@ -214,9 +229,15 @@ def test_a_cell_in_other_hands_is_waited_for(grid, command, here, monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('base = "tiny.toml"', "", "base: Field required"),
+        ('base = "tiny.toml"', "", "grid.toml: base: must be given"),
+        ("[0.3, 0.2]", "0.3", "grid.toml: densities = 0.3: must be a list, as [a, b]"),
+        (
+            'base = "tiny.toml"',
+            'base = "grid.toml"',
+            "base = 'grid.toml' of grid.toml is itself a g",
+        ),
         ('base = "tiny.toml"', 'base = "none.toml"', "base = 'none.toml' of grid.toml cannot be"),
-        ("seeds = [0, 1]", "seeds = [1, 1]", "seeds: must not name a value twice"),
+        ("seeds = [0, 1]", "seeds = [1, 1]", "seeds = [1, 1]: must not name a value twice"),
         ("seeds = [0, 1]", "seed = 1", "unknown key 'seed'; the keys are title, note, base"),
         ('name = "harp"', 'name = "harq"', "method.name = 'harq' is unknown"),
         ("gamma = 0.1", "gama = 0.1", "gama"),

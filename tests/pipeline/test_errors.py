@@ -33,6 +33,10 @@ from .conftest import contents
 PROGRAM = [sys.executable, "-c", "from harprune.cli import main; main()"]
 
 
+PRUNE = ["prune", "--model", "small_cnn", "--weights", "tiny.toml", "--data", "digits",
+         "--density", 0.1, "--out", "new"]  # fmt: skip
+
+
 def run_with(command, *settings: str, out: str = "new", until: str = "report"):
     sets = [part for setting in settings for part in ("--set", setting)]
     return command("run", "tiny.toml", "--out", out, "--until", until, *sets)
@@ -69,6 +73,29 @@ def run_with(command, *settings: str, out: str = "new", until: str = "report"):
          "harprune evaluate: attack.size = 0: must be greater than or equal to 1"),
         (["evaluate", "--model", "small_cnn", "--weights", "tiny.toml", "--data", "digits",
           "--attack", "autoatack"], "attack 'autoatack' is unknown; choose among fgsm, pgd-STEPS"),
+        (["evaluate", "--model", "small_cnn", "--weights", "tiny.toml", "--data", "digits",
+          "--attack", "fgsm", "--set", "attack.attacks=['pgd-2']"],
+         """--set "attack.attacks=['pgd-2']": the command says attack.attacks = ["fgsm"] alread"""),
+        ([*PRUNE, "--set", "budget.density=0.2"],
+         "--set 'budget.density=0.2': the command says budget.density = 0.1 already; give one of"),
+        ([*PRUNE, "--set", "model={name='vgg16_bn'}"],
+         """--set "model={name='vgg16_bn'}": the command says model.name = "small_cnn" already;"""),
+        ([*PRUNE, "--set", "pretrain.epochs=3"],
+         "--set 'pretrain.epochs=3' has no effect with model.weights = 'tiny.toml', which is the"),
+        (["run", "tiny.toml", "--out", "new", "--execution", "dense", "--set",
+          "execution.backend=auto"], "--set 'execution.backend=auto': the command says execution."),
+        (["run", "tiny.toml", "--out", ""],
+         "Invalid value for '--out' / '-o': it is empty; name a place, as runs/mine; see `harprun"),
+        (["report", "run", "--baseline", "harp"],
+         "--baseline 'harp' is of a comparison; name its file by --out"),
+        (["compare", "tiny.toml", "--out", "new"],
+         "tiny.toml is a recipe, not a grid; `harprune run tiny.toml` runs it"),
+        (["evaluate", "--model", ".", "--data", "digits"],
+         "model.name = '.' is a folder; give a run to `harprune evaluate` or `harprune export` by"),
+        (["export", "tiny.toml", "--model", ".", "--data", "digits", "--out", "new"],
+         "model.name = '.' is a folder; give a run to `harprune evaluate` or `harprune export` by"),
+        (["evaluate", "a.hpn"], "a.hpn is an exported network, not a run; `harprune evaluate --m"),
+        (["export", "a.hpn", "--out", "new"], "a.hpn is an exported network, not a run; `harpru"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_is_one_line(command, here, arguments, text):
@@ -283,6 +310,7 @@ def test_floats_outside_the_unit_are_refused():
         ({"options": {"prune": {"batch_size": 150}}}, "prune.batch_size = 150 exceeds the 140 "),
         ({"options": {"budget": {"include": ["x"]}}}, "layer pattern 'x' matches no parameter"),
         ({"threat": 8 / 255}, "threat = 0.03137254901960784 says no norm; give Linf(8 / 255) or"),
+        ({"options": ["prune"]}, "options are a list; give sections by their names, as {'finet"),
         ({"options": {"prune.batch_size": 8}}, "write options = {'prune': {'batch_size': 8}}"),
         ({"options": {"budgt": {}}}, "harprune.prune: unknown key 'budgt'; the nearest known is"),
     ],
@@ -294,6 +322,35 @@ def test_the_call_from_python_refuses_before_it_makes_a_folder(tmp_path, options
         harprune.prune(model, images, images, out=tmp_path / "run", **{"density": 0.1} | options)
     assert str(caught.value).startswith(text)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_network_is_refused(tmp_path):
+    images = torch.rand(40, 1, 8, 8), torch.arange(40) % 4
+    for call in (
+        lambda: harprune.prune("resnet18", images, images, density=0.1),
+        lambda: harprune.evaluate("resnet18", images),
+        lambda: harprune.export("resnet18", tmp_path / "a.hpn", images[0]),
+    ):
+        with pytest.raises(ValueError, match=r"model is a str, not a torch\.nn\.Module; give"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            lambda x: (255 * x).byte(),
+            r"images are torch.uint8 \(40, 1, 8, 8\); give float32 \(N, C",
+        ),
+        (lambda x: x[0], r"images are torch.float32 \(1, 8, 8\); give float32 \(N, C, H, W\) in"),
+        (lambda x: x.permute(0, 2, 3, 1), r"the network refuses images of shape \(8, 8, 1\) \("),
+        (lambda x: x.tolist(), r"images are a list; give float32 \(N, C, H, W\) in \[0, 1\]"),
+    ],
+)
+def test_what_is_no_batch_is_not_exported(tmp_path, change, text):
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 4))
+    with pytest.raises(ValueError, match=text):
+        harprune.export(network, tmp_path / "a.hpn", change(torch.rand(40, 1, 8, 8)))
 
 
 def test_images_that_are_no_pair_of_arrays_are_refused():
@@ -380,6 +437,17 @@ def test_a_folder_of_another_recipe_is_refused_and_left_alone(command, here, fin
     assert contents(finished) == before
 
 
+def test_another_attack_of_a_finished_run_is_an_evaluation(command, here, finished):
+    assert run_with(
+        command, "attack.size=8", "attack.attacks=['fgsm', 'pgd-2']", out="run"
+    ).refusal == (
+        "run holds a run of another recipe (attack.attacks: ['pgd-2'] -> ['fgsm', 'pgd-2']; "
+        "attack.size: 16 -> 8); choose another --out, or attack its network by `harprune evaluate "
+        "run --attack fgsm --attack pgd-2 --size 8 --out FOLDER`"
+    )
+    assert run_with(command, "attack.size=8", "seed=1", out="run").refusal.endswith("another --out")
+
+
 def test_a_second_process_is_refused(command, here, finished):
     before = contents(finished)
     with Run("run", read_recipe("tiny.toml")):
@@ -400,16 +468,27 @@ def test_a_file_in_the_place_of_the_folder_is_refused(command, here):
 def test_a_folder_that_cannot_be_written_is_refused(command, here):
     run_with(command, "seed=-1")  # whoever takes over may not read the program's files
     (here / "locked").mkdir(mode=0o555)
+    (here / "held").mkdir()
+    (here / "held" / "kept.md").write_text("old")
+    (here / "held").chmod(0o555)
     here.chmod(0o755)
     root = os.geteuid() == 0
     try:
         if root:
             os.seteuid(65534)
         refusal = run_with(command, out="locked/run").refusal
+        held = run_with(command, out="held").refusal
+        with pytest.raises(OSError) as caught:
+            write("held/kept.md", "new")
     finally:
         if root:
             os.seteuid(0)
     assert refusal == "[Errno 13] Permission denied: 'locked/run'"
+    assert held == "held cannot be written to (Permission denied); allow it, or name another place"
+    assert str(caught.value) == (
+        "held/kept.md could not be written (Permission denied); what was there before is intact: "
+        "allow writing there, or name another place"
+    )
 
 
 # --- damaged files --------------------------------------------------------------------------------

@@ -81,6 +81,18 @@ def test_a_run_becomes_an_artifact(command, finished):
     assert len(facts["recipe_sha256"]) == len(facts["weights_sha256"]) == 64
 
 
+def test_a_network_of_which_all_matters_needs_no_line_about_it(tmp_path):
+    network, path = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), tmp_path / "a.hpn"
+    result = harprune.export(network, path, torch.rand(4, 1, 8, 8))
+    kept = "256 of 256 prunable weights kept (100.000 %)"
+    assert result.lines()[1] == kept and result.lines()[2].startswith("largest difference")
+    assert repr(result) == f"Exported({path}: {path.stat().st_size:,} bytes, {kept})"
+    with pytest.raises(
+        ValueError, match="format = 'hpn' is unknown; choose one of artifact, onnx,"
+    ):
+        harprune.export(network, path, torch.rand(4, 1, 8, 8), format="hpn")
+
+
 def test_export_can_be_repeated_and_replaces(command, finished):
     Path("a.hpn").write_text("something else")
     first = command("export", finished, "--out", "a.hpn", "--json")

@@ -104,3 +104,22 @@ def test_an_allocation_that_a_method_does_not_use_is_named():
     assert note in lines(small, **given)
     for other in ({"budget": {}}, {"method": {"name": "hydra"}}):
         assert not any("allocation" in line for line in lines(small, **(given | other)))
+
+
+@pytest.mark.parametrize(
+    ("method", "note"),
+    [
+        ("admm", "method.updates = 10 exceeds 5 epochs; there is one after each"),
+        ("flying-bird", "method.updates = 75 exceeds 10 steps; there is one after each"),
+        ("robust-bird", "method.window = 6 exceeds 5 epochs; the ticket is drawn after them, "),
+    ],
+)
+def test_options_beyond_the_stage_are_named(method, note):
+    def notes(epochs: int) -> list[str]:
+        prune = {"epochs": epochs, "batch_size": 2}
+        return lines(small, method={"name": method, **more}, prune=prune)[1:]
+
+    more = {"window": 6} if method == "robust-bird" else {}
+    (said,) = notes(5)
+    assert said.startswith(f"note: {note}")
+    assert notes(38) == notes(0) == []

@@ -22,15 +22,18 @@ from harprune.pipeline.recipe_text import (
 )
 from harprune.sparsity import masks
 
-HERE = Path(__file__).parents[2] / "recipes"
-GRIDS = sorted((HERE / "compare").glob("*.toml"))
-RECIPES = sorted(set(HERE.rglob("*.toml")) - set(GRIDS))
+ROOT = Path(__file__).parents[2]
+GRIDS = sorted((ROOT / "recipes" / "compare").glob("*.toml"))
+RECIPES = sorted(set((ROOT / "recipes").rglob("*.toml")) - set(GRIDS))
+BENCHES = sorted((ROOT / "bench").glob("*.toml"))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES + BENCHES, ids=lambda path: path.stem)
 def test_every_recipe_of_the_repository_is_accepted(path, tmp_path):
     (tmp_path / "dense.safetensors").touch()  # most prune what another recipe has trained
-    checks.check(read_recipe(path, [f"model.weights={tmp_path / 'dense.safetensors'}"]))
+    recipe = read_recipe(path, [f"model.weights={tmp_path / 'dense.safetensors'}"])
+    checks.check(recipe)
+    checks.require_effect(recipe, None)
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
@@ -110,21 +113,25 @@ def test_an_unknown_key_is_named_with_the_nearest(content, wrong, nearest):
         ({"threat": {"epsilon": -0.1}}, "threat.epsilon = -0.1 must be finite and above 0; give"),
         ({"threat": {"epsilon": "-8/255"}}, "threat.epsilon = '-8/255': epsilon = -0.0313"),
         ({"threat": {"epsilon": 8}}, "threat.epsilon = 8 exceeds 1, the whole pixel range; in"),
-        ({"threat": {"epsilon": [1]}}, "threat.epsilon = [1]: must be a valid number"),
+        ({"threat": {"epsilon": [1]}}, "threat.epsilon = [1]: must be a number"),
         ({"threat": {"norm": "l1"}}, "threat.norm = 'l1': must be 'linf' or 'l2'"),
         ({"objective": {"step_size": "2/0"}}, "objective.step_size = '2/0': epsilon = '2/0' is n"),
         ({"prune": {"objective": {"name": "pgd"}}}, "prune.objective.name = 'pgd': must be 'nat"),
         ({"prune": {"objective": 3}}, "prune.objective = 3 must be a section; write its keys und"),
         ({"data": "digits"}, "data = 'digits' must be a section; write its keys under [data]"),
         ({"pretrain": {"epochs": -1}}, "pretrain.epochs = -1: must be greater than or equal to 0"),
-        ({"pretrain": {"epochs": 1.5}}, "pretrain.epochs = 1.5: must be a valid integer, got"),
+        ({"pretrain": {"epochs": 1.5}}, "pretrain.epochs = 1.5: must be a whole number"),
         ({"attack": {"size": 0}}, "attack.size = 0: must be greater than or equal to 1"),
         ({"attack": {"seed": -1}}, "attack.seed = -1: must be greater than or equal to 0"),
-        ({"model": {"mean": [0.5, "x"]}}, "model.mean.1 = 'x': must be a valid number"),
+        ({"model": {"mean": [0.5, "x"]}}, "model.mean.1 = 'x': must be a number"),
         ({"finetune": {"schedule": "cosin"}}, "finetune.schedule = 'cosin': must be 'cosine', "),
         ({"finetune": {"learning_rate": float("nan")}}, "finetune.learning_rate = nan: must be a"),
         ({"finetune": {"averaging": 1}}, "finetune.averaging = 1: must be less than 1"),
         ({"data": {"validation": 0}}, "data.validation = 0: must be greater than 0"),
+        ({"data": {"image_size": 9999}}, "data.image_size = 9999 must lie in 1..1024; give a size"),
+        ({"model": {"mean": 3}}, "model.mean = 3: must be a list, as [a, b]"),
+        ({"attack": {"dense": 3}}, "attack.dense = 3: must be true or false"),
+        ({"name": 3}, "name = 3: must be text, in quotes"),
         ({"name": "x" * 500, "seed": [0] * 500}, "seed = [0, 0, 0"),
     ],
 )
@@ -208,7 +215,8 @@ def test_what_is_written_as_toml_reads_back(content):
         ({"method": {"name": "harpp"}}, "method.name = 'harpp' is unknown; choose one of harp, "),
         ({"method": {"gama": 1}}, "unknown key 'method.gama' of harp; the nearest known is 'me"),
         ({"method": {"gamma": -1}}, "method"),
-        ({"method": {"gamma": "x"}}, "method.gamma = 'x'"),
+        ({"method": {"gamma": "x"}}, "method.gamma = 'x': must be a number"),
+        ({"method": {"name": "harp+s2ap+s2ap"}}, "method.name = 'harp+s2ap+s2ap' names a plug-in "),
         ({"method": {"name": "magnitude", "gamma": 1}}, "unknown key 'method.gamma' of magnitude"),
         ({"budget": {"allocation": "erkk"}}, "budget.allocation = 'erkk' is unknown; choose one"),
         ({"budget": {"allocation": "none.json"}}, "none.json is not an allocation"),
@@ -241,6 +249,68 @@ def test_the_check_refuses_what_a_later_stage_would(content, text):
         checks.check(recipe)
     assert str(caught.value).startswith(text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (
+            {"objective": {"beta": 3}},
+            "objective.beta = 3.0 has no effect with objective.name = 'pg",
+        ),
+        (
+            {"finetune": {"optimiser": "adamw", "momentum": 0.8}},
+            "finetune.momentum = 0.8 has no effect with finetune.optimiser = 'adamw'; leave it out",
+        ),
+        (
+            {"finetune": {"epochs": 0, "averaging": 0.9}},
+            "finetune.averaging has no effect with finetune.epochs = 0; leave it out",
+        ),
+        ({"prune": {"epochs": 0, "distillation": {}}}, "prune.distillation has no effect with pru"),
+        (
+            {"budget": {"multiply_add_share": 0.3}},
+            "budget.multiply_add_share = 0.3 has no effect with budget.cost = 'parameters'; leave",
+        ),
+        (
+            {"method": {"learn_densities": False, "gamma": 0.1}},
+            "method.gamma = 0.1 has no effect with learn_densities = false; leave it out",
+        ),
+        (
+            {"method": {"start_density": 0.3, "start_factor": 2}},
+            "method.start_factor = 2.0 has no effect beside start_density = 0.3; leave it out",
+        ),
+        (
+            {"method": {"enforce_after": 5}, "prune": {"epochs": 5}},
+            "method.enforce_after = 5 has no effect in 5 epochs; leave it out",
+        ),
+        (
+            {"method": {"learn_scores": False, "decay_scores": True}},
+            "method.decay_scores = True has no effect with learn_scores = false; leave it out",
+        ),
+        (
+            {"method": {"train_weights": True, "train_batch_norm": True}},
+            "method.train_batch_norm = True has no effect with train_weights = true, which trains",
+        ),
+    ],
+)
+def test_what_nothing_will_use_is_refused_in_a_new_run_alone(content, text, tmp_path):
+    recipe = make_recipe(content)
+    checks.check(recipe)
+    for folder in (None, tmp_path):
+        with pytest.raises(ValueError) as caught:
+            checks.require_effect(recipe, folder)
+        assert str(caught.value).startswith(text)
+    (tmp_path / "dense.safetensors").touch()
+    checks.require_effect(recipe, tmp_path)
+
+
+def test_defaults_that_are_written_down_pass():
+    text = "\n".join(describe(notes={}))
+    for more in (
+        {"method": {"learn_densities": False, "gamma": 0.01}},
+        {"finetune": {"epochs": 0}, "prune": {"optimiser": "adamw"}},
+    ):
+        checks.require_effect(make_recipe({**tomllib.loads(text), **more}), None)
 
 
 def test_the_check_lets_parity_stand_beside_the_usual_epsilon():

@@ -157,6 +157,26 @@ def test_a_warning_is_kept_until_its_stage_is_made_again(finished, here):
     assert not any("come down" in w for w in read_run(here / "a").warnings.get("prune", ()))
 
 
+def test_a_stage_that_goes_wrong_is_warned_of_once():
+    def doubts(*losses: float, clean: float) -> list[list[str]]:
+        history = [{"loss": loss, "clean": clean} for loss in losses]
+        return [list(stages._doubts(history[: n + 1], 4, classes=4)) for n in range(4)]
+
+    # Guessing among four classes costs 1.4.
+    grown = doubts(0.1, 13.0, 14.0, 15.0, clean=0.9)
+    assert grown == [[], [], ["the loss has grown from 0.1 to 14"], []]
+    assert doubts(2.0, 13.0, 14.0, 15.0, clean=0.31) == [[], [], [], []]
+    guessed = ["clean accuracy, 30.0% at best, is still what guessing gives"]
+    assert doubts(1.0, 1.0, 1.0, 1.0, clean=0.3) == [[], guessed, [], []]
+
+
+def test_a_stage_that_learns_nothing_is_warned_of_in_the_log(finished, here, monkeypatch):
+    monkeypatch.setattr(stages, "validate", lambda *_: (0.25, 0.0))
+    assert "still what guessing gives; lower pretrain.learning_rate in a new run" in said(
+        here, "a", last="pretrain"
+    )
+
+
 def test_logits_cut_off_from_the_image_are_warned_of(finished, here):
     warning = "are the same for 12 images"
     settings = (

@@ -104,6 +104,12 @@ def test_a_wrong_radius_is_refused_in_one_line(text):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", [Linf, L2])
+def test_a_radius_that_is_no_number_is_refused(kind):
+    with pytest.raises(ValueError, match="epsilon = '8/255' is not a number; give one such a"):
+        kind("8/255")
+
+
 def test_a_radius_in_the_unit_of_bytes_is_refused_for_linf_only():
     with pytest.raises(ValueError, match="8/255"):
         Linf(8)

@@ -3,6 +3,7 @@
 
 import gzip
 import os
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
-from harprune.training import data
+from harprune.training import data, folders
 from harprune.training.data import (
     Dataset,
     Split,
@@ -432,7 +433,7 @@ def test_a_folder_is_scaled_to_the_size_asked_for(photographs):
     assert dataset.shape == (3, 5, 5)
     image = Image.open(photographs / "train" / "cat" / "a.png").resize((6, 5), Image.BILINEAR)
     assert np.array_equal(dataset.train.images[0], np.asarray(image)[:, :5].transpose(2, 0, 1))
-    with pytest.raises(ValueError, match="image_size is 0"):
+    with pytest.raises(ValueError, match=r"image_size = 0 must lie in 1\.\.1024"):
         load_dataset("folder", photographs, image_size=0)
 
 
@@ -467,14 +468,32 @@ def test_a_broken_image_is_named(photographs):
 
 def test_folders_that_do_not_match_are_named(photographs, rng):
     write_images(photographs / "test" / "bird", "a", rng)
-    with pytest.raises(ValueError, match="holds classes that were not trained on: bird"):
+    with pytest.raises(ValueError, match="holds classes that were not trained on: bird; remove th"):
         load_dataset("folder", photographs)
     for path in (photographs / "train" / "cat").glob("?.*"):
         path.unlink()
-    with pytest.raises(ValueError, match="train holds no images of: cat"):
+    with pytest.raises(ValueError, match="train holds no images of: cat; every class needs some"):
         load_dataset("folder", photographs)
-    with pytest.raises(ValueError, match=r"expected train/<class>/ and test/<class>/ or val/"):
+    wanted = r"\(expected train/<class>/ and test/<class>/ or val/<class>/\); name the folder that"
+    with pytest.raises(ValueError, match=wanted):
         load_dataset("folder", photographs / "train")
+    shutil.rmtree(photographs / "train" / "dog")
+    with pytest.raises(ValueError, match="train holds 1 class folders; it must hold at least 2, e"):
+        load_dataset("folder", photographs)
+
+
+def test_images_are_scaled_to_a_size_that_memory_holds(photographs, monkeypatch):
+    with pytest.raises(ValueError, match=r"image_size = 9999 must lie in 1\.\.1024; give a s"):
+        load_dataset("folder", photographs, image_size=9999)
+    monkeypatch.setattr(folders, "LARGEST", 8)  # less than the short side of the first
+    with pytest.raises(ValueError, match=r"image_size = \d+ must lie in 1\.\.8; give a size to wh"):
+        load_dataset("folder", photographs)
+
+
+def test_a_first_image_without_a_size_is_named(photographs):
+    (photographs / "train" / "cat" / "a.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"is not a readable image .*; remove or replace it"):
+        load_dataset("folder", photographs)
 
 
 def test_tiny_imagenet_as_published(tmp_path, rng):
@@ -492,10 +511,10 @@ def test_tiny_imagenet_as_published(tmp_path, rng):
     first = np.asarray(Image.open(root / "val" / "images" / "val_1.JPEG")).transpose(2, 0, 1)
     assert np.array_equal(dataset.test.images[0], first)
     annotations.write_text("val_7.JPEG\tn01\t0\t0\t62\t57\n")
-    with pytest.raises(ValueError, match=r"lacks 1 of the 1 annotated images: val_7\.JPEG"):
+    with pytest.raises(ValueError, match=r"lacks 1 of the 1 annotated images \(val_7\.JPEG\); get"):
         load_dataset("tiny_imagenet", tmp_path)
     annotations.write_text("val_1.JPEG\tn09\t0\t0\t62\t57\n")
-    with pytest.raises(ValueError, match="names class 'n09', which has no training folder"):
+    with pytest.raises(ValueError, match="names class 'n09', which has no training folder; g"):
         load_dataset("tiny_imagenet", tmp_path)
 
 
@@ -521,7 +540,7 @@ def test_incomplete_data_names_what_is_not_there(tmp_path, rng):
 def test_unknown_names_and_sizes_that_do_not_apply():
     with pytest.raises(ValueError, match="unknown data set 'cifar11'; there are cifar10, cifar100"):
         load_dataset("cifar11")
-    with pytest.raises(ValueError, match="image_size 16 applies to image folders; digits is 8 x 8"):
+    with pytest.raises(ValueError, match="image_size = 16 applies to image folders; digits is"):
         load_dataset("digits", image_size=16)
     assert load_dataset("digits", image_size=8).shape == (1, 8, 8)
 
