@@ -348,6 +348,7 @@ def learn(
     )
     fast = hardening.twin(shop.recipe, course.network)
     earlier = _earlier(shop, stage)
+    advice = f"; lower {stage}.learning_rate in a new run"
     if method is not None:
         method.begin(section.epochs, len(batches))
     if course.restore():
@@ -376,7 +377,7 @@ def learn(
                 f"{stage} {epoch + 1}/{section.epochs}: {_summary(course.history[-1])}{left}"
             )
             for doubt in _doubts(course.history, section.epochs, shop.classes):
-                shop.warn(stage, f"{doubt}; lower {stage}.learning_rate in a new run")
+                shop.console.say(f"warning: {doubt}{advice}")
             return done()
 
         def done() -> bool:
@@ -407,6 +408,9 @@ def learn(
     best = course.take_best()
     shop.run.write_metrics({**earlier, stage: course.history})
     shop.console.say(f"{stage}: epoch {best + 1} of {section.epochs} selected")
+    for done_so_far in range(1, len(course.history) + 1):  # also before an interruption
+        for doubt in _doubts(course.history[:done_so_far], section.epochs, shop.classes):
+            shop.run.warn(stage, doubt + advice)
     return course.history
 
 

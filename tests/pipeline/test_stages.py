@@ -150,7 +150,7 @@ def test_weights_that_only_guess_are_warned_of_where_they_were_given(finished, h
 
 def test_a_warning_is_kept_until_its_stage_is_made_again(finished, here):
     said(here, "a", "method.gamma=0.0", "pretrain.epochs=0")
-    assert "have not come down" in read_run(here / "a").warnings["prune"][0]
+    assert any("have not come down" in w for w in read_run(here / "a").warnings["prune"])
     (here / "a" / "pruned.safetensors").unlink()
     again = ("method.start_factor=1.0", "method.enforce_after=0", "pretrain.epochs=0")
     said(here, "a", *again)
