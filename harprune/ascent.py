@@ -42,16 +42,16 @@ def uphill(parameters: Sequence[Tensor], radius: float) -> Iterator[None]:
     Lengths are those of each parameter by itself. One without a gradient, or with none but zeros,
     stays where it is.
     """
-    moved = [p for p in parameters if p.grad is not None]
-    before = [p.detach().clone() for p in moved]
+    moved = [(p, p.grad) for p in parameters if p.grad is not None]
+    before = [p.detach().clone() for p, _ in moved]
     with torch.no_grad():
-        for p in moved:
-            length = p.grad.norm()
+        for p, gradient in moved:
+            length = gradient.norm()
             # `where` and not `if`, for which the host would wait on an accelerator.
-            p += p.grad * torch.where(length > 0, radius * p.norm() / length, 0.0)
+            p += gradient * torch.where(length > 0, radius * p.norm() / length, 0.0)
     try:
         yield
     finally:
         with torch.no_grad():
-            for p, original in zip(moved, before):
+            for (p, _), original in zip(moved, before):
                 p.copy_(original)

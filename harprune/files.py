@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -90,7 +90,8 @@ def write(path: str | Path, content: str | bytes) -> None:
 def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays by name, atomically, as NumPy's .npz."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    # Any, for one of the names is an option in NumPy's hints.
+    np.savez(buffer, **cast(dict[str, Any], arrays))
     write(path, buffer.getvalue())
 
 

@@ -355,7 +355,7 @@ class _Reader:
             filters = fields.integer("filters", 1, LARGEST_LAYER)
         node = kind(sources, len(graph.shapes), **own)
         shape = made_shape(node, [graph.shapes[s] for s in sources], filters)
-        if kind is g.Convolution:
+        if isinstance(node, g.Convolution):
             self._read_weights(node, filters, Fields(fields.take("weights", dict), fields.what))
         for vector in vector_names(node):
             if vector in self.vectors:
@@ -419,8 +419,8 @@ class _Reader:
 
 
 def _window(fields: Fields) -> Window:
-    size = fields.integers("size", 2, 1, LARGEST_EXTENT)
-    rest = {n: fields.integers(n, 2, 0, LARGEST_EXTENT, list(d)) for n, d in _WINDOW.items()}
+    size = fields.pair("size", 1, LARGEST_EXTENT)
+    rest = {n: fields.pair(n, 0, LARGEST_EXTENT, list(d)) for n, d in _WINDOW.items()}
     return Window(size, **rest)
 
 

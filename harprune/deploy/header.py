@@ -86,8 +86,12 @@ class Fields:
             raise ValueError(f"field {name!r} of {self.what} has {len(found)} numbers, not {count}")
         return tuple(self._within(name, number, least, most) for number in found)
 
+    def pair(self, name: str, least: int, most: int, default: Any = _MISSING) -> tuple[int, int]:
+        first, second = self.integers(name, 2, least, most, default)
+        return first, second
+
     def section(self, name: str) -> tuple[int, int]:
-        return self.integers(name, 2, 0, 2**63 - 1)
+        return self.pair(name, 0, 2**63 - 1)
 
     def section_of_halves(self, name: str, exponents: tuple[int, int]) -> tuple[tuple, int]:
         """Its place, and the exponent that stands behind it, between `exponents`."""

@@ -68,6 +68,9 @@ def _module(node: Node, network: Network, source: Shape) -> nn.Module:
 
 
 class _Affine(nn.Module):
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, scale: Tensor, shift: Tensor):
         super().__init__()
         self.register_buffer("scale", scale.view(-1, 1, 1))

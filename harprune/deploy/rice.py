@@ -112,13 +112,13 @@ def _cheapest(gaps: np.ndarray) -> tuple[int, np.ndarray]:
     costs = np.stack(
         [np.add.reduceat(gaps >> r, starts) + (1 + r) * lengths for r in range(largest + 1)]
     )
-    best = None
+    choices = []
     for step in [2**n for n in range(_COARSER + 1) if 2**n < len(starts)] + [len(starts)]:
         joined = np.add.reduceat(costs, np.arange(0, len(starts), step), axis=1)
         bits = joined.min(axis=0).sum() + 8 * joined.shape[1]
-        if best is None or bits < best[0]:
-            best = (bits, step * _FINEST, joined.argmin(axis=0))
-    return best[1:]
+        choices.append((bits, step * _FINEST, joined.argmin(axis=0)))
+    _, block, parameters = min(choices, key=lambda choice: choice[0])
+    return block, parameters
 
 
 def _per_gap(parameters: np.ndarray, block: int, count: int) -> np.ndarray:

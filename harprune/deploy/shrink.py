@@ -271,8 +271,9 @@ class _Work:
             if isinstance(node, g.Convolution):
                 weights = self.weights[node.name]
                 patterns[node.name], values[node.name] = self._compact(node, weights)
-                nodes[number] = replace(node, bias=node.bias or bool(weights.bias.any()))
-                if nodes[number].bias:
+                bias = node.bias or bool(weights.bias.any())
+                nodes[number] = replace(node, bias=bias)
+                if bias:
                     vectors[f"{node.name}/bias"] = weights.bias.astype(np.float32)
         graph = Graph(self.graph.shapes, nodes, [0], self.graph.outputs)
         return Network(

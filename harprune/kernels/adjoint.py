@@ -48,7 +48,7 @@ class _Walk:
         """The step back of `step`, after those of all steps that read what it makes."""
         if step.kind == "unpack":
             given = RowStep("pack", step.shape, external=step.external - self.inputs)
-            self._make(given, step.source.whole)
+            self._make(given, step.read.whole)
             return
         gradient = self._whole(step)
         if gradient is None:
@@ -59,24 +59,25 @@ class _Walk:
             return
         if step.other is not None:
             self._add(step.other.whole, gradient)
-        made = step.source.whole
+        read = step.read.whole
         if step.kind == "scale" and not step.vectors[0]:
-            self._add(made, gradient)
+            self._add(read, gradient)
         else:
-            self._make(_undoing(step, gradient), made)
+            self._make(_undoing(step, gradient), read)
 
     def _whole(self, step: RowStep) -> Part | None:
         """The gradient to what `step` makes, behind its ReLU; None where no output reads it."""
-        total = self._gradients.get(step.out.whole)
+        made = step.made.whole
+        total = self._gradients.get(made)
         if total is None:
             return None
         if step.rectify:
             if total.whole not in self._makers:  # it is another map's too, to be read as it is
-                total = self._append(RowStep("scale", step.shape, total), step.out.whole)
-            step.signs_out = Bits(step.out.whole)
+                total = self._append(RowStep("scale", step.shape, total), made)
+            step.signs_out = Bits(made)
             self._makers[total.whole].signs_in = step.signs_out
         self._makers.pop(total.whole, None)
-        return Part(total.whole, total.channel + step.out.channel)
+        return Part(total.whole, total.channel + step.made.channel)
 
     def _make(self, step: RowStep, to: Map) -> None:
         """Let `step` make a part of the gradient to the map `to`."""
@@ -93,8 +94,8 @@ class _Walk:
         made = Map(to.shape, to.pitch, self.lanes)
         step.out, step.sums = Part(made), made
         if step.kind == "convolve":
-            down, _ = taps_and_phases(step.node.window, 0)
-            reach(step.source.whole, made, -down, step.taps)
+            down, _ = taps_and_phases(step.window, 0)
+            reach(step.read.whole, made, -down, step.taps)
         self.steps.append(step)
         self._makers[made] = step
         self._gradients[to] = Part(made)
@@ -110,7 +111,7 @@ class _Walk:
 
 def _undoing(step: RowStep, gradient: Part) -> RowStep:
     """The step back of `step`, from the gradient of its result."""
-    shape = step.source.whole.shape
+    shape = step.read.whole.shape
     match step.kind:
         case "convolve":
             taps = mirrored(step.taps)
@@ -122,8 +123,8 @@ def _undoing(step: RowStep, gradient: Part) -> RowStep:
         case "flatten":
             return RowStep("unflatten", shape, gradient)
         case "max_pool":
-            height, width = step.node.window.size
-            step.winners = Bits(step.out.whole, parts=height * width)
+            height, width = step.window.size
+            step.winners = Bits(step.made.whole, parts=height * width)
             return RowStep("max_spread", shape, gradient, node=step.node, winners=step.winners)
         case _:
             return RowStep("mean_spread", shape, gradient, node=step.node)

@@ -3,22 +3,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from harprune.kernels.graph import Graph
 from harprune.kernels.layouts import Layouts
 from harprune.kernels.plan import Plan
-from harprune.kernels.rows import Records, RowGradient
-from harprune.kernels.runtime import Executable, Memory
+from harprune.kernels.rows import RowGradient
+from harprune.kernels.runtime import Executable
 
 
 @dataclass
 class Pass:
-    """What the stages of one pass forwards keep for the way back."""
+    """What the stages of one pass forwards keep for the way back, each in a form of its own."""
 
     stages: list[RowGradient | Executable]
-    kept: list[Records | Memory]
+    kept: list[Any]
 
 
 class Gradient(Layouts[RowGradient | Executable]):

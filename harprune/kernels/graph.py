@@ -31,7 +31,8 @@ class Window:
     def over(self, height: int, width: int) -> Pair:
         """Height and width of what sliding this window over a map gives."""
         sides = zip((height, width), self.size, self.stride, self.padding, self.dilation)
-        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
+        rows, columns = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
+        return rows, columns
 
 
 @dataclass(frozen=True)
@@ -43,27 +44,29 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Convolution(Node):
-    """Weights `name` of shape (filters, channels / groups, *window.size); also a linear layer."""
+class Named(Node):
+    """A node with parameters."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class Convolution(Named):
+    """Weights `name` of shape (filters, channels / groups, *window.size); also a linear layer."""
+
     window: Window
     groups: int = 1
     bias: bool = True
 
 
 @dataclass(frozen=True)
-class Affine(Node):
+class Affine(Named):
     """scale[c] x + shift[c] with the vectors `name`."""
-
-    name: str
 
 
 @dataclass(frozen=True)
-class Normalisation(Node):
+class Normalisation(Named):
     """Batch norm with the statistics of the batch, scale and shift `name`."""
-
-    name: str
 
 
 @dataclass(frozen=True)
@@ -82,20 +85,24 @@ class Concatenation(Node):
 
 
 @dataclass(frozen=True)
-class MaxPool(Node):
-    """The largest value in each window; what lies outside the map does not count."""
+class Pool(Node):
+    """One number of each window of each channel."""
 
     window: Window
 
 
 @dataclass(frozen=True)
-class MeanPool(Node):
+class MaxPool(Pool):
+    """The largest value in each window; what lies outside the map does not count."""
+
+
+@dataclass(frozen=True)
+class MeanPool(Pool):
     """The mean of each window: over all its area with `full_area`, else over what is in the map.
 
     With `adaptive` the windows part the map, and into as many parts whatever the images' size.
     """
 
-    window: Window
     full_area: bool = True
     adaptive: bool = False
 

@@ -4,7 +4,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,7 +18,15 @@ BUSY = 0.5
 SMALL = 16
 """Positions of a map up to which blocks are faster than rows, for whole blocks."""
 
-Stage = TypeVar("Stage")
+
+class Loaded(Protocol):
+    """A graph, or a part of one, that runs under the weights it was given last."""
+
+    def load(self, name: str, kept: np.ndarray, /) -> None:
+        """Take the values of the kept weights of layer `name`, in ascending position."""
+
+
+Stage = TypeVar("Stage", bound=Loaded)
 
 
 class Layouts(ABC, Generic[Stage]):

@@ -61,15 +61,17 @@ class Pattern:
         return filters, (self.index - filters.astype(np.int64) * self.window).astype(np.int32)
 
 
-def sift(weight: np.ndarray) -> tuple[Pattern, np.ndarray]:
-    """Exactly the weights that are not zero: where they are, and their values.
+def shape_of(weight: np.ndarray) -> tuple[int, int, int, int]:
+    """(filters, channels per group, rows, columns), also of a linear layer's (filters, inputs)."""
+    filters, channels, rows, columns = (*weight.shape, 1, 1)[:4]
+    return filters, channels, rows, columns
 
-    `weight` is (filters, channels per group, rows, columns), or (filters, inputs) of a linear
-    layer.
-    """
+
+def sift(weight: np.ndarray) -> tuple[Pattern, np.ndarray]:
+    """Exactly the weights that are not zero: where they are, and their values."""
     flat = weight.reshape(-1)
     index = np.flatnonzero(flat)
-    pattern = Pattern((*weight.shape, 1, 1)[:4], None if len(index) == len(flat) else index)
+    pattern = Pattern(shape_of(weight), None if len(index) == len(flat) else index)
     return pattern, flat if pattern.index is None else flat[index]
 
 

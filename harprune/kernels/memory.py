@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
+from typing import Protocol, TypeVar
 
 from harprune.kernels.graph import Shape
 from harprune.kernels.lists import Strides
@@ -108,11 +109,27 @@ class Unflattened(Buffer):
         pass
 
 
+class Placed(Protocol):
+    """A map in memory, in blocks or in rows."""
+
+    shape: Shape
+    at: int
+
+    @property
+    def numbers(self) -> int: ...
+
+    @property
+    def geometry(self) -> tuple[int, ...]: ...
+
+
+Held = TypeVar("Held", bound=Placed)
+
+
 @dataclass(eq=False)
 class _Slot:
     """Room for buffers of one geometry that live one after the other."""
 
-    buffers: list[Buffer] = field(default_factory=list)
+    buffers: list[Placed] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -120,7 +137,11 @@ class _Slot:
 
 
 def place_maps(
-    viewed: Sequence[list], number_bytes: int, *, reuse: bool, onto: Mapping = MappingProxyType({})
+    viewed: Sequence[Sequence[Held]],
+    number_bytes: int,
+    *,
+    reuse: bool,
+    onto: Mapping[Held, Held] = MappingProxyType({}),
 ) -> int:
     """Give each buffer its place, by the order in which steps view them; the bytes of all.
 
@@ -140,12 +161,11 @@ def place_maps(
     last = {buffer: number for number, step in enumerate(viewed) for buffer in step}
     free: dict[tuple[int, ...], list[_Slot]] = {}
     slots: list[_Slot] = []
-    taken: dict[Buffer, _Slot] = {}
+    taken: dict[Held, _Slot] = {}
     for number, step in enumerate(viewed):
         for buffer in step:
-            below = onto.get(buffer)
-            ends = below in taken and last[below] == number and buffer not in taken
-            if ends and below.geometry == buffer.geometry:
+            below = onto.get(buffer) if buffer not in taken else None
+            if below in taken and last[below] == number and below.geometry == buffer.geometry:
                 taken[buffer] = taken[below]
                 taken[buffer].buffers.append(buffer)
                 last[below] = -1  # its place is not free

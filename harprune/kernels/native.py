@@ -188,7 +188,9 @@ def best() -> Kernels | None:
 def named(name: str) -> Kernels | None:
     """The kernels of one instruction set, or None where they were not built or cannot run."""
     library = _library()
-    table = library.harprune_kernels(name.encode()) if library is not None else None
+    if library is None:
+        return None
+    table = library.harprune_kernels(name.encode())
     return Kernels(library, table) if table else None
 
 

@@ -9,6 +9,7 @@ of the sum before the ReLU.
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -20,9 +21,9 @@ from harprune.kernels.graph import (
     Flatten,
     Graph,
     MaxPool,
-    MeanPool,
     Node,
     Normalisation,
+    Pool,
     Shape,
 )
 from harprune.kernels.memory import Buffer, Signs, Unflattened, View, place_bits, place_maps
@@ -47,14 +48,25 @@ class Step:
     weights: tuple[str, int] | None = None
     transposed: bool = False
     external: int = -1
-    pool: Node | None = None
+    pool: Pool | None = None
     winners: Signs | None = None
 
     @property
-    def adds_in_place(self) -> bool:
-        """Whether the sum may take the place of what is added: a position is read, then written."""
-        added = self.kind == "convolve" and self.other is not None
-        return added and self.other.buffer is not self.source.buffer
+    def read(self) -> View:
+        """`source`, which every kind but `pack` has."""
+        return cast(View, self.source)
+
+    @property
+    def made(self) -> View:
+        """`out`, which every kind but `unpack` has."""
+        return cast(View, self.out)
+
+    @property
+    def gives_way(self) -> Buffer | None:
+        """The buffer added, if the sum may take its place: a position is read, then written."""
+        if self.kind != "convolve" or self.other is None:
+            return None
+        return self.other.buffer if self.other.buffer is not self.read.buffer else None
 
     def buffers(self) -> list[Buffer]:
         """Whose memory the step views."""
@@ -88,7 +100,7 @@ class Plan:
         self.graph, self.kernels = graph, kernels
         self.training, self.gradients = training, gradients
         self.fused = fuse(graph)
-        self.maps = {}
+        self.maps: dict[int, Buffer] = {}
         self.signs: dict[int, Signs] = {}
         self.winners: dict[int, Signs] = {}
         self.forward: list[Step] = []
@@ -96,9 +108,12 @@ class Plan:
         self._forward()
         self.gradient_of: dict[int, Buffer] = {}
         if gradients is not None:
+            self._needless = set(graph.inputs).difference(gradients)
             self._backward()
         steps = [*self.forward, *self.backward]
-        onto = {} if training else {s.out.buffer: s.other.buffer for s in steps if s.adds_in_place}
+        onto: dict[Buffer, Buffer] = {}
+        if not training:
+            onto = {s.made.buffer: added for s in steps if (added := s.gives_way) is not None}
         viewed = [step.buffers() for step in steps]
         size = kernels.dtype.itemsize
         self.arena_bytes = place_maps(viewed, size, reuse=not training, onto=onto)
@@ -145,11 +160,9 @@ class Plan:
                 moments.vectors = (main.name, "", "")
                 self.forward.append(moments)
                 step.vectors = (f"{main.name}/scale", f"{main.name}/shift", "")
-            case MaxPool() | MeanPool():
-                step.kind, step.pool = (
-                    ("max_pool" if isinstance(main, MaxPool) else "mean_pool"),
-                    main,
-                )
+            case Pool():
+                step.kind = "max_pool" if isinstance(main, MaxPool) else "mean_pool"
+                step.pool = main
                 if isinstance(main, MaxPool):
                     step.winners = self.winners[fused.out] = Signs(shape)
             case Flatten():
@@ -231,9 +244,10 @@ class Plan:
                 moments.vectors = (f"{main.name}/gradient", "", "")
                 self.backward.append(moments)
                 step.kind, step.second = "combine", read
-                step.vectors = tuple(f"{main.name}/back_{n}" for n in ("scale", "shift", "slope"))
+                back = f"{main.name}/back"
+                step.vectors = (f"{back}_scale", f"{back}_shift", f"{back}_slope")
                 self._share(main.sources[0], step)
-            case MaxPool() | MeanPool():
+            case Pool():
                 step.kind = "max_pool_back" if isinstance(main, MaxPool) else "mean_pool_back"
                 step.shape = self.graph.shapes[fused.out]
                 step.pool, step.winners = main, self.winners.get(fused.out)
@@ -250,7 +264,7 @@ class Plan:
 
     def _share_of_convolution(self, node: Convolution, gradient: Buffer) -> None:
         value = node.sources[0]
-        if self._needless(value):
+        if value in self._needless:
             return
         shape, out, w = self.graph.shapes[value], gradient.shape, node.window
         (sy, sx) = w.stride
@@ -277,7 +291,7 @@ class Plan:
 
     def _share_as_it_is(self, value: int, view: View) -> None:
         """The gradient of a reader that only adds `value`."""
-        if self._needless(value):
+        if value in self._needless:
             return
         first = value not in self._waiting and value not in self.gradient_of
         if first and self._shares[value] > 1:
@@ -292,7 +306,7 @@ class Plan:
 
     def _share(self, value: int, *steps: Step) -> None:
         """Steps that together write a reader's share of the gradient to `value`."""
-        if self._needless(value):
+        if value in self._needless:
             return
         self._shares[value] -= 1
         waiting, held = self._waiting.pop(value, None), self.gradient_of.get(value)
@@ -308,18 +322,15 @@ class Plan:
             self.backward.append(Step("scale", held.shape, waiting, whole))
             other = whole
         for step in steps:
-            top, left, *skip = step.signs_view
-            step.out = View(held, 0, top, left, tuple(skip))
+            (top, left), skip = step.signs_view[:2], step.signs_view[2:]
+            step.out = View(held, 0, top, left, skip)
             if other is not None:
-                step.other = View(other.buffer, other.channel, top, left, tuple(skip))
+                step.other = View(other.buffer, other.channel, top, left, skip)
             if not pooling:
                 step.signs_in = signs
             self.backward.append(step)
         if pooling and signs is not None:
             self.backward.append(Step("scale", held.shape, whole, whole, signs_in=signs))
-
-    def _needless(self, value: int) -> bool:
-        return value in self.graph.inputs and value not in self.gradients
 
     def made_by(self, node: Node) -> int:
         """The value that the step of `node` makes, sum and ReLU included."""

@@ -16,7 +16,7 @@ from threading import Lock
 import numpy as np
 
 from harprune.kernels.adjoint import adjoint
-from harprune.kernels.graph import Convolution, Graph, MaxPool, MeanPool
+from harprune.kernels.graph import Convolution, Graph, MeanPool, Pool
 from harprune.kernels.lists import QUAD, List, Pattern
 from harprune.kernels.memory import ALIGNMENT, place_maps
 from harprune.kernels.native import (
@@ -239,9 +239,11 @@ class _Program:
         size = HALF if halved else GROUP
         groups = -(-images // size)
         shared = groups == 1 and self.threads > 1 and work >= SHARED
-        pace = self._paces.setdefault(images, Pace()) if shared else None
-        given = (self.kernels, self.threads, work >= LONG, pace)
-        with helped(*given) if shared else nullcontext() as team:
+        helpers = nullcontext()
+        if shared:
+            pace = self._paces.setdefault(images, Pace())
+            helpers = helped(self.kernels, self.threads, work >= LONG, pace)
+        with helpers as team:
 
             def one(group: int) -> None:
                 arena = self._free.get()
@@ -266,7 +268,7 @@ class _Program:
         begin = 0  # of the steps that run together as often
         segments: dict[Map, set[int]] = {}
         for number, step in enumerate(self._steps):
-            step.together = self._together((step.out or step.source).whole)
+            step.together = self._together((step.out or step.read).whole)
             if step.together != self._steps[begin].together:
                 begin = number
             for held in step.maps():
@@ -276,10 +278,10 @@ class _Program:
                 raise NotInRows(f"a map takes {held.image} numbers in rows, over {LARGEST}")
             held.copies = self._steps[min(begins)].together if len(begins) == 1 else GROUP
         onto = {
-            step.out.whole: step.other.whole
+            step.made.whole: step.other.whole
             for step in self._steps
             if step.other is not None
-            and step.other.whole is not step.source.whole
+            and step.other.whole is not step.read.whole
             # Only there does each position take the place of what it has added.
             and step.other.channel == 0
         }
@@ -324,7 +326,7 @@ class _Program:
             row["stride_y"], row["stride_x"] = step.stride
         elif step.kind == "convolve":
             self._link_list(row, step)
-        elif isinstance(step.node, MaxPool | MeanPool):
+        elif isinstance(step.node, Pool):
             window = step.node.window
             row["size_y"], row["size_x"] = window.size
             row["stride_y"], row["stride_x"] = window.stride
@@ -332,8 +334,8 @@ class _Program:
             row["full_area"] = isinstance(step.node, MeanPool) and step.node.full_area
 
     def _link_list(self, row: np.void, step: RowStep) -> None:
-        name, pattern = step.node.name, self.patterns[step.node.name]
-        read, lanes = step.source.whole, self.kernels.lanes
+        name = step.convolution.name
+        pattern, read, lanes = self.patterns[name], step.read.whole, self.kernels.lanes
         width = QUAD if _in_quads(step, pattern) else 1
         row["whole"] = in_tiles = reads_whole(step, width, self.kernels)
         made = _row_list(step, pattern, width, 0 if in_tiles else lanes, self.kernels.dtype)
@@ -355,10 +357,10 @@ class _Program:
 
 def _in_quads(step: RowStep, pattern: Pattern) -> bool:
     """Whether four filters of a layer that keeps all its weights walk one list."""
-    if pattern.index is not None or step.node.groups > 1:
+    if pattern.index is not None or step.convolution.groups > 1:
         return False
     if step.transposed:  # the phases of a stride see different taps
-        return step.node.window.stride == (1, 1) and pattern.shape[1] % QUAD == 0
+        return step.window.stride == (1, 1) and pattern.shape[1] % QUAD == 0
     return pattern.filters % QUAD == 0
 
 
@@ -368,7 +370,7 @@ def _row_list(step: RowStep, pattern: Pattern, width: int, lanes: int, dtype) ->
     Transposed, the input's planes are the filters and the layer's filters are what they read. With
     `lanes` the offsets hold the whole vectors of a displacement.
     """
-    node, read, many = step.node, step.source.whole, len(step.taps)
+    node, read, many = step.convolution, step.read.whole, len(step.taps)
     (sy, sx), (_, channels, *size) = node.window.stride, pattern.shape
     (down, phase_y), (across, phase_x) = (taps_and_phases(node.window, axis) for axis in (0, 1))
     if step.transposed:

@@ -7,6 +7,7 @@ of their tap, so that a weight reads aligned vectors and its sum is moved sidewa
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from harprune.kernels.graph import (
     Graph,
     MaxPool,
     MeanPool,
-    Node,
+    Pool,
     Shape,
     Window,
 )
@@ -166,7 +167,7 @@ class RowStep:
     rectify: bool = False
     vectors: tuple[str, str] = ("", "")
     external: int = -1
-    node: Node | None = None
+    node: Convolution | Pool | None = None
     stride: tuple[int, int] = (1, 1)
     taps: tuple[int, ...] = ()
     transposed: bool = False
@@ -179,6 +180,26 @@ class RowStep:
 
     def __post_init__(self):
         self.sums = self.out and self.out.whole
+
+    @property
+    def read(self) -> Part:
+        """`source`, which every kind but `pack` has."""
+        return cast(Part, self.source)
+
+    @property
+    def made(self) -> Part:
+        """`out`, which every kind but `unpack` has."""
+        return cast(Part, self.out)
+
+    @property
+    def convolution(self) -> Convolution:
+        """`node`, where it is one."""
+        return cast(Convolution, self.node)
+
+    @property
+    def window(self) -> Window:
+        """Of `node`, where there is one."""
+        return cast(Convolution | Pool, self.node).window
 
     def maps(self) -> list[Map]:
         return [p.whole for p in (self.source, self.out, self.other) if p is not None]
@@ -219,7 +240,7 @@ class RowPlan:
             case MeanPool() if main.window == Window((1, 1)) and fused.other is None:
                 self._laid[fused.out, (1, 1), 0] = self._read(main.sources[0])
                 return
-            case MaxPool() | MeanPool():
+            case Pool():
                 source = self._read(main.sources[0])
                 if source.shape.width > LONGEST:
                     raise NotInRows(f"a pooled row of {source.shape.width} exceeds {LONGEST}")
@@ -237,7 +258,7 @@ class RowPlan:
                 raise NotInRows(f"rows do not run {type(main).__name__}; fold or replace it")
         step.rectify = fused.rectify
         if fused.other is not None:
-            step.other = Part(self._read(fused.other, pitch=step.out.whole.pitch))
+            step.other = Part(self._read(fused.other, pitch=step.made.whole.pitch))
         self.steps.append(step)
 
     def _convolution(self, node: Convolution, value: int) -> RowStep:
@@ -303,7 +324,7 @@ def merge(
     steps: list[RowStep], patterns: Mapping[str, Pattern], kernels: Kernels, kinds: tuple[str, ...]
 ) -> list[RowStep]:
     """Let convolutions store what the one step, of `kinds`, that reads them would make of it."""
-    makers = {step.out.whole: step for step in steps if step.kind == "convolve"}
+    makers = {step.made.whole: step for step in steps if step.kind == "convolve"}
     readers: dict[Map, list[RowStep]] = {}
     for step in steps:
         for part in (step.source, step.other):
@@ -311,9 +332,10 @@ def merge(
                 readers.setdefault(part.whole, []).append(step)
     left = []
     for step in steps:
-        maker = makers.get(step.source.whole) if step.source is not None else None
-        alone = maker is not None and len(readers[maker.sums]) == 1 and step.kind in kinds
-        if alone and _parts_squares(maker, step, patterns, kernels):
+        maker = None
+        if step.kind in kinds and len(readers[step.read.whole]) == 1:
+            maker = makers.get(step.read.whole)
+        if maker is not None and _parts_squares(maker, step, patterns, kernels):
             maker.stored, maker.out = step.kind, step.out
         else:
             left.append(step)
@@ -325,26 +347,27 @@ def _parts_squares(
 ) -> bool:
     """Whether `step` parts the map that `maker` makes into squares of two by two."""
     if step.kind == "max_pool":
-        pairs = step.node.window == Window((2, 2), (2, 2))
+        pairs = step.window == Window((2, 2), (2, 2))
     else:
         pairs = step.stride == (2, 2)
-    if not pairs or patterns[maker.node.name].index is None:
+    if not pairs or patterns[maker.convolution.name].index is None:
         return False
-    made = maker.sums
+    made = step.read.whole
     _, height, width = made.shape
     # Rows of one vector become packed ones, so two of a parity fill a vector.
     squares = made.vectors in (1, 2, 4) and height % (4 if made.vectors == 1 else 2) == 0
-    squares &= not made.packed and width == made.pitch == 2 * step.out.whole.pitch
+    squares &= not made.packed and width == made.pitch == 2 * step.made.whole.pitch
     return squares and reads_whole(maker, 1, kernels)
 
 
 def reads_whole(step: RowStep, width: int, kernels: Kernels) -> bool:
     """Whether each row of a convolution fits a tile for `width` filters, and is read as it is;
     else a displaced sum takes a vector more."""
-    span = 1 << (step.sums.vectors - 1).bit_length()
+    sums = cast(Map, step.sums)
+    span = 1 << (sums.vectors - 1).bit_length()
     short = span <= min(4, SUMS if width == 1 else kernels.tile // width)
     short &= all(abs(tap) < kernels.lanes for tap in step.taps)
-    return short and step.source.whole.pitch == step.sums.pitch
+    return short and step.read.whole.pitch == sums.pitch
 
 
 def _taps(window: Window, axis: int) -> np.ndarray:

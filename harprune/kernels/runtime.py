@@ -7,7 +7,7 @@ so a result does not depend on the number of threads.
 
 import mmap as mmap_module
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,11 +15,12 @@ from functools import cache
 from mmap import mmap
 from queue import SimpleQueue
 from threading import Lock
+from typing import cast
 from weakref import WeakSet
 
 import numpy as np
 
-from harprune.kernels.graph import Convolution, MaxPool
+from harprune.kernels.graph import Convolution, MeanPool, Pool
 from harprune.kernels.lists import (
     REACHES,
     List,
@@ -105,11 +106,10 @@ class Executable:
         if name in self._transposed_lists:
             self._transposed_lists[name].fill(kept)
 
-    def _list(self, step: Step) -> List:
-        name, _ = step.weights
+    def _list(self, step: Step, name: str) -> List:
         lists = self._transposed_lists if step.transposed else self._forward_lists
         if name not in lists:
-            node, pattern, read = self._nodes[name], self.patterns[name], step.source.buffer
+            node, pattern, read = self._nodes[name], self.patterns[name], step.read.buffer
             kernels, shape = self.plan.kernels, self.plan.graph.shapes[node.sources[0]]
             given = (node, pattern, shape, read.strides, kernels.dtype, kernels.tile)
             if step.transposed:
@@ -149,7 +149,7 @@ class Executable:
                 row["signs_plane"], row["signs_row"] = height * width, down * width
                 row["signs_column"] = right
         if step.weights is not None:
-            self._link_list(row, step)
+            self._link_list(row, step, *step.weights)
         if step.kind == "moments":
             row["external"] = self._moments.setdefault(
                 id(step), self._externals + len(self._moments)
@@ -160,10 +160,10 @@ class Executable:
                 if vector in self.vectors:
                     row[name] = self.vectors[vector].ctypes.data
         if step.pool is not None:
-            self._link_pool(row, step)
+            self._link_pool(row, step, step.pool)
 
-    def _link_list(self, row: np.void, step: Step) -> None:
-        kept, first = self._list(step), step.weights[1]
+    def _link_list(self, row: np.void, step: Step, name: str, first: int) -> None:
+        kept = self._list(step, name)
         if first % kept.width:
             raise ValueError(f"filter {first} does not start a group of {kept.width}")
         begin = first * REACHES if kept.reaches else first // kept.width
@@ -174,7 +174,7 @@ class Executable:
             kept.width,
             kept.reaches,
         )
-        row["band"] = self._band(step.source)
+        row["band"] = self._band(step.read)
 
     def _band(self, read: View) -> int:
         """Rows of a convolution's output whose input the cache holds."""
@@ -182,19 +182,18 @@ class Executable:
         bytes_of_row = buffer.shape.channels * buffer.strides.row * self._size
         return max(1, int(_CACHE / bytes_of_row - 2) // read.skip[0])
 
-    def _link_pool(self, row: np.void, step: Step) -> None:
+    def _link_pool(self, row: np.void, step: Step, pool: Pool) -> None:
         back = step.kind.endswith("back")
-        wide = (step.out if back else step.source).buffer.shape
+        wide = (step.made if back else step.read).buffer.shape
         row["in_height"], row["in_width"] = wide.height, wide.width
-        window = step.pool.window
         for name in ("size", "stride", "padding"):
-            y, x = getattr(window, name)
+            y, x = getattr(pool.window, name)
             short = name.removesuffix("ding")
             row[f"{short}_y"], row[f"{short}_x"] = y, x
-        if isinstance(step.pool, MaxPool):
+        if step.winners is not None:
             row["index"] = step.winners.at
-        else:
-            row["full_area"] = step.pool.full_area
+        if isinstance(pool, MeanPool):
+            row["full_area"] = pool.full_area
 
     # Running --------------------------------------------------------------------------------
 
@@ -220,10 +219,11 @@ class Executable:
     ) -> list[np.ndarray]:
         """The gradients to those inputs whose gradient the plan was made for, in their order."""
         plan, graph = self.plan, self.plan.graph
+        wanted = cast(Collection[int], plan.gradients)
         nothing = np.empty((memory.images, 0), plan.kernels.dtype)
         found = {}
         for value in graph.inputs:
-            if value in plan.gradients:  # zero where no output reads it
+            if value in wanted:  # zero where no output reads it
                 make = np.empty if value in plan.gradient_of else np.zeros
                 found[value] = make((memory.images, *graph.shapes[value]), plan.kernels.dtype)
         arrays = [*gradients, *(found.get(value, nothing) for value in graph.inputs)]

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits (N, K), what they are compared with) -> loss per image (N,), which an attack raises."""
 
 
-def record(self: object) -> str:
+def record(self: Any) -> str:
     """A dataclass as text that is the same in every process: functions appear by name."""
     values = [(field.name, getattr(self, field.name)) for field in fields(self) if field.repr]
     shown = [

@@ -8,11 +8,12 @@ one also learns which part broke which image, and the reference's warnings becom
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from harprune.robustness.threat import Linf, Threat
 
 if TYPE_CHECKING:
     from pyautoattack import AutoAttack as Reference
+    from pyautoattack.autoattack import AttackName
 
 FLAGS = {
     "randomized defense": "randomised output",
@@ -160,7 +162,9 @@ class AutoAttack:
         if classes >= 4:
             reference, extra = Reference(net, version=self.version, **options), ()
         else:
-            parts = ["apgd-ce", *["apgd-dlr"] * (classes == 3), "fab-t", "square"]
+            parts: list[AttackName] = ["apgd-ce", "apgd-dlr", "fab-t", "square"]
+            if classes < 3:
+                parts.remove("apgd-dlr")
             reference = Reference(net, version="custom", attacks=parts, **options)
             reference.apgd.n_restarts = 1
             extra = (f"not standard AutoAttack: {classes} classes allow only {', '.join(parts)}",)
@@ -183,11 +187,11 @@ class AutoAttack:
         x_adv = x.clone() if begun is None else begun.x_adv.clone()
         survivors = {} if begun is None else dict(begun.survivors)
         standing = list(survivors.values())[-1].clone() if survivors else clean.clone()
-        for part in reference.attacks_to_run:
+        for part in cast("list[AttackName]", reference.attacks_to_run):
             if part in survivors:
                 continue
             for rows in self._split(standing.nonzero().flatten()):
-                attacked = _perturb(reference, part, x[rows], y[rows])
+                attacked = _perturb(reference, part, self.seed, x[rows], y[rows])
                 broken = net(attacked).argmax(1) != y[rows]
                 x_adv[rows[broken]] = attacked[broken]
                 standing[rows[broken]] = False
@@ -199,7 +203,7 @@ class AutoAttack:
         return rows.split(self.batch_size) if len(rows) else ()
 
 
-def square_gain(survivors: dict[str, Tensor], size: int) -> float:
+def square_gain(survivors: Mapping[str, Tensor | np.ndarray], size: int) -> float:
     """The accuracy that Square took from what the gradient attacks had left, of `size` images.
 
     More than `SQUARE_TOLERANCE` says that the gradients misled the other parts.
@@ -211,7 +215,7 @@ def square_gain(survivors: dict[str, Tensor], size: int) -> float:
     return (int(before.sum()) - int(survivors["square"].sum())) / max(size, 1)
 
 
-def _perturb(reference: "Reference", part: str, x: Tensor, y: Tensor) -> Tensor:
+def _perturb(reference: "Reference", part: str, seed: int, x: Tensor, y: Tensor) -> Tensor:
     """One part on one batch, set up as the reference's own loop does."""
     match part:
         case "apgd-ce" | "apgd-dlr":
@@ -225,7 +229,7 @@ def _perturb(reference: "Reference", part: str, x: Tensor, y: Tensor) -> Tensor:
             attack.n_restarts = 1 if attack.targeted else attack.n_restarts
         case "square":
             attack = reference.square
-    attack.seed = reference.seed
+    attack.seed = seed
     return attack.perturb(x.clone(), y.clone())
 
 

@@ -6,7 +6,7 @@ An attack runs in eval mode, the forward passes that are differentiated in the m
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -63,9 +63,9 @@ def _adversarial(
 class Natural:
     """Cross-entropy on the images as they are."""
 
-    attack: ClassVar[None] = None
-    replays: ClassVar[int] = 1
-    passes: ClassVar[int] = 1
+    attack = None
+    replays = 1
+    passes = 1
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(model(x), y)
@@ -83,7 +83,7 @@ class PGDAT:
 
     attack: Attack
     clean_forward: bool = False
-    replays: ClassVar[int] = 1
+    replays = 1
 
     @property
     def passes(self) -> int:
@@ -107,7 +107,7 @@ class TRADES:
     attack: Attack
     beta: float = 6.0
     clean_forward: bool = False
-    replays: ClassVar[int] = 1
+    replays = 1
 
     @property
     def passes(self) -> int:
@@ -135,7 +135,7 @@ class MART:
     attack: Attack
     beta: float = 5.0
     clean_forward: bool = False
-    replays: ClassVar[int] = 1
+    replays = 1
 
     @property
     def passes(self) -> int:
@@ -190,7 +190,7 @@ class RSLAD:
     teacher: Callable[[Tensor], Tensor] = field(repr=False)
     divergence: SoftLabels = SoftLabels()
     weight: float = 5 / 6
-    replays: ClassVar[int] = 1
+    replays = 1
 
     @property
     def passes(self) -> int:
@@ -215,8 +215,8 @@ class Free:
 
     threat: Threat
     replays: int = 4
-    attack: ClassVar[None] = None
-    passes: ClassVar[int] = 1
+    attack = None
+    passes = 1
 
     def __post_init__(self) -> None:
         if self.replays < 1:
@@ -244,7 +244,7 @@ class Free:
 
     def _move(self, gradient: Tensor) -> None:
         """One step of epsilon along the gradient that the caller's backward pass brings."""
-        rows = self._noise[: len(gradient)]
+        rows = cast(Tensor, self._noise)[: len(gradient)]
         rows.copy_(self.threat.clip(rows + self.threat.epsilon * self.threat.ascent(gradient)))
 
     def reset(self) -> None:

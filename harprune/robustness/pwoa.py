@@ -14,7 +14,6 @@ not on the label. The paper prunes by ADMM at the same time; here the loss goes 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +44,9 @@ class PwoA:
     lambda_y: float = 1e-4
     sigma: float = 5.0
 
-    attack: ClassVar[None] = None
-    replays: ClassVar[int] = 1
-    passes: ClassVar[int] = 2  # the second one is the teacher's, forward only
+    attack = None
+    replays = 1
+    passes = 2  # the second one is the teacher's, forward only
 
     __repr__ = record
 

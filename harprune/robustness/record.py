@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -156,7 +156,8 @@ def paired(a: Evaluation, b: Evaluation, name: str = WORST_CASE) -> PairedDiffer
                 "evaluate both on the same subset"
             )
     first, second = ({**each.outcomes, name: each.outcome(name)} for each in (a, b))
-    return paired_difference(first, second, name)
+    # Of the same images there is one.
+    return cast(PairedDifference, paired_difference(first, second, name))
 
 
 def differing(a: Evaluation, b: Evaluation) -> dict[str, int]:

@@ -7,6 +7,7 @@ After the check lists of Carlini et al. 2019 and of RobustBench (Croce et al. 20
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import permutations
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -26,6 +27,10 @@ NEAR_ZERO = 0.05
 """Accuracy that may remain where the attacker may turn any image grey."""
 
 _STRENGTH = {FGSM: 0, PGD: 1, APGD: 1, AutoAttack: 2}
+
+
+def _is_known(attack: Attack) -> TypeGuard[FGSM | PGD | APGD | AutoAttack]:
+    return type(attack) in _STRENGTH
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def check_order(
         attacks: name -> attack; those of other kinds than this package's are not compared.
         outcomes: name -> bool (N,), the images still correct.
     """
-    known = {n: a for n, a in attacks.items() if type(a) in _STRENGTH}
+    known = {n: a for n, a in attacks.items() if _is_known(a)}
     pairs = [
         (weak, strong)
         for weak, strong in permutations(known, 2)
@@ -121,4 +126,4 @@ def check_order(
 
 def threat_of(attacks: Mapping[str, Attack]) -> Threat | None:
     """The threat of the first attack of this package, if there is one."""
-    return next((a.threat for a in attacks.values() if type(a) in _STRENGTH), None)
+    return next((a.threat for a in attacks.values() if _is_known(a)), None)

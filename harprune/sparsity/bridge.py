@@ -9,6 +9,7 @@ weights.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ from torch.autograd.function import once_differentiable
 from harprune.kernels import graph as g
 from harprune.kernels import native
 from harprune.kernels.forward import Forward
-from harprune.kernels.gradient import Gradient, Pass
+from harprune.kernels.gradient import Gradient
 from harprune.kernels.graph import Graph, Shape
-from harprune.kernels.lists import NEARLY_DENSE, Pattern
+from harprune.kernels.lists import NEARLY_DENSE, Pattern, shape_of
 from harprune.kernels.plan import Plan
 from harprune.kernels.runtime import Executable, Memory
 from harprune.sparsity.regions import Role, output_axes, translate
@@ -35,9 +36,8 @@ def kernels_for(dtype: torch.dtype) -> native.Kernels | None:
 
 def pattern_of(weight: np.ndarray) -> Pattern:
     """Where the weights of a layer, or its mask, are not zero."""
-    shape = (*weight.shape, 1, 1)[:4]
     index = np.flatnonzero(weight)
-    return Pattern(shape, None if len(index) > NEARLY_DENSE * weight.size else index)
+    return Pattern(shape_of(weight), None if len(index) > NEARLY_DENSE * weight.size else index)
 
 
 def kept_values(weight: np.ndarray, pattern: Pattern) -> np.ndarray:
@@ -49,6 +49,40 @@ def kept_values(weight: np.ndarray, pattern: Pattern) -> np.ndarray:
 def array(tensor: Tensor) -> np.ndarray:
     """A tensor's values as a contiguous array, shared where that can be."""
     return tensor.detach().contiguous().numpy()
+
+
+Weighted = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+"""Layers with weights to prune."""
+
+Trained = Weighted | nn.BatchNorm2d
+"""Layers that the kernels run while they train."""
+
+
+class FrozenWeights(Protocol):
+    """A convolution or linear layer as it is now; `kept` is a fixed mask, if it has one."""
+
+    weight: Tensor
+    bias: Tensor | None
+    kept: Tensor | None
+
+
+class FrozenScaling(Protocol):
+    """scale[c] x + shift[c]."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+class RunningNorm(Protocol):
+    """A batch norm with running statistics."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    momentum: float | None
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +127,25 @@ class _Region(nn.Module):
         """Whether an input is no batch of images, but something for torch to broadcast."""
         return len({len(x) for x in inputs}) > 1
 
+    @staticmethod
+    def kernels(inputs: tuple[Tensor, ...]) -> native.Kernels:
+        """What computes in the type of `inputs`; whoever makes a region has asked for it."""
+        return cast(native.Kernels, kernels_for(inputs[0].dtype))
+
     def shaped(self, outputs: list[np.ndarray]) -> tuple[Tensor, ...]:
         """Outputs as tensors: maps, or vectors without their unit axes."""
         tensors = [torch.from_numpy(y) for y in outputs]
         return tuple(
             y.flatten(1) if n == 2 else y for y, n in zip(tensors, self._axes, strict=True)
         )
+
+
+def _one_or_all(outputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    first, *more = outputs
+    return outputs if more else first
+
+
+Runs = TypeVar("Runs", Forward, Gradient)
 
 
 class FunctionRegion(_Region):
@@ -116,49 +163,51 @@ class FunctionRegion(_Region):
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
             outputs = _Function.apply(self, *inputs)
         else:
-            executable = self.executable(inputs, gradients=False)
+            executable = self.executable(inputs, Forward)
             outputs = self.shaped(executable.forward([array(x) for x in inputs]))
-        return outputs if len(outputs) > 1 else outputs[0]
+        return _one_or_all(outputs)
 
-    def executable(self, inputs: tuple[Tensor, ...], *, gradients: bool) -> Gradient | Forward:
+    def executable(self, inputs: tuple[Tensor, ...], kind: type[Runs]) -> Runs:
         """What runs inputs of this shape, with the weights of now."""
         threads, shapes = torch.get_num_threads(), (tuple(x.shape[1:]) for x in inputs)
-        key = (gradients, inputs[0].dtype, threads, *shapes)
+        key = (kind, inputs[0].dtype, threads, *shapes)
         if key not in self._plans:
-            self._plans[key] = (-1, *self._planned(inputs, gradients), None)
+            self._plans[key] = (-1, *self._planned(inputs, kind), None)
         version, make, graph, layers, executable = self._plans[key]
         if version != self.version():
             executable = _load(make, graph, layers, executable)
             self._plans[key] = (self.version(), make, graph, layers, executable)
         return executable
 
-    def _planned(self, inputs: tuple[Tensor, ...], gradients: bool):
+    def _planned(
+        self, inputs: tuple[Tensor, ...], kind: type[Runs]
+    ) -> tuple[Callable[..., Runs], Graph, dict[str, nn.Module]]:
         graph, layers = self.translated(inputs)
-        kernels, threads = kernels_for(inputs[0].dtype), torch.get_num_threads()
-        kind = Gradient if gradients else Forward
-        return partial(kind, graph, kernels, threads=threads), graph, layers
+        make = partial(kind, graph, self.kernels(inputs), threads=torch.get_num_threads())
+        return make, graph, layers
 
 
 def _load(
-    make: Callable[..., Gradient | Forward],
+    make: Callable[..., Runs],
     graph: Graph,
     layers: Mapping[str, nn.Module],
-    executable: Gradient | Forward | None,
-) -> Gradient | Forward:
+    executable: Runs | None,
+) -> Runs:
     """`graph` with the weights of now; in `executable`, where all masks are still the same."""
     known = executable.patterns if executable is not None else {}
     patterns, values, vectors = {}, {}, {}
     for node in graph.nodes:
         if isinstance(node, g.Convolution):
-            layer = layers[node.name]
+            layer = cast(FrozenWeights, layers[node.name])
             held = Held(layer.weight, layer.kept)
             patterns[node.name] = pattern = _pattern(held, known.get(node.name))
             values[node.name] = kept_values(array(layer.weight), pattern)
             if layer.bias is not None:
                 vectors[f"{node.name}/bias"] = array(layer.bias)
         elif isinstance(node, g.Affine):
-            vectors[f"{node.name}/scale"] = array(layers[node.name].scale)
-            vectors[f"{node.name}/shift"] = array(layers[node.name].shift)
+            scaling = cast(FrozenScaling, layers[node.name])
+            vectors[f"{node.name}/scale"] = array(scaling.scale)
+            vectors[f"{node.name}/shift"] = array(scaling.shift)
     if executable is None or any(known[n] is not p for n, p in patterns.items()):
         executable = make(patterns, vectors)
     else:
@@ -172,7 +221,7 @@ def _load(
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, region: FunctionRegion, *inputs: Tensor):
-        ctx.executable, ctx.region = region.executable(inputs, gradients=True), region
+        ctx.executable, ctx.region = region.executable(inputs, Gradient), region
         ctx.version = region.version()
         outputs, ctx.memory = ctx.executable.forward([array(x) for x in inputs])
         ctx.shapes = [x.shape for x in inputs]
@@ -189,7 +238,8 @@ class _Function(torch.autograd.Function):
         return None, *(torch.from_numpy(x).view(s) for x, s in zip(results, ctx.shapes))
 
 
-def _taken(ctx) -> Memory | Pass:
+def _taken(ctx) -> Any:
+    """What the pass forwards has left in `ctx.memory`."""
     if ctx.memory is None:
         raise RuntimeError("a region on the kernels can be differentiated only once")
     return ctx.memory
@@ -204,11 +254,11 @@ class TrainingRegion(_Region):
         held: how a convolution or linear layer holds its weights now.
     """
 
-    def __init__(self, region: fx.GraphModule, role: Role, held: Callable[[nn.Module], Held]):
+    def __init__(self, region: fx.GraphModule, role: Role, held: Callable[[Trained], Held]):
         super().__init__(region, role)
         self._held = held
-        self._plans: dict[tuple, tuple[Plan, dict[str, nn.Module]]] = {}
-        self._executables: dict[tuple, Executable] = {}
+        self._plans: dict[tuple, tuple[Plan, dict[str, Trained]]] = {}
+        self._executables: dict[Plan, Executable] = {}
 
     def forward(self, *inputs: Tensor):
         if self.in_torch(inputs):
@@ -220,21 +270,22 @@ class TrainingRegion(_Region):
         for name, layer in layers.items():
             parameters += [held[name].tensor if name in held else layer.weight, layer.bias]
         outputs = _Training.apply(self, plan, layers, held, len(inputs), *inputs, *parameters)
-        return outputs if len(outputs) > 1 else outputs[0]
+        return _one_or_all(outputs)
 
-    def _plan(self, inputs: tuple[Tensor, ...]) -> tuple[Plan, dict[str, nn.Module]]:
+    def _plan(self, inputs: tuple[Tensor, ...]) -> tuple[Plan, dict[str, Trained]]:
         wanted = tuple(x.requires_grad for x in inputs)
         key = (inputs[0].dtype, wanted, *(tuple(x.shape[1:]) for x in inputs))
         if key not in self._plans:
             graph, nodes = self.translated(inputs)
-            layers = {n.name: nodes[n.name] for n in graph.nodes if hasattr(n, "name")}
+            named = [n.name for n in graph.nodes if isinstance(n, g.Named)]
+            layers = {name: cast(Trained, nodes[name]) for name in named}
             gradients = [v for v, want in zip(graph.inputs, wanted) if want]
-            kernels = kernels_for(inputs[0].dtype)
-            self._plans[key] = (Plan(graph, kernels, training=True, gradients=gradients), layers)
+            plan = Plan(graph, self.kernels(inputs), training=True, gradients=gradients)
+            self._plans[key] = (plan, layers)
         return self._plans[key]
 
     def executable(
-        self, plan: Plan, layers: Mapping[str, nn.Module], held: Mapping[str, Held]
+        self, plan: Plan, layers: Mapping[str, Trained], held: Mapping[str, Held]
     ) -> Executable:
         """`plan` with the weights of now; lists are made anew only where masks changed."""
         executable = self._executables.get(plan)
@@ -247,8 +298,9 @@ class TrainingRegion(_Region):
         executable.threads = torch.get_num_threads()
         for name, weights in held.items():
             executable.load(name, _values(weights, patterns[name]))
-            if layers[name].bias is not None:
-                executable.vectors[f"{name}/bias"][...] = array(layers[name].bias)
+            bias = layers[name].bias
+            if bias is not None:
+                executable.vectors[f"{name}/bias"][...] = array(bias)
         return executable
 
 
@@ -266,7 +318,7 @@ def _pattern(held: Held, known: Pattern | None) -> Pattern:
 
 def _values(held: Held, pattern: Pattern) -> np.ndarray:
     """The weights that `pattern` keeps, in ascending position."""
-    if not held.compact:
+    if held.kept is None or not held.compact:
         return kept_values(array(held.tensor), pattern)
     if pattern.index is not None:
         return array(held.tensor)
@@ -283,17 +335,19 @@ def _convolutions(plan: Plan) -> list[str]:
     return [n.name for n in plan.graph.nodes if isinstance(n, g.Convolution)]
 
 
-def _vectors(plan: Plan, layers: Mapping[str, nn.Module]) -> dict[str, np.ndarray]:
+def _vectors(plan: Plan, layers: Mapping[str, Trained]) -> dict[str, np.ndarray]:
     """Room for the vectors that are computed in each step, and for the biases."""
     vectors, dtype = {}, plan.kernels.dtype
     for node in plan.graph.nodes:
-        channels = plan.graph.shapes[node.out].channels
+        if not isinstance(node, g.Named):
+            continue
         names = ()
         if isinstance(node, g.Normalisation):
             names = ("scale", "shift", "back_scale", "back_shift", "back_slope")
-        elif isinstance(node, g.Convolution) and layers[node.name].bias is not None:
+        elif layers[node.name].bias is not None:
             names = ("bias",)
         for name in names:
+            channels = plan.graph.shapes[node.out].channels
             vectors[f"{node.name}/{name}"] = np.zeros(channels, dtype)
     return vectors
 
@@ -319,7 +373,7 @@ class _Training(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor):
         memory, ctx.memory = _taken(ctx), None
         executable = ctx.executable
-        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        found: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
 
         def normalise(name: str, sums: np.ndarray, many: int) -> None:
             layer = name.removesuffix("/gradient")
@@ -343,8 +397,11 @@ class _Training(torch.autograd.Function):
             if name in ctx.held and wants_weight:
                 to_weight = _weight_gradient(ctx, name, memory)
             for value, want in ((to_weight, wants_weight), (to_bias, wants_bias)):
+                gradient = cast(np.ndarray, value)  # of what is wanted
                 dtype = executable.plan.kernels.dtype
-                weights.append(torch.from_numpy(value.astype(dtype, copy=False)) if want else None)
+                weights.append(
+                    torch.from_numpy(gradient.astype(dtype, copy=False)) if want else None
+                )
         executable.release(memory)
         return None, None, None, None, None, *inputs, *weights
 
@@ -360,12 +417,12 @@ def _weight_gradient(ctx, name: str, memory: Memory) -> np.ndarray:
         return _scattered(kept, pattern.index, held.kept.numel()).reshape(held.kept.shape)
     which = native.ALL_BF16 if ctx.low else native.ALL
     full = executable.weight_gradient(name, memory, which)
-    if held.compact:
+    if held.kept is not None and held.compact:
         return full[np.flatnonzero(array(held.kept))]
     return full.reshape(held.tensor.shape)
 
 
-def _normalise(norm: nn.Module, vectors, name: str, sums: np.ndarray, many: int):
+def _normalise(norm: RunningNorm, vectors, name: str, sums: np.ndarray, many: int):
     """Set scale and shift from the batch's sums, and move the running statistics (eq. of torch)."""
     if many < 2:
         raise ValueError(

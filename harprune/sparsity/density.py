@@ -23,6 +23,8 @@ class Density(nn.Module, ABC):
 class GivenDensity(Density):
     """A density that somebody chose."""
 
+    value: Tensor
+
     def __init__(self, value: float):
         super().__init__()
         if not 0.0 < value <= 1.0:

@@ -12,16 +12,25 @@ tolerance, and gradients to the input flow through it.
 """
 
 from enum import Enum
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 from harprune.kernels import graph as kernel_nodes
 from harprune.kernels import native
 from harprune.modes import eval_mode
-from harprune.sparsity.bridge import FunctionRegion, Held, TrainingRegion, kernels_for
+from harprune.sparsity.bridge import (
+    FunctionRegion,
+    Held,
+    RunningNorm,
+    Trained,
+    TrainingRegion,
+    Weighted,
+    kernels_for,
+)
+from harprune.sparsity.layers import parametrizations
 from harprune.sparsity.masks import FixedMask, KeptWeights
 from harprune.sparsity.regions import split, traced
 
@@ -110,10 +119,11 @@ def frozen(model: nn.Module) -> fx.GraphModule | None:
         return None
     if _is_hooked(network):
         return None
-    modules = dict(network.named_modules())
+    modules: dict[str, nn.Module] = dict(network.named_modules())
     for node in list(network.graph.nodes):
-        if node.op == "call_module" and _is_affine(modules[node.target]):
-            _freeze(network, node, modules)
+        layer = modules[node.target] if node.op == "call_module" else None
+        if _is_affine(layer):
+            _freeze(network, node, layer, modules)
         elif _is_asleep(node, modules):
             node.replace_all_uses_with(node.args[0])
             network.graph.erase_node(node)
@@ -126,26 +136,28 @@ def frozen(model: nn.Module) -> fx.GraphModule | None:
 def _is_asleep(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a node is a dropout in eval mode."""
     if node.op == "call_module":
-        return isinstance(modules[node.target], nn.modules.dropout._DropoutNd)
+        return isinstance(modules[str(node.target)], nn.modules.dropout._DropoutNd)
     given = dict(zip(("input", "p", "training"), node.args)) | node.kwargs
     return node.target in _DROPOUTS and bool(node.args) and given.get("training") is False
 
 
-def _freeze(network: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module]) -> None:
+def _freeze(
+    network: fx.GraphModule,
+    node: fx.Node,
+    layer: Weighted | RunningNorm,
+    modules: dict[str, nn.Module],
+) -> None:
     """Put a frozen copy in the place of `node`, and of the batch norm behind a convolution."""
-    layer = modules[node.target]
     follower = next(iter(node.users)) if len(node.users) == 1 else None
     norm = None
     if _is_convolution(layer) and follower is not None and follower.op == "call_module":
-        candidate = modules[follower.target]
+        candidate = modules[str(follower.target)]
         norm = candidate if _is_frozen_norm(candidate) else None
     key = f"frozen_{node.name}"
-    network.add_submodule(
-        key, _FrozenNorm(layer) if _is_frozen_norm(layer) else _FrozenLayer(layer, norm)
-    )
-    node.target = key
-    modules[key] = network.get_submodule(key)
-    if norm is not None:
+    made = _FrozenLayer(layer, norm) if isinstance(layer, Weighted) else _FrozenNorm(layer)
+    network.add_submodule(key, made)
+    node.target, modules[key] = key, made
+    if follower is not None and norm is not None:
         follower.replace_all_uses_with(node)
         network.graph.erase_node(follower)
 
@@ -153,7 +165,7 @@ def _freeze(network: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module
 class _Cast(nn.Module):
     """Images in the layout and precision of the twin; logits back in the precision of x."""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype | None):
+    def __init__(self, network: fx.GraphModule, dtype: torch.dtype | None):
         super().__init__()
         self.network = network
         self.dtype = dtype
@@ -189,7 +201,7 @@ class _OnKernels(nn.Module):
         if not split(network, x[:1].detach(), role_of_frozen):
             return None
         for name, region in list(network.named_children()):
-            if name.startswith("fused_"):
+            if isinstance(region, fx.GraphModule) and name.startswith("fused_"):
                 setattr(network, name, FunctionRegion(region, role_of_frozen, self._read))
         return network
 
@@ -217,13 +229,17 @@ class Frozen(nn.Module):
 class _FrozenLayer(Frozen):
     """A convolution or linear layer, masked, with the batch norm that follows folded in."""
 
-    def __init__(self, layer: nn.Module, norm: nn.Module | None):
+    weight: Tensor
+    bias: Tensor | None
+    kept: Tensor | None
+
+    def __init__(self, layer: Weighted, norm: RunningNorm | None):
         super().__init__()
         # In a tuple, so that the model's modules do not become submodules of its twin.
         self._source = (layer, norm)
 
     @property
-    def layer(self) -> nn.Module:
+    def layer(self) -> Weighted:
         """The convolution or linear layer that this one stands for."""
         return self._source[0]
 
@@ -246,15 +262,19 @@ class _FrozenLayer(Frozen):
         self.bias = None if bias is None else bias.to(dtype, copy=own)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.layer, nn.Linear):
+        layer = self.layer
+        if isinstance(layer, nn.Linear):
             return F.linear(x, self.weight, self.bias)
-        return self.layer._conv_forward(x, self.weight, self.bias)
+        return layer._conv_forward(x, self.weight, self.bias)
 
 
 class _FrozenNorm(Frozen):
     """A batch norm in eval mode that no convolution precedes: one multiply-add per value."""
 
-    def __init__(self, norm: nn.Module):
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: RunningNorm):
         super().__init__()
         self._source = (norm,)
 
@@ -272,7 +292,7 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return x * scale.view(shape) + shift.view(shape)
 
 
-def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(norm: RunningNorm) -> tuple[Tensor, Tensor]:
     scale = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight.detach()
@@ -289,15 +309,15 @@ def _is_hooked(network: fx.GraphModule) -> bool:
     )
 
 
-def _is_affine(module: nn.Module) -> bool:
+def _is_affine(module: object) -> TypeGuard[Weighted | RunningNorm]:
     return _is_linear(module) or _is_convolution(module) or _is_frozen_norm(module)
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _is_linear(module: object) -> TypeGuard[nn.Linear]:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
-def _is_convolution(module: nn.Module) -> bool:
+def _is_convolution(module: object) -> TypeGuard[Weighted]:
     # A mask makes a leaf of a user's own convolution, and says no more of what it overrides.
     return any(
         isinstance(module, kind)
@@ -307,7 +327,7 @@ def _is_convolution(module: nn.Module) -> bool:
     )
 
 
-def _is_frozen_norm(module: nn.Module) -> bool:
+def _is_frozen_norm(module: object) -> TypeGuard[RunningNorm]:
     return isinstance(module, _BATCH_NORMS) and module.track_running_stats
 
 
@@ -331,7 +351,7 @@ class TrainingTwin(nn.Module):
 
     def _split(self, x: Tensor) -> fx.GraphModule | None:
         network = traced(self.model)
-        frozen_norms = {m for m in self.model.modules() if _is_frozen_norm(m) and not m.training}
+        frozen_norms = {m for m in self.model.modules() if not m.training and _is_frozen_norm(m)}
 
         def role(module: nn.Module) -> type[kernel_nodes.Node] | None:
             return None if module in frozen_norms else role_of_layer(module)
@@ -341,7 +361,7 @@ class TrainingTwin(nn.Module):
             if not split(network, x[:1].detach(), role):
                 return None
         for name, region in list(network.named_children()):
-            if name.startswith("fused_"):
+            if isinstance(region, fx.GraphModule) and name.startswith("fused_"):
                 setattr(network, name, TrainingRegion(region, role, held))
         return network
 
@@ -375,11 +395,11 @@ def role_of_layer(module: nn.Module) -> type[kernel_nodes.Node] | None:
     return None
 
 
-def held(layer: nn.Module) -> Held:
+def held(layer: Trained) -> Held:
     """How a layer holds its weights: dense, under a fixed mask, or as kept values alone."""
-    if not parametrize.is_parametrized(layer, "weight"):
+    chain = parametrizations(layer).get("weight")
+    if chain is None:
         return Held(layer.weight)
-    chain = layer.parametrizations["weight"]
     match chain[0]:
         case KeptWeights(kept=kept):
             return Held(chain.original, kept)

@@ -10,16 +10,17 @@ for zeros after the normalisation.
 import operator
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 
 from harprune.kernels import graph as g
 from harprune.kernels.graph import Graph, Shape
 from harprune.kernels.lists import Pattern, sift
+from harprune.sparsity.bridge import FrozenScaling, FrozenWeights
 from harprune.sparsity.execution import Frozen, affine, frozen, role_of_frozen
 from harprune.sparsity.regions import first_unsupported, translate
 
@@ -106,7 +107,7 @@ def _require_whole(network: fx.GraphModule, example: Tensor) -> None:
     if node is not None:
         what = getattr(node.target, "__name__", node.target)
         if node.op == "call_module":
-            module = network.get_submodule(node.target)
+            module = network.get_submodule(str(node.target))
             what = type(getattr(module, "layer", module)).__name__
         place = next(reversed(node.meta.get("nn_module_stack") or ["the model itself"]))
         raise ValueError(
@@ -124,7 +125,7 @@ def _with_weights(graph: Graph, layers: dict[str, nn.Module]) -> Extracted:
     found = Extracted(graph, {}, {}, {})
     for number, node in enumerate(graph.nodes):
         if isinstance(node, g.Convolution):
-            layer = layers[node.name]
+            layer = cast(FrozenWeights, layers[node.name])
             pattern, values = sift(_array(layer.weight))
             found.patterns[node.name], found.values[node.name] = pattern, values
             # The layer itself may have none, and a bias from the batch norm behind it.
@@ -132,8 +133,9 @@ def _with_weights(graph: Graph, layers: dict[str, nn.Module]) -> Extracted:
             if layer.bias is not None:
                 found.vectors[f"{node.name}/bias"] = _array(layer.bias)
         elif isinstance(node, g.Affine):
-            for vector in ("scale", "shift"):
-                found.vectors[f"{node.name}/{vector}"] = _array(getattr(layers[node.name], vector))
+            scaling = cast(FrozenScaling, layers[node.name])
+            found.vectors[f"{node.name}/scale"] = _array(scaling.scale)
+            found.vectors[f"{node.name}/shift"] = _array(scaling.shift)
     return found
 
 
@@ -147,6 +149,9 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 class _Affine(nn.Module):
     """scale[c] x + shift[c]; kept in float64 until it is final."""
+
+    scale64: Tensor
+    shift64: Tensor
 
     def __init__(self, scale: Tensor, shift: Tensor):
         super().__init__()
@@ -205,7 +210,7 @@ def _fold_channel_arithmetic(network: fx.GraphModule, example: Tensor) -> None:
         if found is None:
             continue
         source, scale, shift = found
-        before = network.get_submodule(source.target) if source.op == "call_module" else None
+        before = network.get_submodule(str(source.target)) if source.op == "call_module" else None
         if isinstance(before, _Affine) and len(source.users) == 1:
             shift = shift + scale * before.shift64
             scale = scale * before.scale64
@@ -227,15 +232,17 @@ def _affine_of(network: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, Tensor,
     if step is None or node.kwargs or len(node.args) != 2:
         return None
     constants = [_constant(network, argument) for argument in node.args]
-    if (constants[0] is None) == (constants[1] is None):
-        return None
     left = constants[0] is not None
     source, constant = node.args[left], constants[not left]
-    # A traced size has no shape of its own, nor has a tuple of tensors.
-    shape = getattr(source.meta.get("tensor_meta"), "shape", ())
-    if len(shape) not in (2, 4):
+    if constant is None or constants[left] is not None or not isinstance(source, fx.Node):
         return None
-    found = step(_per_channel(constant, shape), left) if _fits(constant, shape) else None
+    # A traced size has no shape of its own, nor has a tuple of tensors.
+    meta = source.meta.get("tensor_meta")
+    if not isinstance(meta, TensorMetadata) or len(meta.shape) not in (2, 4):
+        return None
+    if not _fits(constant, meta.shape):
+        return None
+    found = step(_per_channel(constant, meta.shape), left)
     return None if found is None else (source, *found)
 
 
@@ -243,7 +250,7 @@ def _constant(network: fx.GraphModule, argument) -> Tensor | None:
     if isinstance(argument, int | float):
         return torch.tensor(argument, dtype=torch.float64)
     if isinstance(argument, fx.Node) and argument.op == "get_attr":
-        return operator.attrgetter(argument.target)(network).detach().double()
+        return operator.attrgetter(str(argument.target))(network).detach().double()
     return None
 
 

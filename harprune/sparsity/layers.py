@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from math import prod
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +125,12 @@ def require_weights_of_its_own(
             )
 
 
+def parametrizations(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """What the parametrised tensors of a module are computed by, by their names."""
+    chains = getattr(module, "parametrizations", {})
+    return dict(chains.items()) if parametrize.is_parametrized(module) else {}
+
+
 def weights(layers: dict[str, Layer]) -> dict[str, Tensor]:
     """The unmasked weights of the layers, detached."""
     return {name: layer.parameter.detach() for name, layer in layers.items()}
@@ -143,8 +150,9 @@ def _parameters(model: nn.Module) -> Iterator[_Place]:
         if isinstance(module, parametrize.ParametrizationList) or ".parametrizations." in prefix:
             continue
         own = [name for name, value in module._parameters.items() if value is not None]
-        if parametrize.is_parametrized(module):
-            own += [n for n in module.parametrizations if isinstance(_original(module, n), Tensor)]
+        for tensor_name, chain in parametrizations(module).items():
+            if isinstance(chain._parameters.get("original"), Tensor):
+                own.append(tensor_name)
         for tensor_name in sorted(own, key=_declared):
             yield (f"{prefix}.{tensor_name}" if prefix else tensor_name), module, tensor_name
 
@@ -154,14 +162,10 @@ def _declared(tensor_name: str) -> tuple[bool, str]:
     return tensor_name == "bias", tensor_name
 
 
-def _original(module: nn.Module, tensor_name: str):
-    return module.parametrizations[tensor_name]._parameters.get("original")
-
-
 def _parameter(module: nn.Module, tensor_name: str) -> nn.Parameter:
-    if parametrize.is_parametrized(module, tensor_name):
-        return module.parametrizations[tensor_name].original
-    return module._parameters[tensor_name]
+    chain = parametrizations(module).get(tensor_name)
+    found = module._parameters[tensor_name] if chain is None else chain.original
+    return cast(nn.Parameter, found)
 
 
 def _is_included(place: _Place, include: Sequence[str] | None) -> bool:

@@ -10,13 +10,14 @@ A parametrised model cannot be pickled whole, `type(layer) is nn.Conv2d` is fals
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from harprune.sparsity.density import Density
-from harprune.sparsity.layers import Layer, prunable_layers
+from harprune.sparsity.layers import Layer, parametrizations, prunable_layers
 from harprune.sparsity.selection import keep_top, top_fraction
 
 
@@ -33,6 +34,8 @@ class Mask(nn.Module, ABC):
 
 class FixedMask(Mask):
     """A mask that no longer changes: `kept` is boolean, one entry per unit."""
+
+    kept: Tensor
 
     def __init__(self, kept: Tensor):
         super().__init__()
@@ -74,6 +77,9 @@ class LearnedMask(Mask):
 class KeptWeights(nn.Module):
     """kept values -> weight: the parameter holds nothing but what a `FixedMask` keeps."""
 
+    kept: Tensor
+    index: Tensor
+
     def __init__(self, kept: Tensor):
         super().__init__()
         self.register_buffer("kept", kept)
@@ -101,7 +107,7 @@ def install(layer: Layer, mask: Mask) -> None:
         mask.to(device)
     for module, tensor_name in layer.places:
         if parametrize.is_parametrized(module, tensor_name):
-            module.parametrizations[tensor_name][0] = mask
+            parametrizations(module)[tensor_name][0] = mask
         else:
             # `unsafe` spares one trial evaluation of the mask; shape and dtype are ours to keep.
             parametrize.register_parametrization(module, tensor_name, mask, unsafe=True)
@@ -115,10 +121,9 @@ def installed(model: nn.Module) -> dict[str, tuple[Layer, Mask]]:
         return {}
     for name, layer in prunable_layers(model, include=("*",)).items():
         module, tensor_name = layer.places[0]
-        if parametrize.is_parametrized(module, tensor_name):
-            mask = module.parametrizations[tensor_name][0]
-            if isinstance(mask, Mask):
-                found[name] = (layer, mask)
+        chain = parametrizations(module).get(tensor_name)
+        if chain is not None and isinstance(chain[0], Mask):
+            found[name] = (layer, chain[0])
     return found
 
 
@@ -164,24 +169,24 @@ def compact(model: nn.Module) -> None:
 @torch.no_grad()
 def expand(model: nn.Module) -> None:
     """Undo `compact`: dense parameters under `FixedMask`s, with the values of now."""
-    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
-        for name, chain in getattr(module, "parametrizations", {}).items():
+        for name, chain in parametrizations(module).items():
             if isinstance(chain[0], KeptWeights):
                 places.setdefault(chain.original, []).append((module, name))
     for values, held in places.items():
         module, name = held[0]
-        mask = module.parametrizations[name][0]
-        _exchange(held, FixedMask(mask.kept), mask(values))
+        weights = cast(KeptWeights, parametrizations(module)[name][0])
+        _exchange(held, FixedMask(weights.kept), weights(values))
 
 
 def _exchange(places, parametrization: nn.Module, values: Tensor) -> None:
     """Another parametrisation of the same weight, over one new parameter for all its places."""
     module, name = places[0]
-    frozen = not module.parametrizations[name].original.requires_grad
+    frozen = not parametrizations(module)[name].original.requires_grad
     parameter = nn.Parameter(values, requires_grad=not frozen)
     for module, name in places:
-        chain = module.parametrizations[name]
+        chain = parametrizations(module)[name]
         chain[0], chain.original = parametrization, parameter
 
 
@@ -211,4 +216,4 @@ def _own_class(module: nn.Module) -> None:
     which `deepcopy` lets them share, and removes it from there."""
     shared = type(module)
     held = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
-    module.__class__ = type(shared.__name__, shared.__bases__, held)
+    module.__class__ = cast(type[nn.Module], type(shared.__name__, shared.__bases__, held))

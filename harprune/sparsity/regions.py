@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
-from torch.fx.passes.shape_prop import ShapeProp
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn import functional as F
 
 from harprune.kernels import graph as g
-from harprune.kernels.graph import Graph, Shape, Window
+from harprune.kernels.graph import Graph, Pair, Shape, Window
 
 Role = Callable[[nn.Module], "type[g.Node] | None"]
 """A module -> `Convolution` (a convolution or linear layer), `Affine`, `Normalisation` or None."""
@@ -44,12 +44,12 @@ def traced(model: nn.Module) -> fx.GraphModule:
     for node in list(network.graph.nodes):
         seen.add(node)
         if node.op == "call_module" and node.kwargs:
-            bound = signature(modules[node.target].forward).bind(*node.args, **node.kwargs)
+            bound = signature(modules[str(node.target)].forward).bind(*node.args, **node.kwargs)
             node.args, node.kwargs = bound.args, bound.kwargs
         changed = node.args[0] if node.args else None
         if isinstance(changed, fx.Node) and _is_in_place(node, modules):
             changed.replace_all_uses_with(node, delete_user_cb=lambda user: user not in seen)
-            _make_pure(node, modules)
+            _make_pure(node, changed, modules)
         elif node.op == "call_method" and node.target in _VIEWS and not _is_cast(node):
             node.target = _VIEWS[node.target]
     network.recompile()
@@ -75,14 +75,19 @@ class _Tracer(fx.Tracer):
 
 def _is_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_module":
-        return getattr(modules[node.target], "inplace", False) is True
+        return getattr(modules[str(node.target)], "inplace", False) is True
     if node.op == "call_method":
-        return node.target.endswith("_") and not node.target.endswith("__")
+        return _says_in_place(str(node.target))
     if node.op != "call_function":
         return False
     asked = node.kwargs.get("inplace", node.target is F.relu and True in node.args[1:]) is True
-    name = getattr(node.target, "__name__", "")
-    return asked or node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    named = _says_in_place(getattr(node.target, "__name__", ""))
+    return asked or named or node.target in _IN_PLACE
+
+
+def _says_in_place(name: str) -> bool:
+    """Whether it is torch's name of what changes its argument."""
+    return name.endswith("_") and not name.endswith("__")
 
 
 def _is_cast(node: fx.Node) -> bool:
@@ -90,11 +95,10 @@ def _is_cast(node: fx.Node) -> bool:
     return any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
 
 
-def _make_pure(node: fx.Node, modules: Mapping[str, nn.Module]) -> None:
+def _make_pure(node: fx.Node, changed: fx.Node, modules: Mapping[str, nn.Module]) -> None:
     """What the kernels know under another name gets it; anything else works on a copy."""
-    changed = node.args[0]
     rectifies = node.target in (*_RECTIFIERS, "relu_")
-    if rectifies or (node.op == "call_module" and type(modules[node.target]) is nn.ReLU):
+    if rectifies or (node.op == "call_module" and type(modules[str(node.target)]) is nn.ReLU):
         node.op, node.target, node.args, node.kwargs = "call_function", torch.relu, (changed,), {}
     elif node.target is operator.iadd:
         node.target = operator.add
@@ -188,7 +192,7 @@ def output_axes(region: fx.GraphModule) -> list[int]:
 
 
 def _is_weighted(node: fx.Node, modules, role) -> bool:
-    return node.op == "call_module" and role(modules[node.target]) is g.Convolution
+    return node.op == "call_module" and role(modules[str(node.target)]) is g.Convolution
 
 
 class _Translation:
@@ -201,14 +205,14 @@ class _Translation:
         """Whether the kernels run `node`, whose shapes are known."""
         if node.op not in ("call_module", "call_function", "call_method"):
             return False
-        shape = _shape(node)
-        sources = [_shape(n) for n in node.all_input_nodes]
+        shape, sources = _shape(node), node.all_input_nodes
+        shapes = [s for s in map(_shape, sources) if s is not None]
         # A tensor of the model has no axis of images, though it may look so for one image.
-        constant = any(n.op == "get_attr" for n in node.all_input_nodes)
-        if shape is None or None in sources or not sources or constant:
+        constant = any(n.op == "get_attr" for n in sources)
+        if shape is None or not sources or len(shapes) < len(sources) or constant:
             return False
         probe = Graph()
-        values = {n: probe.value(s) for n, s in zip(node.all_input_nodes, sources)}
+        values = {n: probe.value(s) for n, s in zip(sources, shapes)}
         made = self._make(node, probe, values)
         return made and probe.shapes[values[node]] == shape
 
@@ -226,7 +230,7 @@ class _Translation:
                 if not self._make(node, graph, values):
                     raise ValueError(f"{node.format_node()} cannot run on the kernels")
                 if node.op == "call_module":
-                    layers[node.name] = self._modules[node.target]
+                    layers[node.name] = self._modules[str(node.target)]
         return graph, layers
 
     def _make(self, node: fx.Node, graph: Graph, values: dict[fx.Node, int]) -> bool:
@@ -253,7 +257,7 @@ class _Translation:
         return False
 
     def _make_module(self, node: fx.Node, graph: Graph, values) -> bool:
-        module = self._modules[node.target]
+        module = self._modules[str(node.target)]
         role = self._role(module)
         if role is g.Convolution:
             return _weighted(node, graph, values, getattr(module, "layer", module))
@@ -283,8 +287,8 @@ class _Translation:
         return False
 
     def _make_sum(self, node, graph: Graph, values) -> bool:
-        sources = tuple(values.get(a) if isinstance(a, fx.Node) else None for a in node.args)
-        if len(sources) != 2 or None in sources:
+        sources = tuple(values[a] for a in node.args if isinstance(a, fx.Node) and a in values)
+        if not len(sources) == len(node.args) == 2:
             return False
         shapes = {graph.shapes[s] for s in sources}
         if len(shapes) != 1:
@@ -308,10 +312,9 @@ class _Translation:
 def _shape(node: fx.Node) -> Shape | None:
     """The map of one image that `node` gives, or None where it gives none."""
     meta = node.meta.get("tensor_meta")
-    shape = getattr(meta, "shape", None)
-    if shape is None or not meta.dtype.is_floating_point:
+    if not isinstance(meta, TensorMetadata) or not meta.dtype.is_floating_point:
         return None
-    return Shape(*shape[1:]) if len(shape) in (2, 4) else None
+    return Shape(*meta.shape[1:]) if len(meta.shape) in (2, 4) else None
 
 
 def _add(
@@ -349,12 +352,15 @@ def _weighted(node, graph: Graph, values, layer: nn.Module) -> bool:
         if shape != Shape(layer.in_features):
             return False
         window, groups, filters = Window((1, 1)), 1, layer.out_features
-    else:
-        padding = _padding(layer) if isinstance(layer, nn.Conv2d) else None
+    elif isinstance(layer, nn.Conv2d):
+        padding = _padding(layer)
         if padding is None or shape.channels != layer.in_channels:
             return False
-        window = Window(layer.kernel_size, layer.stride, padding, layer.dilation)
+        size, stride, dilation = map(_pair, (layer.kernel_size, layer.stride, layer.dilation))
+        window = Window(size, stride, padding, dilation)
         groups, filters = layer.groups, layer.out_channels
+    else:
+        return False
     out = Shape(filters, *window.over(shape.height, shape.width))
     bias = layer.bias is not None
     fields = {"name": node.name, "window": window, "groups": groups, "bias": bias}
@@ -362,16 +368,16 @@ def _weighted(node, graph: Graph, values, layer: nn.Module) -> bool:
     return True
 
 
-def _padding(layer: nn.Conv2d) -> tuple[int, ...] | None:
+def _padding(layer: nn.Conv2d) -> Pair | None:
     """The zeros on both ends of each side; None where they are something else, or not as many."""
     if layer.padding_mode != "zeros":
         return None
     if not isinstance(layer.padding, str):
-        return layer.padding
+        return _pair(layer.padding)
     if layer.padding == "valid":
         return (0, 0)
     both = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation)]
-    return None if any(n % 2 for n in both) else tuple(n // 2 for n in both)
+    return None if any(n % 2 for n in both) else _pair([n // 2 for n in both])
 
 
 def _pool(node, graph: Graph, values, kind, window: Window, **fields) -> bool:
@@ -414,19 +420,21 @@ def _adaptive(node, graph: Graph, values, size) -> bool:
     """Windows that divide the map evenly, or one position repeated."""
     source = _source(node, values)
     channels, *sides = graph.shapes[source]
-    wanted = tuple(m if n is None else n for n, m in zip(_pair(size), sides))
+    wanted = [m if n is None else n for n, m in zip(_pair(size), sides)]
     if any(m % n and m != 1 for n, m in zip(wanted, sides)):
         return False
-    strides = tuple(m // n for n, m in zip(wanted, sides))
-    window = Window(tuple(max(1, s) for s in strides), strides)
+    strides = [m // n for n, m in zip(wanted, sides)]
+    window = Window(_pair([max(1, s) for s in strides]), _pair(strides))
     shape = Shape(channels, *wanted)
     _add(node, graph, values, g.MeanPool, shape, (source,), window=window, adaptive=True)
     return True
 
 
 def _window(size, stride, padding) -> Window:
-    return Window(_pair(size), _pair(stride if stride is not None else size), _pair(padding))
+    return Window(_pair(size), _pair(stride or size), _pair(padding))
 
 
-def _pair(value) -> tuple:
-    return tuple(value) if isinstance(value, tuple | list) else (value, value)
+def _pair(value) -> Pair:
+    """(rows, columns) as torch reads them: one number, be it in a tuple or not, is both."""
+    sides = value if isinstance(value, tuple | list) else (value,)
+    return sides[0], sides[-1]

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 SETTLING = 16
 """Batches of an epoch from which the average takes its batch-norm statistics."""
 
@@ -61,8 +63,10 @@ class Average(AveragedModel):
                 norm.momentum = momentum
 
     @torch.no_grad()
-    def _move(self, averages: list[Tensor], values: list[Tensor], _count: Tensor) -> None:
+    def _move(self, averages: Tensors, values: Tensors, _count: Tensor | int) -> None:
         """Move tensors of one type towards the network's own."""
         # The copy of the count in hand lies on the accelerator, where reading it would wait.
         steps = int(self.n_averaged) + 1
-        torch._foreach_lerp_(averages, values, (1.0 - self.decay) / (1.0 - self.decay**steps))
+        share = (1.0 - self.decay) / (1.0 - self.decay**steps)
+        # All at once, as torch's own averages do; there is no public name for it.
+        torch._foreach_lerp_(averages, values, share)  # pyright: ignore[reportPrivateImportUsage]

@@ -48,8 +48,8 @@ class Batches:
         world: int = 1,
     ):
         self.device = torch.device(device or "cpu")
-        resident = isinstance(split.images, Tensor)
-        self.images = split.images.to(self.device) if resident else split.images
+        images = split.images
+        self.images = images.to(self.device) if isinstance(images, Tensor) else images
         self.labels = split.labels.to(self.device)
         self.batch_size = batch_size
         self.seed = seed

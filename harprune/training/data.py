@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -258,8 +258,9 @@ def _same_size(dataset: Dataset, image_size: int | None) -> Dataset:
 def _load_digits() -> Dataset:
     """scikit-learn's 1797 digits, 8 x 8; 360 of them, always the same, are the test split."""
     from sklearn.datasets import load_digits
+    from sklearn.utils import Bunch
 
-    digits = load_digits()
+    digits = cast(Bunch, load_digits())
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     whole = from_arrays(images, digits.target)
     train, test = split_validation(whole, DIGITS_TEST_SIZE, seed=0)

@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from rich.progress import DownloadColumn, Progress, TaskID
 
@@ -126,7 +127,8 @@ def _fetch(remote: Remote, folder: Path, progress: bool) -> Path:
     failures = []
     for mirror in remote.mirrors:
         url, bar = mirror + remote.name, RichBar(remote.name)
-        downloader = pooch.HTTPDownloader(
+        # Its hints know no bars but tqdm's, and `retrieve` those of no downloader but the user's.
+        downloader = cast(Any, pooch.HTTPDownloader)(
             progressbar=bar if progress else False,
             chunk_size=CHUNK,
             # A server that unpacks .gz files on the way would change their MD5.
@@ -161,26 +163,27 @@ class RichBar:
     def __init__(self, name: str):
         self.name = name
         self.total = 0
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._shown: tuple[Progress, TaskID] | None = None
 
     def update(self, count: int) -> None:
         """Note `count` more bytes."""
-        if self._bar is None:
-            self._bar = Progress(*Progress.get_default_columns(), DownloadColumn(), transient=True)
-            self._task = self._bar.add_task(self.name, total=self.total or None)
-            self._bar.start()
-        self._bar.update(self._task, advance=count)
+        if self._shown is None:
+            bar = Progress(*Progress.get_default_columns(), DownloadColumn(), transient=True)
+            self._shown = bar, bar.add_task(self.name, total=self.total or None)
+            bar.start()
+        bar, task = self._shown
+        bar.update(task, advance=count)
 
     def reset(self) -> None:
         """Back to zero."""
-        if self._bar is not None:
-            self._bar.reset(self._task)
+        if self._shown is not None:
+            bar, task = self._shown
+            bar.reset(task)
 
     def close(self) -> None:
         """Take the bar off the screen."""
-        if self._bar is not None:
-            self._bar.stop()
+        if self._shown is not None:
+            self._shown[0].stop()
 
 
 def _unpack(archive: Path, folder: Path, name: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -146,7 +146,7 @@ def _fill_cache(model: nn.Module) -> None:
     # and the loss would silently train nothing.
     for module in model.modules():
         if parametrize.is_parametrized(module):
-            for name in module.parametrizations:
+            for name in cast(nn.ModuleDict, module.parametrizations):
                 getattr(module, name)
 
 

@@ -68,9 +68,9 @@ class Split:
 
     def subset(self, indices: Tensor) -> Split:
         """The images at `indices`, in that order."""
-        files = isinstance(self.images, ImageFiles)
-        images = self.images.subset(indices) if files else self.images[indices]
-        return Split(images, self.labels[indices])
+        images = self.images
+        chosen = images.subset(indices) if isinstance(images, ImageFiles) else images[indices]
+        return Split(chosen, self.labels[indices])
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,12 @@ def test_padding_may_be_a_word(padding):
     assert np.allclose(run(extract(model.eval(), x), x), model(x).detach().numpy(), atol=1e-5)
 
 
+def test_one_number_in_a_tuple_stands_for_both_sides():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=(2,)), nn.MaxPool2d((2,)), nn.Flatten())
+    x = torch.rand(5, 3, 9, 9)
+    assert np.allclose(run(extract(model.eval(), x), x), model(x).detach().numpy(), atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize(
     "layer",
