@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -88,7 +88,7 @@ app.add_typer(bench, name="bench")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _INTERRUPTED = 130
-_Usage: type = typer.BadParameter.__mro__[1]  # what every fault in a command line derives from
+_Usage: Any = typer.BadParameter.__mro__[1]  # what every fault in a command line derives from
 
 
 def _version(asked: bool) -> None:

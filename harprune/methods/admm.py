@@ -24,6 +24,13 @@ from harprune.sparsity.masks import OpenMask
 from harprune.sparsity.selection import keep_top
 
 
+class _Apart(OpenMask):
+    """Z, which meets the budget, and the scaled dual U, beside the free weights W."""
+
+    z: Tensor
+    u: Tensor
+
+
 @dataclass(eq=False)
 class ADMM(Method):
     """All weights are trained; the allocation sets each layer's density (the paper's: uniform).
@@ -62,7 +69,7 @@ class ADMM(Method):
         for name, layer in budget.layers(model).items():
             w = layer.parameter.detach()
             z = w * self._support(name, layer, w)
-            masks.install(layer, OpenMask(z=z, u=torch.zeros_like(w)))
+            masks.install(layer, _Apart(z=z, u=torch.zeros_like(w)))
 
     def _support(self, name: str, layer: Layer, values: Tensor) -> Tensor:
         """Where the projection of `values` is not zero: the units of the largest norm."""
@@ -78,7 +85,7 @@ class ADMM(Method):
         """rho / 2 times the squared distance of W + U to Z."""
         apart = [
             (layer.weight - mask.z + mask.u).square().sum()
-            for layer, mask in masks.installed(model).values()
+            for layer, mask in masks.of_kind(model, _Apart).values()
         ]
         return self._weight / 2.0 * torch.stack(apart).sum()
 
@@ -87,7 +94,7 @@ class ADMM(Method):
         if (epoch + 1) * self.updates // self._epochs == epoch * self.updates // self._epochs:
             return
         self._weight *= self.growth
-        for name, (layer, mask) in masks.installed(model).items():
+        for name, (layer, mask) in masks.of_kind(model, _Apart).items():
             w = layer.parameter
             mask.z = (w + mask.u) * self._support(name, layer, w + mask.u)
             mask.u = mask.u + w - mask.z

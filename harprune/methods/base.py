@@ -100,7 +100,8 @@ class Budget:
         ]
 
         def overrun(densities: Mapping[str, Tensor]) -> Tensor:
-            return sum((cost(densities) / bound - 1.0).clamp(min=0.0) for bound, cost in costs)
+            over = [(cost(densities) / bound - 1.0).clamp(min=0.0) for bound, cost in costs]
+            return sum(over, torch.zeros(()))
 
         return overrun
 

@@ -29,6 +29,9 @@ _AWAKE = 1e-12
 class SignedMask(Mask):
     """theta -> sign * theta where active, else 0."""
 
+    sign: Tensor
+    kept: Tensor
+
     def __init__(self, sign: Tensor, kept: Tensor):
         super().__init__()
         self.register_buffer("sign", sign)
@@ -82,7 +85,8 @@ class BCS(Method):
 
     @torch.no_grad()
     def step_ended(self, model: nn.Module, step: int) -> None:
-        parts, random, slept = list(masks.installed(model).values()), self._random(step), 0
+        parts = list(masks.of_kind(model, SignedMask).values())
+        random, slept = self._random(step), 0
         for layer, mask in parts:
             theta, before = layer.parameter, int(mask.kept.sum())
             theta[mask.kept] += self.noise * torch.randn(before, generator=random).to(theta)
@@ -104,7 +108,7 @@ class BCS(Method):
 
     @torch.no_grad()
     def settle(self, model: nn.Module) -> None:
-        parts = masks.installed(model)
+        parts = masks.of_kind(model, SignedMask)
         wanted = {name: float(mask.kept.float().mean()) for name, (_, mask) in parts.items()}
         counts = self._budget.counts(model, {n: max(d, 1e-12) for n, d in wanted.items()})
         for name, (layer, mask) in parts.items():

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 from math import cos, floor, pi
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ class Growth(Enum):
 
 class WatchedMask(Mask):
     """A mask that keeps the loss's last gradient to *all* weights, pruned ones included."""
+
+    kept: Tensor
 
     def __init__(self, kept: Tensor):
         super().__init__()
@@ -129,7 +132,7 @@ class FlyingBird(Method):
         done = step + 1
         if not self._due(done):
             return
-        for number, (layer, mask) in enumerate(masks.installed(model).values()):
+        for number, (layer, mask) in enumerate(masks.of_kind(model, WatchedMask).values()):
             kept = int(mask.kept.sum())
             dropped, grown = self._exchange(kept, self._rate(done))
             magnitude = self._budget.granularity.magnitude(layer, layer.parameter).abs()
@@ -171,12 +174,12 @@ class FlyingBird(Method):
             return False
         return sum(b > a for a, b in pairwise(recent)) >= _PATIENCE / 2
 
-    def _promise(self, layer: Layer, mask: Mask, step: int, number: int) -> Tensor:
+    def _promise(self, layer: Layer, mask: WatchedMask, step: int, number: int) -> Tensor:
         """What each unit promises were it to grow."""
         if self.growth is Growth.RANDOM:
             shape, device = mask.kept.shape, mask.kept.device
             return torch.rand(shape, generator=generator(self._seed, number, step)).to(device)
-        gradient = mask.gradient
+        gradient = cast(Tensor, mask.gradient)  # a step's loss has just been differentiated
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(gradient)  # each process saw its own images
         return self._budget.granularity.magnitude(layer, gradient).abs()
@@ -187,7 +190,7 @@ class FlyingBird(Method):
 
     @torch.no_grad()
     def settle(self, model: nn.Module) -> None:
-        parts = masks.installed(model)
+        parts = masks.of_kind(model, WatchedMask)
         counts = {name: int(mask.kept.sum()) for name, (_, mask) in parts.items()}
         if self.adaptive:
             wanted = {n: counts[n] / mask.kept.numel() for n, (_, mask) in parts.items()}

@@ -68,7 +68,8 @@ class GraSP(Method):
             mean = [sum(parts) / len(seen) for parts in zip(*(gradient(*batch) for batch in seen))]
             for batch in seen:
                 # H g is the gradient of g . stop(g).
-                flow = sum((a * b).sum() for a, b in zip(gradient(*batch, create_graph=True), mean))
+                ahead = gradient(*batch, create_graph=True)
+                flow = sum(((a * b).sum() for a, b in zip(ahead, mean)), torch.zeros(()))
                 for total, product, w in zip(scores, gradients(flow, layers), weights):
                     total += w.detach() * product
         grain = self._budget.granularity

@@ -33,6 +33,7 @@ from harprune.methods.base import (
 from harprune.sparsity import masks
 from harprune.sparsity.costs import Cost
 from harprune.sparsity.density import LARGEST_LOGIT, Density, LearnedDensity
+from harprune.sparsity.masks import LearnedMask
 
 _NEWTON_STEPS = 50
 _OF_DENSITIES = ("gamma", "enforce_after", "start_density", "start_factor", "decay_densities")
@@ -208,5 +209,5 @@ class HARP(Method):
 
 def _logits(model: nn.Module) -> list[nn.Parameter]:
     """What the densities are learned as, each once where layers share one."""
-    logits = [mask.density.logit for _, mask in masks.installed(model).values()]
-    return list(dict.fromkeys(logits))
+    densities = [mask.density for _, mask in masks.of_kind(model, LearnedMask).values()]
+    return list(dict.fromkeys(d.logit for d in densities if isinstance(d, LearnedDensity)))

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from math import expm1, log
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ def _saliencies(
     model: nn.Module, layers: dict[str, Layer], damage: dict[str, Tensor], x: Tensor, y: Tensor
 ) -> list[tuple[str, Tensor]]:
     """(layer, saliency in the shape of its weight) for each use of a layer in a forward pass."""
-    uses: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+    uses: list[tuple[str, Any, Tensor, Tensor]] = []
 
     def note(name: str, module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
         # What follows may work in place, so it gets a copy.
@@ -135,7 +136,7 @@ def _saliencies(
     return found
 
 
-def _rows(module: nn.Module, a: Tensor) -> Tensor:
+def _rows(module: nn.Conv2d | nn.Linear, a: Tensor) -> Tensor:
     """(images, positions, inputs of one output): what the layer's weight is multiplied with."""
     if isinstance(module, nn.Linear):
         return a.reshape(len(a), -1, a.shape[-1])

@@ -19,6 +19,12 @@ from harprune.sparsity import masks
 from harprune.sparsity.masks import OpenMask
 
 
+class _Recent(OpenMask):
+    """The masks of the last epochs, (window, *units)."""
+
+    recent: Tensor
+
+
 @dataclass(eq=False)
 class RobustBird(Method):
     """Global magnitude at the epoch where the mask has settled.
@@ -52,7 +58,7 @@ class RobustBird(Method):
         for layer in budget.layers(model).values():
             shape = (self.window, *budget.granularity.score_shape(layer))
             recent = torch.zeros(shape, dtype=torch.bool, device=layer.parameter.device)
-            masks.install(layer, OpenMask(recent=recent))
+            masks.install(layer, _Recent(recent=recent))
 
     def trainable(self, model: nn.Module) -> list[dict]:
         return [parameter_group(list(model.parameters()), decay=True)]
@@ -67,13 +73,13 @@ class RobustBird(Method):
 
     def epoch_ended(self, model: nn.Module, epoch: int) -> None:
         best = best_of_all(model, self._budget, self._scores(model))
-        for name, (_, mask) in masks.installed(model).items():
+        for name, (_, mask) in masks.of_kind(model, _Recent).items():
             mask.recent[self._seen % self.window] = best[name]
         self._seen += 1
 
     def distance(self, model: nn.Module) -> float:
         """The largest share of units in which two masks of the window differ."""
-        recent = [mask.recent.flatten(1) for _, mask in masks.installed(model).values()]
+        recent = [mask.recent.flatten(1) for _, mask in masks.of_kind(model, _Recent).values()]
         every = torch.cat(recent, dim=1)
         return max(float((a ^ b).float().mean()) for a in every for b in every)
 

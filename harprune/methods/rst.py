@@ -54,8 +54,9 @@ def _randomise(model: nn.Module, layers: dict[str, Layer]) -> None:
         signs = torch.randn(layer.shape).sign()
         layer.parameter.copy_(sqrt(2.0 / layer.fan_in) * signs)
         for module, _ in layer.places:
-            if getattr(module, "bias", None) is not None:
-                module.bias.zero_()
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                bias.zero_()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.reset_parameters()  # scale 1, shift 0

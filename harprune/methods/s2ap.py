@@ -32,7 +32,7 @@ class S2AP(Ascent):
 
     @contextmanager
     def _perturbed(self, model: nn.Module) -> Iterator[None]:
-        learned = [m for _, m in masks.installed(model).values() if isinstance(m, LearnedMask)]
+        learned = [m for _, m in masks.of_kind(model, LearnedMask).values()]
         scores = [m.scores for m in learned if m.scores.grad is not None]
         if not scores:
             raise ValueError("s2ap perturbs scores, and no mask of this method trains any")

@@ -24,6 +24,8 @@ from harprune.sparsity.masks import Mask
 class Factors(Mask):
     """w -> w * a * m for single weights, A w m along the axis of the units for others."""
 
+    kept: Tensor
+
     def __init__(self, layer: Layer, grain: Granularity):
         super().__init__()
         shape = grain.score_shape(layer)
@@ -39,7 +41,8 @@ class Factors(Mask):
     def forward(self, weight: Tensor) -> Tensor:
         if self.axis is None:
             return weight * self.factor * self.kept
-        product = torch.tensordot(self.factor, weight, dims=([1], [self.axis]))
+        axes = ([1], [self.axis])
+        product = torch.tensordot(self.factor, weight, dims=axes)  # pyright: ignore[reportArgumentType] - its stub has no pairs
         return product.movedim(0, self.axis).contiguous() * self.kept
 
 
@@ -100,7 +103,7 @@ class TwinRep(Method):
             for name, layer in self._budget.layers(model).items()
         }
         best = best_of_all(model, self._budget, scores)
-        for name, (_, factors) in masks.installed(model).items():
+        for name, (_, factors) in masks.of_kind(model, Factors).items():
             factors.kept = best[name]
         self._pruned = True
 
@@ -111,7 +114,7 @@ class TwinRep(Method):
     def settle(self, model: nn.Module) -> None:
         if not self._pruned:
             self._prune(model)
-        for layer, factors in masks.installed(model).values():
+        for layer, factors in masks.of_kind(model, Factors).values():
             layer.parameter.copy_(layer.weight)
             masks.fix(layer, factors.kept)
 

@@ -106,7 +106,7 @@ def _record(run: RunRecord, paper: Paper) -> Mapping[str, str]:
         "eps": radius,
         "clean_acc": _percent(evaluation.clean),
         "reported": _percent(robust),
-        "footnote": f"{run.audit.kept:,} of {run.audit.total:,} {run.audit.denominator} kept.",
+        "footnote": f"{_kept(run)}.",
         "autoattack_acc": _percent(robust),
     }
     return {f"model_info/{dataset}/{board}/{paper.key}.json": to_json(content)}
@@ -155,14 +155,19 @@ def _submission(run: RunRecord, paper: Paper) -> Mapping[str, str | bytes]:
         "",
         f"AutoAttack standard, {evaluation.threat}, {robust.size:,} test images, by pyautoattack; "
         "the benchmark's own script attacks within 0.031, and measures the distances of HO-FMN.",
-        f"{run.audit.kept:,} of {run.audit.total:,} {run.audit.denominator} kept; those without "
-        f"are zero in `{key}.pt`, which fits the base {model['name']}.",
+        f"{_kept(run)}; those without are zero in `{key}.pt`, which fits the base {model['name']}.",
         normalised,
         "",
     ]
     buffer = BytesIO()
     torch.save({"state_dict": state}, buffer)
     return {f"{key}.md": "\n".join(lines), f"{key}.pt": buffer.getvalue()}
+
+
+def _kept(run: RunRecord) -> str:
+    if run.audit is None:
+        raise ValueError(f"{run.folder / 'audit.json'} is missing; restore it")
+    return f"{run.audit.kept:,} of {run.audit.total:,} {run.audit.denominator} kept"
 
 
 def _attacked(run: RunRecord) -> tuple[Evaluation, Measure]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -297,7 +297,7 @@ def export_recipe(
         ValueError: `path` is one of the files read, the weights do not fit the network, the network
             does not fit the images, and whatever `export` refuses.
     """
-    path, weights = Path(path), Path(recipe.model.weights)
+    path, weights = Path(path), Path(cast(str, recipe.model.weights))
     in_run = (path.parent / "recipe.json").exists() and path.suffix in (".safetensors", ".json")
     if path.resolve() == weights.resolve() or in_run:
         raise ValueError(f"--out {path} would destroy what it is made from; name another file")

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ def objective(
         case "fgsm-rs":
             return objectives.PGDAT(pgd())
         case "pwoa":
-            return PwoA(teacher, **section.pwoa.model_dump())
+            return PwoA(cast(nn.Module, teacher), **section.pwoa.model_dump())
 
 
 def distilled(
@@ -163,7 +164,7 @@ def attacked_once(objective: objectives.Objective) -> objectives.Objective:
     """`objective`, a second pass of which over the same batch does not attack anew."""
     if objective.attack is None:
         return objective
-    return replace(objective, attack=Once(objective.attack))
+    return replace(cast(Any, objective), attack=Once(objective.attack))  # each is a dataclass
 
 
 def passes_again(objective: objectives.Objective) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -71,7 +72,8 @@ ALLOCATIONS: dict[str, allocation.Allocation] = {
 def method_notes() -> list[str]:
     """The options of every method: meaning, default, and whose they are."""
     homes: dict[tuple[str, str], list[str]] = {}
-    for name, kind in (METHODS | PLUG_INS).items():
+    kinds: dict[str, Any] = METHODS | PLUG_INS
+    for name, kind in kinds.items():
         meanings = _meanings(kind)
         for option in (f for f in fields(kind) if f.init):
             held = option.default.value if isinstance(option.default, Enum) else option.default
@@ -140,7 +142,7 @@ def without_effect(recipe: Recipe) -> list[str]:
 def require_effect(recipe: Recipe) -> None:
     """Raises ValueError for an option of the method that cannot matter as the others stand."""
     made = method(recipe)
-    usual = {option.name: option.default for option in fields(made)}
+    usual = {option.name: option.default for option in fields(_kinds(recipe)[0])}
     for option, why in made.without_effect(recipe.prune.epochs).items():
         value = getattr(made, option)
         if option in recipe.method.options and value != usual[option]:
@@ -169,7 +171,7 @@ def sharpness(recipe: Recipe) -> S2AP | None:
     return _made(S2AP, _given(recipe, S2AP))
 
 
-def _kinds(recipe: Recipe) -> tuple[type[Method], list[type]]:
+def _kinds(recipe: Recipe) -> tuple[Any, list[Any]]:
     """The classes behind `NAME+PLUG_IN`."""
     name, *extra = recipe.method.name.split("+")
     kind = METHODS.get(name) or _own_kind(name)
@@ -202,7 +204,7 @@ def _own_kind(name: str) -> type[Method]:
     return kind
 
 
-def _options(kind: type) -> set[str]:
+def _options(kind: Any) -> set[str]:
     return {f.name for f in fields(kind) if f.init}
 
 
@@ -211,7 +213,7 @@ def _given(recipe: Recipe, kind: type) -> dict:
     return {n: value for n, value in recipe.method.options.items() if n in _options(kind)}
 
 
-def _made(kind: type, options: Mapping):
+def _made(kind: type, options: Mapping) -> Any:
     """`kind` with typed options; a wrong one is named as the recipe has it."""
     try:
         return TypeAdapter(kind).validate_python(dict(options))

@@ -36,7 +36,7 @@ class Data(Section):
     """Where the files lie; $HARPRUNE_DATA or the user's cache when absent (see `harprune data`)."""
     image_size: int | None = None
     """Side in pixels, 1 to 1024, to which the images of a folder are scaled and cropped."""
-    validation: float | int = Field(0.1, gt=0)
+    validation: float | int = Field(default=0.1, gt=0)
     """Share (below 1) or number of training images held out to select epochs on."""
     augmentation: Literal["default", "crop_flip", "none"] = "default"
     """The data set's usual augmentation: crop_flip, random crops and flips, for CIFAR, Tiny
@@ -62,7 +62,7 @@ class Model(Section):
 
     name: str = "small_cnn"
     """A name that `harprune doctor` lists, module:function, torchvision:NAME or timm:NAME."""
-    width: int | None = Field(None, ge=1)
+    width: int | None = Field(default=None, ge=1)
     """Channels of the first stage; the architecture's usual number when absent."""
     mean: tuple[float, ...] | None = None
     """Per-channel mean of the input normalisation, which is part of the model."""
@@ -70,7 +70,7 @@ class Model(Section):
     """Per-channel standard deviation of the input normalisation."""
     weights: str | None = None
     """A robust dense network to start from (safetensors or a torch state dict)."""
-    weights_density: float | None = Field(None, gt=0, le=1)
+    weights_density: float | None = Field(default=None, gt=0, le=1)
     """Where `weights` holds HYDRA's or HARP's scores: the density that they stand for."""
 
 
@@ -94,15 +94,15 @@ class Threat(Section):
 class PwoA(Section):
     """Options of pwoa: distillation from the dense network and the HSIC bottleneck."""
 
-    temperature: float = Field(30.0, gt=0)
+    temperature: float = Field(default=30.0, gt=0)
     """By which the logits of both networks are divided."""
-    alpha: float = Field(10.0, ge=0)
+    alpha: float = Field(default=10.0, ge=0)
     """Weight of the distillation."""
-    lambda_x: float = Field(2e-5, ge=0)
+    lambda_x: float = Field(default=2e-5, ge=0)
     """Weight of what hidden layers know of the image."""
-    lambda_y: float = Field(1e-4, ge=0)
+    lambda_y: float = Field(default=1e-4, ge=0)
     """Weight of what they know of the label."""
-    sigma: float = Field(5.0, gt=0)
+    sigma: float = Field(default=5.0, gt=0)
     """Width of the Gaussian kernels."""
 
 
@@ -111,13 +111,13 @@ class Objective(Section):
 
     name: Literal["natural", "pgd-at", "trades", "mart", "free", "fgsm-rs", "pwoa"] = "pgd-at"
     """Which loss."""
-    steps: int = Field(10, ge=1)
+    steps: int = Field(default=10, ge=1)
     """Steps of the training attack (pgd-at, trades, mart)."""
     step_size: Epsilon | None = None
     """Its step; a quarter of epsilon when absent."""
-    beta: float | None = Field(None, ge=0)
+    beta: float | None = Field(default=None, ge=0)
     """Weight of the robust term; 6 in trades and 5 in mart when absent."""
-    replays: int = Field(4, ge=1)
+    replays: int = Field(default=4, ge=1)
     """Steps on each batch in free adversarial training."""
     pwoa: PwoA = PwoA()
 
@@ -134,17 +134,17 @@ class Objective(Section):
 class Training(Section):
     """One training stage."""
 
-    epochs: int = Field(100, ge=0)
+    epochs: int = Field(default=100, ge=0)
     """Passes over the training images; 0 skips the training of the stage."""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(default=128, ge=1)
     """Images per optimiser step, over all processes."""
-    learning_rate: float = Field(0.1, gt=0)
+    learning_rate: float = Field(default=0.1, gt=0)
     """Peak learning rate."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of SGD."""
-    weight_decay: float = Field(5e-4, ge=0)
+    weight_decay: float = Field(default=5e-4, ge=0)
     """Weight decay of the weights and of batch norm. Scores and densities have none unless parity
     says so; but rst always decays its scores, as its paper does."""
     schedule: Literal["cosine", "one_cycle", "steps", "constant"] = "cosine"
@@ -156,16 +156,16 @@ class Training(Section):
 class WeightPerturbation(Section):
     """Adversarial weight perturbation (AWP)."""
 
-    radius: float = Field(0.005, gt=0)
+    radius: float = Field(default=0.005, gt=0)
     """Length of the perturbation as a fraction of the weights', layer by layer."""
-    warm_up: float = Field(0.0, ge=0, lt=1)
+    warm_up: float = Field(default=0.0, ge=0, lt=1)
     """Share of the stage that passes first, without perturbation."""
 
 
 class WeightTraining(Training):
     """A stage that trains weights, not a selection among them."""
 
-    averaging: float | None = Field(None, ge=0, lt=1)
+    averaging: float | None = Field(default=None, ge=0, lt=1)
     """Decay per optimiser step of an average of the weights, as 0.999; this
     network is then validated, selected and kept. The last step's own when absent."""
     awp: WeightPerturbation | None = None
@@ -177,9 +177,9 @@ class WeightTraining(Training):
 class Distillation(Section):
     """Learning from the dense network's answers in place of labels (RSLAD)."""
 
-    weight: float = Field(5 / 6, ge=0, le=1)
+    weight: float = Field(default=5 / 6, ge=0, le=1)
     """Share of the attacked images in the loss; the clean ones have the rest."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Softens the answers that are compared."""
 
 
@@ -198,21 +198,21 @@ class Pretrain(WeightTraining):
 class Prune(Distilled):
     """The method's own training: in HARP of scores and densities, and if it says so of weights."""
 
-    epochs: int = Field(20, ge=0)
+    epochs: int = Field(default=20, ge=0)
     """Passes over the training images."""
 
 
 class Finetune(WeightTraining, Distilled):
     """Training of the kept weights under fixed masks."""
 
-    learning_rate: float = Field(0.01, gt=0)
+    learning_rate: float = Field(default=0.01, gt=0)
     """Peak learning rate."""
 
 
 class Budget(Section):
     """What may be kept."""
 
-    density: float = Field(0.1)
+    density: float = Field(default=0.1)
     """Fraction kept, strictly between 0 and 1: 0.01 keeps 1 %."""
     allocation: str = "erk"
     """uniform, erk, lamp, igq, global, or a JSON file {layer: density}."""
@@ -220,15 +220,15 @@ class Budget(Section):
     """What is kept or dropped together."""
     cost: Literal["parameters", "multiply-adds", "mixed"] = "parameters"
     """What the budget counts; mixed is both in one currency, see `multiply_add_share`."""
-    multiply_add_share: float = Field(0.5, ge=0, le=1)
+    multiply_add_share: float = Field(default=0.5, ge=0, le=1)
     """With cost mixed, the weight of multiply-adds against parameters."""
-    multiply_adds: float | None = Field(None, gt=0, le=1)
+    multiply_adds: float | None = Field(default=None, gt=0, le=1)
     """A second bound: at most this fraction of the dense network's multiply-adds."""
     include: tuple[str, ...] | None = None
     """Name patterns of the layers to prune; all weight layers when absent."""
     exclude: tuple[str, ...] = ()
     """Name patterns of layers to leave dense."""
-    floor: float = Field(0.1, ge=0, le=1)
+    floor: float = Field(default=0.1, ge=0, le=1)
     """Least density of a layer, as a fraction of `density`."""
 
     @field_validator("density")
@@ -255,9 +255,9 @@ class Method(Section):
 class Validation(Section):
     """How epochs are selected."""
 
-    size: int | None = Field(1000, ge=1)
+    size: int | None = Field(default=1000, ge=1)
     """Validation images attacked after each epoch, at most."""
-    steps: int = Field(10, ge=1)
+    steps: int = Field(default=10, ge=1)
     """Steps of the PGD attack that selects the epoch."""
 
 
@@ -266,15 +266,15 @@ class Attack(Section):
 
     attacks: tuple[str, ...] = ("pgd-20", "autoattack")
     """fgsm, pgd-STEPS, cw-STEPS, apgd-ce, apgd-dlr, autoattack."""
-    size: int | None = Field(None, ge=1)
+    size: int | None = Field(default=None, ge=1)
     """Test images, drawn by `seed`; the complete test set when absent."""
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Draws the subset and starts the attacks."""
-    batch_size: int = Field(250, ge=1)
+    batch_size: int = Field(default=250, ge=1)
     """Images attacked at a time, and the grain of resuming (of AutoAttack each of its parts)."""
     dense: bool = True
     """Attack the dense network as well, for comparison."""
-    dense_size: int | None = Field(None, ge=1)
+    dense_size: int | None = Field(default=None, ge=1)
     """At most so many of these images for the dense network, which costs the most."""
 
 
@@ -292,9 +292,9 @@ class Execution(Section):
     twin: bool = True
     """Attack an equivalent of the model with batch norm folded and masks multiplied out, or where
     false the model itself. Validation during training uses the equivalent whatever is said here."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """CPU threads; all cores when absent. Another number may change the last bits."""
-    checkpoint_minutes: float = Field(10.0, gt=0)
+    checkpoint_minutes: float = Field(default=10.0, gt=0)
     """Also checkpoint inside an epoch after so many minutes."""
 
 
@@ -324,7 +324,7 @@ class Recipe(Section):
 
     name: str = "unnamed"
     """Shown in reports."""
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Decides initialisation, validation split, order, augmentation and training noise."""
     data: Data = Data()
     model: Model = Model()

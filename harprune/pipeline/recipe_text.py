@@ -63,16 +63,15 @@ def overridden(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str
     for override in overrides:
         _override(merged, override)
     before, after = content.get("method"), merged.get("method")
-    if _names_another(before, after):
+    if isinstance(before, Mapping) and isinstance(after, Mapping) and _renamed(before, after):
         said = {text.partition("=")[0].strip() for text in overrides}
         own = [key for key in after if key not in before or said & {"method", f"method.{key}"}]
         merged["method"] = {key: after[key] for key in own}
     return merged
 
 
-def _names_another(before: Any, after: Any) -> bool:
-    both = isinstance(before, Mapping) and isinstance(after, Mapping)
-    return both and "name" in before and before["name"] != after.get("name")
+def _renamed(before: Mapping, after: Mapping) -> bool:
+    return "name" in before and before["name"] != after.get("name")
 
 
 def settings(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> list[str]:
@@ -93,12 +92,12 @@ def settings(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> list[s
     return [*(f"{key}={_toml(value)}" for key, value in said.items()), *overrides]
 
 
-def completed(held: Mapping[str, Any]) -> Mapping[str, Any]:
+def completed(held: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved recipe of an earlier version with the defaults of keys that came since."""
     try:
         return Recipe.model_validate(held).model_dump(mode="json")
     except ValidationError:
-        return held
+        return dict(held)
 
 
 def describe(

@@ -425,12 +425,12 @@ def _objectives(
     wanted = getattr(shop.recipe, stage).objective or shop.recipe.objective
     looks_inside = distillation is None and wanted.name == "pwoa"  # where no twin has layers
     teacher = load_network(shop, "pretrain").eval() if looks_inside or distillation else None
-    soft = None if distillation is None else _fixed(shop, teacher)
+    soft = _fixed(shop, teacher) if teacher is not None and distillation is not None else None
     backend = Execution(shop.recipe.execution.backend)
 
     def make(network: nn.Module) -> tuple[Objective, nn.Module | None]:
         attacked = _attacked(shop, network)
-        if distillation is None:
+        if distillation is None or soft is None:
             objective = hardening.objective(shop.recipe, wanted, attacked, teacher)
         else:
             objective = hardening.distilled(shop.recipe, wanted, attacked, distillation, soft)

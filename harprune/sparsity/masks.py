@@ -10,7 +10,7 @@ A parametrised model cannot be pickled whole, `type(layer) is nn.Conv2d` is fals
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ class Mask(nn.Module, ABC):
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.mask().to(weight.dtype)
+
+
+Kind = TypeVar("Kind", bound=Mask)
 
 
 class FixedMask(Mask):
@@ -127,13 +130,14 @@ def installed(model: nn.Module) -> dict[str, tuple[Layer, Mask]]:
     return found
 
 
+def of_kind(model: nn.Module, kind: type[Kind]) -> dict[str, tuple[Layer, Kind]]:
+    """The layers of `model` under a mask of this kind by name, each with its mask."""
+    return {n: (layer, m) for n, (layer, m) in installed(model).items() if isinstance(m, kind)}
+
+
 def densities(model: nn.Module) -> dict[str, Tensor]:
     """The density of each layer under a `LearnedMask`, as differentiable scalars."""
-    return {
-        name: mask.density()
-        for name, (_, mask) in installed(model).items()
-        if isinstance(mask, LearnedMask)
-    }
+    return {name: mask.density() for name, (_, mask) in of_kind(model, LearnedMask).items()}
 
 
 @torch.no_grad()
