@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from harprune.methods.base import Budget, Method, generator, given_counts, parameter_group
 from harprune.sparsity import masks
 from harprune.sparsity.layers import Layer
-from harprune.sparsity.masks import Mask
+from harprune.sparsity.masks import FixedMask, Mask
 from harprune.sparsity.selection import top_among
 
 _LEAST = 0.005  # where the cosine ends
@@ -60,6 +60,15 @@ class WatchedMask(Mask):
 
     def _see(self, gradient: Tensor) -> None:
         self.gradient = gradient.detach()
+
+
+def _masked(model: nn.Module) -> dict[str, tuple[Layer, FixedMask | WatchedMask]]:
+    """The pruned layers by name; their masks are watched where gradients say what grows."""
+    return {
+        name: (layer, mask)
+        for name, (layer, mask) in masks.installed(model).items()
+        if isinstance(mask, FixedMask | WatchedMask)
+    }
 
 
 @dataclass(eq=False)
@@ -132,7 +141,7 @@ class FlyingBird(Method):
         done = step + 1
         if not self._due(done):
             return
-        for number, (layer, mask) in enumerate(masks.of_kind(model, WatchedMask).values()):
+        for number, (layer, mask) in enumerate(_masked(model).values()):
             kept = int(mask.kept.sum())
             dropped, grown = self._exchange(kept, self._rate(done))
             magnitude = self._budget.granularity.magnitude(layer, layer.parameter).abs()
@@ -174,9 +183,11 @@ class FlyingBird(Method):
             return False
         return sum(b > a for a, b in pairwise(recent)) >= _PATIENCE / 2
 
-    def _promise(self, layer: Layer, mask: WatchedMask, step: int, number: int) -> Tensor:
+    def _promise(
+        self, layer: Layer, mask: FixedMask | WatchedMask, step: int, number: int
+    ) -> Tensor:
         """What each unit promises were it to grow."""
-        if self.growth is Growth.RANDOM:
+        if not isinstance(mask, WatchedMask):
             shape, device = mask.kept.shape, mask.kept.device
             return torch.rand(shape, generator=generator(self._seed, number, step)).to(device)
         gradient = cast(Tensor, mask.gradient)  # a step's loss has just been differentiated
@@ -190,7 +201,7 @@ class FlyingBird(Method):
 
     @torch.no_grad()
     def settle(self, model: nn.Module) -> None:
-        parts = masks.of_kind(model, WatchedMask)
+        parts = _masked(model)
         counts = {name: int(mask.kept.sum()) for name, (_, mask) in parts.items()}
         if self.adaptive:
             wanted = {n: counts[n] / mask.kept.numel() for n, (_, mask) in parts.items()}
