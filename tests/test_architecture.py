@@ -173,6 +173,19 @@ def test_the_command_line_answers_before_torch_is_loaded(statement):
     assert done.stderr.strip().endswith("LOADED []"), done.stderr
 
 
+def test_the_command_line_says_what_it_lacks():
+    statement = (
+        "import sys, runpy; sys.modules['typer'] = None\n"
+        "runpy.run_module('harprune', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", statement], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("harprune: typer is not installed") and "pip install ." in said
+
+
 @pytest.mark.parametrize("path", CODE, ids=lambda p: str(p.relative_to(ROOT)))
 def test_each_file_opens_with_its_licence_and_its_purpose(path):
     text = path.read_text(encoding="utf-8")
