@@ -9,6 +9,8 @@ def main() -> None:
     try:
         from harprune.cli import main as run
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith("harprune"):
+            raise  # a fault of this package, which no installation mends
         print(
             f"harprune: {error.name} is not installed, and the command line needs it; install "
             "harprune with its dependencies (pip install .), or use harprune.deploy from Python",

@@ -408,8 +408,8 @@ def learn(
     best = course.take_best()
     shop.run.write_metrics({**earlier, stage: course.history})
     shop.console.say(f"{stage}: epoch {best + 1} of {section.epochs} selected")
-    for done_so_far in range(1, len(course.history) + 1):  # also before an interruption
-        for doubt in _doubts(course.history[:done_so_far], section.epochs, shop.classes):
+    for epochs in range(1, len(course.history) + 1):  # also those before an interruption
+        for doubt in _doubts(course.history[:epochs], section.epochs, shop.classes):
             shop.run.warn(stage, doubt + advice)
     return course.history
 
