@@ -632,7 +632,8 @@ def _run(
 ) -> None:
     from harprune.pipeline import checks
     from harprune.pipeline.run import Run, command_line
-    from harprune.pipeline.stages import open_workshop, run_until
+    from harprune.pipeline.stages import run_until
+    from harprune.pipeline.workshop import open_workshop
 
     checks.check(recipe)
     checks.require_effect(recipe, out, overrides)

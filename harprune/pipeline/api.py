@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from harprune.pipeline import checks, hardening, machinery, pruning, stages, supply
+from harprune.pipeline import checks, hardening, machinery, pruning, supply
 from harprune.pipeline.console import Console
 from harprune.pipeline.judging import chosen, judge
 from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import make_recipe
 from harprune.pipeline.run import Run, lock
+from harprune.pipeline.stages import run_until
 from harprune.pipeline.supply import Materials
+from harprune.pipeline.workshop import Workshop, load_network
 from harprune.reporting.records import GIVEN_IN_PYTHON
 from harprune.robustness.evaluation import device_of
 from harprune.robustness.identity import model_digest
@@ -111,10 +113,10 @@ def prune(
     with place as folder, Run(folder, recipe, command="harprune.prune") as run:
         run.require_same({**materials.digests(), "dense network": model_digest(model)})
         console = Console(run.folder / "log.txt", quiet=quiet)
-        shop = stages.Workshop(run, materials, machinery.fabric(recipe.execution), console)
+        shop = Workshop(run, materials, machinery.fabric(recipe.execution), console)
         # Without a folder there is nobody who could read a report.
-        stages.run_until(shop, "finetune" if out is None else "report")
-        pruned = stages.load_network(shop, "finetune").cpu().eval()
+        run_until(shop, "finetune" if out is None else "report")
+        pruned = load_network(shop, "finetune").cpu().eval()
         return Pruned(pruned, pruning.budget(recipe, materials.example).audit(pruned))
 
 

@@ -15,7 +15,8 @@ from harprune.methods.snip import SNIP
 from harprune.pipeline import checks, supply
 from harprune.pipeline.recipe_text import make_recipe, read_recipe
 from harprune.pipeline.run import Run
-from harprune.pipeline.stages import open_workshop, run_until
+from harprune.pipeline.stages import run_until
+from harprune.pipeline.workshop import open_workshop
 from harprune.training import checkpoint
 
 from .test_resume import EVERY_STEP, Fate, Killed, require_same

@@ -19,7 +19,8 @@ import pytest
 
 from harprune.pipeline.recipe_text import make_recipe, read_recipe
 from harprune.pipeline.run import Run
-from harprune.pipeline.stages import open_workshop, run_until
+from harprune.pipeline.stages import run_until
+from harprune.pipeline.workshop import open_workshop
 from harprune.training import checkpoint
 
 ENTRY = "from harprune.cli import main; main()"

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from harprune.pipeline import stages
+from harprune.pipeline import learning, stages
 from harprune.pipeline.recipe_text import read_recipe
 from harprune.pipeline.run import Run
-from harprune.pipeline.stages import open_workshop, run_until
+from harprune.pipeline.stages import run_until
+from harprune.pipeline.workshop import load_network, open_workshop
 from harprune.reporting.records import STAGES, read_run
 from harprune.sparsity.audit import audit
 from harprune.sparsity.layers import prunable_layers
@@ -64,8 +65,8 @@ def test_the_teacher_is_the_dense_network_in_eval_mode(finished, here):
             shop = open_workshop(run)
             stages.pretrain(shop)
             x = torch.rand(7, 1, 8, 8)
-            wanted = stages.load_network(shop, "pretrain").eval()(x)
-            fixed = stages._fixed(shop, stages.load_network(shop, "pretrain").eval())
+            wanted = load_network(shop, "pretrain").eval()(x)
+            fixed = learning._fixed(shop, load_network(shop, "pretrain").eval())
             assert torch.allclose(fixed(x), wanted, atol=1e-5)
 
 
@@ -116,9 +117,9 @@ def test_a_network_is_connected_if_any_image_reaches_its_logits(finished, here):
 
 
 def test_a_method_may_report_what_it_likes():
-    assert stages._summary({"loss": 1.0, "density": 0.5}) == "loss 1.000, density 0.5000"
-    assert stages._summary({"loss": 1.0, "gamma": 2.0}) == "loss 1.000, gamma 2"
-    assert stages._summary({"loss": 1.0, "mine": [3]}) == "loss 1.000"
+    assert learning._summary({"loss": 1.0, "density": 0.5}) == "loss 1.000, density 0.5000"
+    assert learning._summary({"loss": 1.0, "gamma": 2.0}) == "loss 1.000, gamma 2"
+    assert learning._summary({"loss": 1.0, "mine": [3]}) == "loss 1.000"
 
 
 def said(here, folder, *settings, last="prune"):
@@ -160,7 +161,7 @@ def test_a_warning_is_kept_until_its_stage_is_made_again(finished, here):
 def test_a_stage_that_goes_wrong_is_warned_of_once():
     def doubts(*losses: float, clean: float) -> list[list[str]]:
         history = [{"loss": loss, "clean": clean} for loss in losses]
-        return [list(stages._doubts(history[: n + 1], 4, classes=4)) for n in range(4)]
+        return [list(learning._doubts(history[: n + 1], 4, classes=4)) for n in range(4)]
 
     # Guessing among four classes costs 1.4.
     grown = doubts(0.1, 13.0, 14.0, 15.0, clean=0.9)

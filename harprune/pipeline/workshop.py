@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every stage of an open run works with: its folder, images, network, device and voice."""
+
+from dataclasses import dataclass
+
+from lightning_fabric import Fabric
+from torch import nn
+
+from harprune.pipeline import checks, machinery, supply
+from harprune.pipeline.console import Console
+from harprune.pipeline.recipe import Recipe
+from harprune.pipeline.run import Run
+from harprune.pipeline.supply import Materials
+from harprune.reporting.records import STAGES
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What every stage works with."""
+
+    run: Run
+    materials: Materials
+    engine: Fabric
+    console: Console
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.run.recipe
+
+    @property
+    def classes(self) -> int:
+        """How many there are among the validation images."""
+        return len(self.materials.validation.labels.unique())
+
+    def seed(self, stage: str) -> int:
+        """A seed of its own for each stage."""
+        return self.recipe.seed * len(STAGES) + list(STAGES).index(stage)
+
+    def warn(self, stage: str, text: str) -> None:
+        """Say it, and keep it for the report."""
+        self.console.say(f"warning: {text}")
+        self.run.warn(stage, text)
+
+
+def open_workshop(run: Run) -> Workshop:
+    """The workshop of an open run: data loaded, device chosen, processes joined.
+
+    Raises:
+        ValueError: data, weights or network that are missing or do not fit each other.
+    """
+    engine = machinery.fabric(run.recipe.execution)
+    console = Console(run.folder / "log.txt" if run.leader else None, quiet=not run.leader)
+    materials = supply.materials(run.recipe)
+    checks.rehearse(run.recipe, materials)
+    run.require_same(materials.digests())
+    return Workshop(run, materials, engine, console)
+
+
+def load_network(shop: Workshop, stage: str) -> nn.Module:
+    """The plain network that `stage` left, strictly loaded."""
+    model = shop.materials.network()
+    supply.load_strictly(model, shop.run.network(stage))
+    return model.to(shop.engine.device)
