@@ -288,8 +288,8 @@ def given_counts(model: nn.Module, budget: Budget) -> dict[str, int]:
     empty = [name for name, share in shares.items() if share == 0.0]
     if empty and budget.floor == 0.0:
         raise ValueError(
-            f"layer collapse: the allocation keeps no weight of {empty[0]} ({len(empty)} layers in "
-            "all); set budget.floor above 0 or choose another allocation"
+            f"layer collapse: the allocation keeps no weight of {empty[0]} (such layers: "
+            f"{len(empty)}); set budget.floor above 0 or choose another allocation"
         )
     return budget.counts(model, {name: max(share, 1e-12) for name, share in shares.items()})
 

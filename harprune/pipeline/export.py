@@ -96,8 +96,8 @@ class Exported:
             about = [self.note]
         elif shrunk.weights_removed or shrunk.channels_removed:
             about = [
-                f"{shrunk.weights_removed:,} of them and {shrunk.channels_removed:,} channels had "
-                "no effect and are removed"
+                f"removed, for they have no effect: {shrunk.weights_removed:,} of them, and whole "
+                f"channels: {shrunk.channels_removed:,}"
             ]
         else:
             about = []

@@ -203,7 +203,7 @@ def _alarm(shop: Workshop, model: nn.Module, counts: Audit) -> None:
     if counts.thin:
         shop.warn(
             "prune",
-            f"{len(counts.thin)} layers keep fewer weights than they have outputs, the first is "
+            f"layers that keep fewer weights than they have outputs: {len(counts.thin)}, the first is "
             f"{counts.thin[0]} with {counts.layers[counts.thin[0]].kept}",
         )
     # Of a sparse network many images may meet dead units alone, so not one of them decides.
@@ -222,8 +222,8 @@ def _alarm(shop: Workshop, model: nn.Module, counts: Audit) -> None:
     if len(some) > 1 and cut_off:
         shop.warn(
             "prune",
-            f"the logits of {len(cut_off)} classes are the same for {len(some)} images, the first "
-            f"is class {cut_off[0]}; budget.exclude can leave out the layer that makes them",
+            f"classes whose logits are the same for {len(some)} images: {len(cut_off)}, the first is "
+            f"class {cut_off[0]}; budget.exclude can leave out the layer that makes them",
         )
 
 

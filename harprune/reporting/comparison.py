@@ -150,6 +150,7 @@ def _row(group: Group) -> dict[str, Any]:
     runs = group.runs.values()
     audits = [run.audit for run in runs if run.audit]
     return group.point | {
+        "method": group.method,
         "seeds": list(group.runs),
         "measures": _measures([_finetuned(run) for run in runs]),
         "kept": [audit.kept for audit in audits],

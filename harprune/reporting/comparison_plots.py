@@ -67,12 +67,14 @@ def accuracy_over_density(
     Args:
         rows: of a comparison; the mean over seeds is drawn with its sample standard deviation, a
             lone row of density 1 as a dashed level.
-        baseline: a configuration whose lines stand in every panel in grey.
+        baseline: a configuration or a method whose lines stand in every panel in grey.
     """
     pruned, dense = _parted(rows)
     lines: dict[str, list[Mapping[str, Any]]] = {}
-    for row in sorted(pruned, key=lambda row: row["density"]):
+    ordered = sorted(pruned, key=lambda row: row["density"])
+    for row in ordered:
         lines.setdefault(row["configuration"], []).append(row)
+    reference = lines.get(baseline or "") or [row for row in ordered if row["method"] == baseline]
     names = list(dict.fromkeys(row["configuration"] for row in pruned))
     titles = [_wrapped(name, 24) for name in names]
     columns, height = min(5, len(names)), 1.56 + 0.14 * _lines(titles)
@@ -81,8 +83,8 @@ def accuracy_over_density(
     )
     for axes, configuration, title in zip(panels, names, titles, strict=False):
         for name, (colour, marker, _) in _ACCURACIES.items():
-            if baseline in lines:
-                _course(axes, lines[baseline], name, color=PALE)
+            if reference:
+                _course(axes, reference, name, color=PALE)
             _course(axes, lines[configuration], name, color=colour, marker=marker)
             level = _percentages(dense, name)
             if level:
@@ -94,7 +96,7 @@ def accuracy_over_density(
     weights = all(row["budget"] == format_density(row["density"]) for row in pruned)
     figure.supxlabel("weights kept" if weights else "share that the budget allows", fontsize=9)
     figure.supylabel("test accuracy in %", fontsize=9)
-    _legend_above(figure, pruned, dense, baseline if baseline in lines else None)
+    _legend_above(figure, pruned, dense, baseline if reference else None)
     return figure
 
 

@@ -74,7 +74,7 @@ class Audit:
         empty = [name for name, layer in self.layers.items() if layer.kept == 0]
         if empty:
             raise ValueError(
-                f"layer collapse: {empty[0]} keeps no weight ({len(empty)} layers in all); "
+                f"layer collapse: {empty[0]} keeps no weight (such layers: {len(empty)}); "
                 "raise `budget.floor`, raise the density or choose another allocation"
             )
         return self

@@ -179,7 +179,7 @@ def test_a_stage_that_learns_nothing_is_warned_of_in_the_log(finished, here, mon
 
 
 def test_logits_cut_off_from_the_image_are_warned_of(finished, here):
-    warning = "are the same for 12 images"
+    warning = "the same for 12 images"
     settings = (
         "pretrain.epochs=0",
         "method.name=magnitude",

@@ -400,6 +400,19 @@ def test_a_long_label_leaves_room_for_the_plots(make_run, tmp_path):
         assert all(len(line) <= 32 for text in lines for line in text.split("\n"))
 
 
+def test_a_baseline_named_by_its_method_stands_in_every_panel(make_run, tmp_path):
+    runs = [
+        make_run(f"{method}-{density}", method=method, density=density)
+        for method in ("harp", "hydra")
+        for density in (0.05, 0.1)
+    ]
+    for name, baseline in (("named", "hydra"), ("none", None)):
+        out = tmp_path / f"{name}.md"
+        write_comparison(runs, out, title="t", note="", command="c", baseline=baseline)
+        drawn = (tmp_path / f"{name}-density.svg").read_text()
+        assert ("<!-- hydra -->" in drawn) is (baseline is not None)  # in the legend
+
+
 def test_the_legend_names_only_attacks_that_were_run(make_run, tmp_path):
     for name, attacks in (("with", ("autoattack",)), ("without", ("pgd-20",))):
         run = make_run(name, attacks=attacks)
