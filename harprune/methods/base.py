@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from harprune.sparsity import masks
-from harprune.sparsity.allocation import Allocation, apportion, erk, global_top
+from harprune.sparsity.allocation import Allocation, Bound, apportion, erk, global_top
 from harprune.sparsity.audit import Audit, audit, budget_of
 from harprune.sparsity.costs import Cost, parameter_prices, weighted_cost
 from harprune.sparsity.density import Density, GivenDensity
@@ -120,18 +120,13 @@ class Budget:
         units = {name: grain.units(layer) for name, layer in layers.items()}
         least = self.floor * self.density
         minimum = {name: max(1, ceil(least * n - 1e-9)) for name, n in units.items()}
-        counts = units
+        bounds = []
         for density, prices in self._bounds():
             weight_price = prices(model, layers)
             price = {n: weight_price[n] * grain.unit_size(layers[n]) for n in layers}
-            budget = budget_of(density, sum(units[n] * price[n] for n in layers))
-            if sum(counts[n] * price[n] for n in layers) > budget:
-                # All counts grow with one factor, so those that fit the tighter bound fit both,
-                # but for what rounding handed out: hence the earlier counts as upper bounds.
-                counts = apportion(
-                    densities, counts, budget, price=price, minimum=minimum, of=units
-                )
-        return counts
+            total = sum(units[n] * price[n] for n in units)
+            bounds.append(Bound(budget_of(density, total), price))
+        return apportion(densities, units, *bounds, minimum=minimum)
 
     def audit(self, model: nn.Module) -> Audit:
         """What `model` keeps, counted from its tensors; refused above the budget.

@@ -67,7 +67,9 @@ def pretrain(shop: Workshop) -> None:
             f"clean accuracy {clean:.1%} is what guessing gives; are these the right weights, "
             "classes and normalisation (model.mean, model.std)?",
         )
-    _finish(shop, "pretrain", checkpoint.pack("model", model.state_dict()), history, clean, robust)
+    beside = _learned_beside(shop)
+    tensors = checkpoint.pack("model", model.state_dict())
+    _finish(shop, "pretrain", tensors, history, clean, robust, validation=beside)
 
 
 def prune(shop: Workshop) -> None:
@@ -203,8 +205,8 @@ def _alarm(shop: Workshop, model: nn.Module, counts: Audit) -> None:
     if counts.thin:
         shop.warn(
             "prune",
-            f"layers that keep fewer weights than they have outputs: {len(counts.thin)}, the first is "
-            f"{counts.thin[0]} with {counts.layers[counts.thin[0]].kept}",
+            f"layers that keep fewer weights than they have outputs: {len(counts.thin)}, the first "
+            f"is {counts.thin[0]} with {counts.layers[counts.thin[0]].kept}",
         )
     # Of a sparse network many images may meet dead units alone, so not one of them decides.
     some = torch.arange(min(BATCH, len(shop.materials.validation)))
@@ -222,16 +224,43 @@ def _alarm(shop: Workshop, model: nn.Module, counts: Audit) -> None:
     if len(some) > 1 and cut_off:
         shop.warn(
             "prune",
-            f"classes whose logits are the same for {len(some)} images: {len(cut_off)}, the first is "
-            f"class {cut_off[0]}; budget.exclude can leave out the layer that makes them",
+            f"classes whose logits are the same for {len(some)} images: {len(cut_off)}, the first "
+            f"is class {cut_off[0]}; budget.exclude can leave out the layer that makes them",
         )
 
 
+def _learned_beside(shop: Workshop) -> str | None:
+    """The digest of the validation images that the dense network has not learned from, if known.
+
+    Warns where they are not this run's.
+    """
+    ours, weights = shop.materials.validation_digest, shop.recipe.model.weights
+    if not shop.materials.given:
+        return ours
+    if weights is None or not checkpoint.is_checkpoint(weights):
+        return None
+    theirs = checkpoint.load(weights)[1].get("validation")
+    if theirs not in (None, ours):
+        shop.warn(
+            "pretrain",
+            f"the network of {weights} was trained beside other validation images, so it may have "
+            "learned from some of these; keep the seed and data.validation of its run",
+        )
+    return theirs
+
+
 def _finish(
-    shop: Workshop, stage: str, tensors: dict, history: list, clean: float, robust: float
+    shop: Workshop,
+    stage: str,
+    tensors: dict,
+    history: list,
+    clean: float,
+    robust: float,
+    **more: str | None,
 ) -> None:
     shop.engine.barrier()
-    shop.run.finish(stage, tensors, {"history": history, "clean": clean, "robust": robust})
+    values = {"history": history, "clean": clean, "robust": robust, **more}
+    shop.run.finish(stage, tensors, values)
     shop.engine.barrier()
 
 

@@ -47,9 +47,13 @@ class Materials:
         """
         found = {
             "set of training images": _digest(self.train),
-            "set of validation images": _digest(self.validation),
+            "set of validation images": self.validation_digest,
         }
         return {**found, "dense network": model_digest(self.network())} if self.given else found
+
+    @cached_property
+    def validation_digest(self) -> str:
+        return _digest(self.validation)
 
     @cached_property
     def example(self) -> Tensor:

@@ -83,7 +83,9 @@ def evaluate(
     attacked = model if function is None else function
     report = progress or (lambda done, total, text: None)
     with eval_mode(model):
-        identity = {} if folder is None else identity_of(model, function, data, seed, attacks)
+        identity = {}
+        if folder is not None:
+            identity = identity_of(model, function, data, seed, attacks, threat)
         ledger = Ledger.open(folder, identity, data)
         for row in ("clean", *attacks):
             for batch in range(ledger.done.get(row, 0), len(data)):
@@ -265,7 +267,7 @@ def _summarise(
         attacks=measures,
         worst_case=count_outcomes(worst, WORST_CASE),
         checks=ledger.checks,
-        flags=tuple(flags),
+        flags=tuple(dict.fromkeys(flags)),  # a finished one that is read again has them all
         identity=ledger.identity,
         outcomes=outcomes,
     )

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from harprune.robustness import sanity
 from harprune.robustness.attacks import Attack
 from harprune.robustness.images import ChosenImages
+from harprune.robustness.threat import Threat
 
-_ATTACKED, _IMAGES = "attacked function", "images"
+_ATTACKED, _IMAGES, _THREAT = "attacked function", "images", "threat"
 
 
 def model_digest(model: nn.Module) -> str:
@@ -36,8 +37,9 @@ def identity_of(
     data: ChosenImages,
     seed: int,
     attacks: Mapping[str, Attack],
+    threat: Threat | None,
 ) -> dict[str, str]:
-    """Model, attacked function, images, their choice and labels, seed, batch size and attacks."""
+    """Model, attacked function, images, their choice and labels, seed, batches, attacks, threat."""
     chosen, images = hashlib.sha256(), hashlib.sha256()
     for tensor in (data.index, data.labels, data.head(sanity.SAMPLE)[0]):
         chosen.update(_bytes(tensor))
@@ -51,6 +53,7 @@ def identity_of(
         "seed": str(seed),
         "batch_size": str(data.batch_size),
         "attacks": "; ".join(f"{name} = {text_of(attack)}" for name, attack in attacks.items()),
+        _THREAT: repr(threat),
     }
 
 
@@ -62,8 +65,8 @@ def text_of(attack: Attack) -> str:
 def require_same(folder: Path, held: dict[str, str], wanted: dict[str, str]) -> None:
     """Raises ValueError where `folder` holds an evaluation of something else than is wanted."""
     for key, value in wanted.items():
-        # Earlier versions wrote neither of the two.
-        missing = value if key in (_ATTACKED, _IMAGES) else None
+        # Earlier versions wrote none of these.
+        missing = value if key in (_ATTACKED, _IMAGES, _THREAT) else None
         if held.get(key, missing) != value:
             raise ValueError(
                 f"{folder} holds an evaluation whose {key} differs ({_short(held.get(key))} there, "

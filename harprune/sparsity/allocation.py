@@ -123,70 +123,76 @@ def write_allocation(path: str | Path, densities: Mapping[str, float]) -> None:
     write(path, to_json(dict(densities)))
 
 
+@dataclass(frozen=True)
+class Bound:
+    """What may be kept: at most `budget`, where one unit of a layer costs its `price`."""
+
+    budget: int
+    price: Mapping[str, int]
+
+    def cost(self, counts: Mapping[str, float]) -> float:
+        return sum(self.price[n] * counts[n] for n in counts)
+
+
 def apportion(
     densities: Mapping[str, float],
     units: Mapping[str, int],
-    budget: int,
-    *,
-    price: Mapping[str, int] | None = None,
+    *bounds: Bound,
     minimum: Mapping[str, int] | None = None,
-    of: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """Integer counts in proportion to `densities` whose total price is `budget`, never above.
+    """Integer counts in proportion to `densities`, as many as the bounds allow, never above.
 
     One common factor scales all densities (no layer above its size or below its minimum); what
-    rounding leaves is handed out by largest remainder. With unit prices the total *is* the budget;
-    otherwise it falls short by less than the dearest unit.
+    rounding leaves is handed out by largest remainder, while units fit all bounds. One bound of
+    unit prices *is* met; otherwise no bound has room for another unit of a layer that others allow.
 
     Args:
         densities: wanted fraction of each layer, > 0.
-        units: how many units each layer may keep.
-        budget: what may be kept, in the unit of `price`.
-        price: cost of one unit of each layer; 1 if absent.
+        units: how many units each layer has.
+        bounds: what may be kept.
         minimum: fewest units of each layer; 1 if absent.
-        of: how many units each layer has, which `densities` are fractions of; `units` if absent.
 
     Raises:
-        ValueError: the minima alone cost more than the budget.
+        ValueError: the minima alone cost more than a bound.
     """
-    price = price or dict.fromkeys(units, 1)
     minimum = minimum or dict.fromkeys(units, 1)
-    of = of or units
-    least = sum(price[n] * minimum[n] for n in units)
-    if least > budget:
-        raise ValueError(
-            f"the budget of {budget} is below {least}, what the layers' floors alone cost; "
-            "raise the density or lower the floor"
-        )
+    for bound in bounds:
+        if (least := bound.cost(minimum)) > bound.budget:
+            raise ValueError(
+                f"the budget of {bound.budget} is below {least}, what the layers' floors alone "
+                "cost; raise the density or lower the floor"
+            )
 
     def wanted(factor: float) -> dict[str, float]:
-        return {n: min(max(factor * densities[n] * of[n], minimum[n]), units[n]) for n in units}
+        return {n: min(max(factor * densities[n] * units[n], minimum[n]), units[n]) for n in units}
 
-    def cost(counts: Mapping[str, float]) -> float:
-        return sum(price[n] * counts[n] for n in units)
+    def fit(counts: Mapping[str, float]) -> bool:
+        return all(bound.cost(counts) <= bound.budget for bound in bounds)
 
+    if fit(units):
+        return dict(units)
     low, high = 0.0, 1.0
-    while cost(wanted(high)) < min(budget, cost(units)) and high < 1e12:
+    while fit(wanted(high)) and high < 1e12:
         high *= 2.0
     for _ in range(200):
         middle = (low + high) / 2.0
-        low, high = (middle, high) if cost(wanted(middle)) <= budget else (low, middle)
+        low, high = (middle, high) if fit(wanted(middle)) else (low, middle)
     shares = wanted(low)
-    counts = {n: floor(shares[n]) for n in units}
-    return _hand_out(counts, shares, units, price, budget)
+    return _hand_out({n: floor(shares[n]) for n in units}, shares, units, bounds)
 
 
-def _hand_out(counts, shares, units, price, budget) -> dict[str, int]:
+def _hand_out(counts, shares, units, bounds) -> dict[str, int]:
     """Spend what flooring left, largest remainder first, as often round as units still fit."""
-    left = budget - sum(price[n] * counts[n] for n in units)
+    left = [bound.budget - bound.cost(counts) for bound in bounds]
     order = sorted(units, key=lambda n: counts[n] - shares[n])
     spent = True
     while spent:
         spent = False
         for name in order:
-            if counts[name] < units[name] and price[name] <= left:
+            prices = [bound.price[name] for bound in bounds]
+            if counts[name] < units[name] and all(p <= rest for p, rest in zip(prices, left)):
                 counts[name] += 1
-                left -= price[name]
+                left = [rest - p for p, rest in zip(prices, left)]
                 spent = True
     return counts
 

@@ -53,7 +53,8 @@ class Average(AveragedModel):
             return
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
-            norm.reset_running_stats()
+            # The first batch takes the place of what was there, which its attack still needs.
+            norm.num_batches_tracked.zero_()
             norm.momentum = None  # the mean of all batches
         try:
             for x, y in batches:

@@ -149,6 +149,17 @@ def test_weights_that_only_guess_are_warned_of_where_they_were_given(finished, h
         assert (warning in said(here, folder, setting, last="pretrain")) is warned
 
 
+def test_a_dense_network_that_may_know_the_validation_images_is_warned_of(finished, here):
+    given = f"model.weights={finished / 'dense.safetensors'}"
+    warning = "trained beside other validation images"
+    assert warning not in said(here, "same", given, last="pretrain")
+    assert warning in said(here, "other", given, "seed=1", last="pretrain")
+    # What a run was given it hands on with the images that it was trained beside.
+    on = f"model.weights={here / 'other' / 'dense.safetensors'}"
+    assert warning in said(here, "next", on, "seed=1", last="pretrain")
+    assert warning not in said(here, "back", on, last="pretrain")
+
+
 def test_a_warning_is_kept_until_its_stage_is_made_again(finished, here):
     said(here, "a", "method.gamma=0.0", "pretrain.epochs=0")
     assert any("have not come down" in w for w in read_run(here / "a").warnings["prune"])

@@ -215,6 +215,15 @@ def test_a_finished_evaluation_is_read_not_repeated(run, tmp_path):
     assert same(load_evaluation(tmp_path), first)
 
 
+def test_reading_a_finished_evaluation_adds_nothing_to_it(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("harprune.robustness.evaluation.square_gain", lambda *_: 1.0)
+    first = run(folder=tmp_path)
+    written = (tmp_path / "evaluation.json").read_bytes()
+    assert any("Square took" in flag for flag in first.flags)
+    run(folder=tmp_path)
+    assert (tmp_path / "evaluation.json").read_bytes() == written
+
+
 def test_checks_can_be_added_to_a_finished_evaluation(run, tmp_path):
     assert not run(folder=tmp_path).checks
     assert run(folder=tmp_path, checks=True).checks
@@ -233,6 +242,7 @@ def test_a_folder_of_something_else_is_refused(run, model, images, labels, make_
         ("attacks", {"attacks": {**ATTACKS, "fgsm": FGSM(L2(0.1))}}),
         ("attacks", {"attacks": {"fgsm": FGSM(THREAT)}}),
         ("attacked function", {"function": model}),
+        ("threat", {"threat": L2(0.1)}),
     ]
     for key, options in other:
         with pytest.raises(ValueError, match=f"whose {key} differs") as caught:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harprune.sparsity.allocation import (
+    Bound,
     Explicit,
     apportion,
     erk,
@@ -118,28 +119,40 @@ def test_apportioned_counts_sum_to_the_budget_whatever_the_densities_were(layers
     units = {str(i): n for i, (n, _) in enumerate(layers)}
     densities = {str(i): a for i, (_, a) in enumerate(layers)}
     budget = max(floor(density * sum(units.values())), len(units))
-    counts = apportion(densities, units, budget)
+    counts = apportion(densities, units, Bound(budget, dict.fromkeys(units, 1)))
     assert sum(counts.values()) == min(budget, sum(units.values()))
     assert all(1 <= counts[n] <= units[n] for n in units)
 
 
+PRICED = st.lists(st.tuples(LAYER, st.integers(1, 64), st.integers(1, 64)), min_size=1, max_size=12)
+SHARE = st.floats(0.05, 0.95)
+
+
 @settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.tuples(LAYER, st.integers(1, 64)), min_size=1, max_size=12), st.floats(0.05, 0.95)
-)
-def test_with_prices_the_budget_is_kept_and_met_within_one_unit(layers, density):
-    units = {str(i): n for i, ((n, _), _) in enumerate(layers)}
-    densities = {str(i): a for i, ((_, a), _) in enumerate(layers)}
-    price = {str(i): p for i, (_, p) in enumerate(layers)}
-    total = sum(units[n] * price[n] for n in units)
-    budget = max(floor(density * total), sum(price.values()))
-    counts = apportion(densities, units, budget, price=price)
-    spent = sum(counts[n] * price[n] for n in units)
-    assert spent <= budget
-    open_ = [price[n] for n in units if counts[n] < units[n]]
-    assert not open_ or budget - spent < min(open_)
+@given(PRICED, st.lists(SHARE, min_size=1, max_size=2))
+def test_bounds_are_kept_and_leave_no_room_for_a_unit(layers, shares):
+    units = {str(i): n for i, ((n, _), *_) in enumerate(layers)}
+    densities = {str(i): a for i, ((_, a), *_) in enumerate(layers)}
+    bounds = []
+    for number, share in enumerate(shares, start=1):
+        price = {str(i): layer[number] for i, layer in enumerate(layers)}
+        total = sum(units[n] * price[n] for n in units)
+        bounds.append(Bound(max(floor(share * total), sum(price.values())), price))
+    counts = apportion(densities, units, *bounds)
+    left = [bound.budget - bound.cost(counts) for bound in bounds]
+    assert min(left) >= 0
+    for n in units:
+        fits = all(bound.price[n] <= rest for bound, rest in zip(bounds, left, strict=True))
+        assert counts[n] == units[n] or not fits
+    # What was learned under these counts is what is settled.
+    assert apportion({n: counts[n] / units[n] for n in units}, units, *bounds) == counts
 
 
 def test_floors_dearer_than_the_budget_are_refused():
     with pytest.raises(ValueError, match="budget of 5 is below 8"):
-        apportion({"a": 0.5, "b": 0.5}, {"a": 10, "b": 10}, 5, minimum={"a": 4, "b": 4})
+        apportion(
+            {"a": 0.5, "b": 0.5},
+            {"a": 10, "b": 10},
+            Bound(5, {"a": 1, "b": 1}),
+            minimum={"a": 4, "b": 4},
+        )

@@ -90,6 +90,20 @@ def test_statistics_of_batch_norm_are_the_averages_own():
     assert seen == [0, 1, 2]
 
 
+def test_the_first_attack_while_settling_meets_statistics_that_were_learned():
+    model = network()
+    average = Average(model, 0.9)
+    train(model, average)
+    learned, met = copy.deepcopy(average.module[1].state_dict()), []
+
+    def forward(module, x, y):
+        met.append(module[1].running_var.clone())  # what an attack in eval mode has
+        module(x.double())
+
+    average.settle(batches().epoch(0), forward)
+    assert torch.equal(met[0], learned["running_var"]) and not torch.equal(met[1], met[0])
+
+
 def test_a_batch_norm_in_eval_mode_keeps_its_statistics():
     class Frozen(nn.Sequential):
         def train(self, mode=True):
