@@ -16,6 +16,14 @@ import numpy as np
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
+class _Unwritten(OSError):
+    """A file that could not be written; `reason` says why, without the way out."""
+
+    def __init__(self, number: int | None, reason: str, text: str):
+        super().__init__(text)
+        self.errno, self.reason = number, reason
+
+
 class replacing:
     """A context that yields a temporary path and moves it over `path` when the block succeeds.
 
@@ -48,15 +56,17 @@ class replacing:
             raise self._fault(error) from None
 
     def _fault(self, error: OSError) -> OSError:
-        # Its own words would name the temporary file.
+        # Its own words would name the temporary file, as those of a file within this one do.
+        reason = error.reason if isinstance(error, _Unwritten) else str(error.strerror or error)
         way = (
             "allow writing there, or name another place"
             if error.errno in _FORBIDDEN
             else "make room and give the same command again"
         )
-        return OSError(
-            f"{self.path} could not be written ({error.strerror or error}); what was there before "
-            f"is intact: {way}"
+        return _Unwritten(
+            error.errno,
+            reason,
+            f"{self.path} could not be written ({reason}); what was there before is intact: {way}",
         )
 
     def _commit(self) -> None:

@@ -162,14 +162,20 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
     """Refuse, before training starts, what does not fit the images or the network.
 
     Raises:
-        ValueError: batches larger than the training set, a network for other images or classes,
-            weights under another parametrisation, layer patterns that match nothing, an allocation
-            of other layers, or a budget that the layers' floors exceed.
+        ValueError: batches larger than the training set, validation images of another shape, a
+            network for other images or classes, or of which nothing is left to train, weights under
+            another parametrisation, layer patterns that match nothing, an allocation of other
+            layers, or a budget that the layers' floors exceed.
     """
     for part in ("train", "validation", "test"):
         if (split := getattr(materials, part)) is not None:
             require_labels(split.labels, materials.num_classes, part)
             require_pixels(split, part)
+    if materials.train.shape != materials.validation.shape:
+        raise ValueError(
+            f"training images are {materials.train.shape}, validation images "
+            f"{materials.validation.shape}; bring them to one shape"
+        )
     stages = ("prune", "finetune") if materials.given else ("pretrain", "prune", "finetune")
     for name in stages:
         section = getattr(recipe, name)
@@ -192,6 +198,12 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
         raise ValueError(
             f"attack.attacks names apgd-dlr, whose loss needs 3 classes, and there are {classes}; "
             "leave it out: apgd-ce and autoattack do with 2"
+        )
+    weights = [name for name in stages if name != "prune" and getattr(recipe, name).epochs]
+    if weights and not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            f"{weights[0]} would train the network's parameters, of which none has requires_grad; "
+            f"call model.requires_grad_(True), or set {weights[0]}.epochs to 0"
         )
     require_weights_of_its_own(model, include=limit.include, exclude=limit.exclude)
     limit.allocate(model, limit.density)
@@ -257,14 +269,19 @@ def require_batch(images: Any) -> Tensor:
         raise ValueError(
             f"images are {batch.dtype} {tuple(batch.shape)}; {wanted}, uint8 images divided by 255"
         )
+    if not len(batch):
+        raise ValueError(f"images are none at all; {wanted}")
+    _require_unit(batch, "the")
     return batch
 
 
 def require_pixels(split: Split, what: str) -> None:
     """Raises ValueError where images given as floats leave [0, 1], the unit of every epsilon."""
-    images = split.images
-    if not isinstance(images, Tensor) or images.dtype == torch.uint8:
-        return
+    if isinstance(split.images, Tensor) and split.images.dtype != torch.uint8:
+        _require_unit(split.images, what)
+
+
+def _require_unit(images: Tensor, what: str) -> None:
     low, high = (float(end) for end in images.aminmax())
     if not (low >= 0.0 and high <= 1.0):  # so that NaN fails it too
         raise ValueError(
@@ -300,6 +317,12 @@ def _logits(model: nn.Module, images: Tensor, when: str) -> Tensor:
     try:
         logits = model(images)
     except Exception as error:  # whatever the network's own code raises, an assertion or else
+        others = {p.dtype for p in model.parameters()} - {torch.float32}
+        if others:
+            raise ValueError(
+                f"the network refuses float32 images ({_in_a_line(error)}) and has weights of "
+                f"{', '.join(sorted(map(str, others)))}; call model.float()"
+            ) from error
         raise ValueError(
             f"the network refuses images of shape {tuple(images.shape[1:])}{when} "
             f"({_in_a_line(error)}); choose another network or image size"

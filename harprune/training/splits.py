@@ -149,10 +149,11 @@ def from_arrays(images: Any, labels: Any, *, num_classes: int | None = None) -> 
         pixels = pixels[:, None]
     if pixels.ndim != 4:
         raise ValueError(f"images have shape {tuple(pixels.shape)}; they must be (N, C, H, W)")
-    if pixels.shape[-1] in (1, 3) and pixels.shape[1] not in (1, 3):
+    _, first, middle, last = pixels.shape
+    if last in (1, 3) and first not in (1, 3) and middle > last:
         raise ValueError(
-            f"images have shape {tuple(pixels.shape)}, channels last; give images.transpose(0, "
-            "3, 1, 2)"
+            f"images have shape {tuple(pixels.shape)}, channels last, as it seems; give "
+            "images.transpose(0, 3, 1, 2), or harprune.Split(images, labels) if they are not"
         )
     split = Split(_pixels(pixels), _integers(_tensor(labels)))
     require_labels(split.labels, num_classes, "labels")
@@ -226,7 +227,14 @@ def _tensor(values: Any) -> Tensor:
     """A tensor in main memory; arrays are copied, for they may be read-only or reversed."""
     if isinstance(values, Tensor):
         return values.detach().cpu()
-    return torch.tensor(np.array(values))
+    array = np.array(values)
+    try:
+        return torch.tensor(array)
+    except TypeError:
+        raise ValueError(
+            f"values of type {array.dtype} are no numbers; labels are integers from 0, pixels "
+            "uint8 or float in [0, 1]"
+        ) from None
 
 
 def _pixels(images: Tensor) -> Tensor:

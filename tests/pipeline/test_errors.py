@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import harprune
-from harprune.files import write
+from harprune.files import replacing, write
 from harprune.models import create_model
 from harprune.pipeline import machinery
 from harprune.pipeline.recipe_text import read_recipe
@@ -344,6 +344,9 @@ def test_what_is_no_network_is_refused(tmp_path):
         ),
         (lambda x: x[0], r"images are torch.float32 \(1, 8, 8\); give float32 \(N, C, H, W\) in"),
         (lambda x: x.permute(0, 2, 3, 1), r"the network refuses images of shape \(8, 8, 1\) \("),
+        (lambda x: 255 * x, r"the images run from .* to 2\d\d.*; floats must lie in \[0, 1\]"),
+        (lambda x: x * float("nan"), r"the images run from nan to nan; floats must lie in"),
+        (lambda x: x[:0], r"images are none at all; give float32 \(N, C, H, W\) in \[0, 1\]"),
         (lambda x: x.tolist(), r"images are a list; give float32 \(N, C, H, W\) in \[0, 1\]"),
     ],
 )
@@ -358,6 +361,32 @@ def test_images_that_are_no_pair_of_arrays_are_refused():
     images = [(torch.rand(1, 8, 8), 0), (torch.rand(1, 8, 8), 1), (torch.rand(1, 8, 8), 2)]
     with pytest.raises(ValueError, match=r"images are a list; give a pair"):
         harprune.evaluate(model, images, attacks=["fgsm"], quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "images", "text"),
+    [
+        (nn.Module.double, torch.rand(40, 1, 8, 8), r"has weights of torch.float64; call model.fl"),
+        (
+            lambda model: model.requires_grad_(False),
+            torch.rand(40, 1, 8, 8),
+            r"finetune would train the network's parameters, of which none has requires_grad; call",
+        ),
+        (
+            lambda model: model,
+            torch.rand(40, 1, 8, 6),
+            r"images are \(1, 8, 8\), validation images \(1, 8, 6\); bring them to one shape",
+        ),
+    ],
+)
+def test_a_run_that_could_not_end_is_refused_before_it_begins(tmp_path, change, images, text):
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    labels = torch.arange(40) % 4
+    pairs = (torch.rand(40, 1, 8, 8), labels), (images, labels)
+    options = {s: {"batch_size": 8} for s in ("prune", "finetune")}
+    with pytest.raises(ValueError, match=text):
+        harprune.prune(change(network), *pairs, density=0.2, out=tmp_path / "run", options=options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_of_too_few_logits_is_refused():
@@ -664,6 +693,9 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(tmp_path, small_files
         checkpoint.save(path, {"w": torch.ones(4096)}, {})
     with pytest.raises(OSError, match=r"t\.txt could not be written .*File too large"):
         write(tmp_path / "t.txt", "x" * 8192)
+    within = pytest.raises(OSError, match=r"u\.txt could not be written \(File too large\); what w")
+    with within, replacing(tmp_path / "u.txt") as temporary:
+        write(temporary, "x" * 8192)
     assert contents(tmp_path) == {"c.safetensors": old}
 
 

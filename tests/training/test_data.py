@@ -63,7 +63,11 @@ def test_arrays_are_copied_so_that_read_only_and_reversed_ones_serve(rng):
         (np.full((2, 1, 2, 2), -0.25), [0, 1], "images run from -0.25 to -0.25"),
         (np.full((2, 1, 2, 2), np.nan), [0, 1], "images run from nan to nan"),
         (np.zeros((2, 1, 2, 2), int), [0, 1], "images are torch.int64; they must be uint8"),
-        (np.zeros((2, 32, 32, 3)), [0, 1], r"channels last; give images.transpose\(0, 3, 1, 2\)"),
+        (
+            np.zeros((2, 32, 32, 3)),
+            [0, 1],
+            r"channels last, as it seems; give images.transpose\(0, 3, 1, 2\)",
+        ),
         (np.zeros((2, 4)), [0, 1], r"images have shape \(2, 4\)"),
         (np.zeros((2, 1, 2, 2)), [0.0, 1.0], "labels are torch.float64"),
         (np.zeros((2, 1, 2, 2)), [[0], [1]], r"labels are torch.int64 of shape \(2, 1\)"),
@@ -71,11 +75,16 @@ def test_arrays_are_copied_so_that_read_only_and_reversed_ones_serve(rng):
         (np.zeros((2, 1, 2, 2)), [-1, 1], "labels run from -1 to 1"),
         (np.zeros((2, 1, 2, 2)), [0, 3], r"labels run from 0 to 3; they must lie in 0..2"),
         (np.zeros((0, 1, 2, 2)), np.zeros(0, int), "there are no images"),
+        (np.zeros((2, 1, 2, 2)), ["cat", "dog"], "of type <U3 are no numbers; labels are integers"),
     ],
 )
 def test_arrays_that_do_not_fit_are_named(images, labels, said):
     with pytest.raises(ValueError, match=said):
         from_arrays(images, labels, num_classes=3)
+
+
+def test_narrow_maps_are_not_taken_for_channels_last():
+    assert from_arrays(torch.rand(4, 20, 1, 1), [0, 1, 2, 0]).shape == (20, 1, 1)
 
 
 class Photographs(torch.utils.data.Dataset):
