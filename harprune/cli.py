@@ -548,6 +548,10 @@ def compare(
         list[float],
         typer.Option(help="Only this one of the grid's densities; may be given several times."),
     ] = [],  # noqa: B006
+    method: Annotated[
+        list[str],
+        typer.Option(help="Only this one of the grid's methods; may be given several times."),
+    ] = [],  # noqa: B006
     overrides: Set = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
@@ -561,7 +565,13 @@ def compare(
     from harprune.pipeline.run import command_line
 
     found = compare.compare(
-        grid, out, command=command_line(), jobs=jobs, overrides=overrides, densities=density
+        grid,
+        out,
+        command=command_line(),
+        jobs=jobs,
+        overrides=overrides,
+        densities=density,
+        methods=method,
     )
     if as_json:
         _print_json(found)

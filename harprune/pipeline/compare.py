@@ -12,10 +12,10 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from harprune.files import write
 from harprune.nested import differences, in_words
@@ -35,6 +35,7 @@ from harprune.pipeline.run import IN_USE, in_use, read_record
 from harprune.reporting.comparison import DENSE
 from harprune.reporting.comparison_report import write_comparison
 
+T = TypeVar("T", float, str)
 _PAUSE = 0.5
 """Seconds between two looks at what is going on."""
 
@@ -76,23 +77,22 @@ def cells_of(
     out: str | Path,
     overrides: Sequence[str] = (),
     densities: Sequence[float] = (),
+    methods: Sequence[str] = (),
 ) -> list[Cell]:
     """The cells of the grid in a file, dense networks first, each with its checked recipe.
 
     Args:
         overrides: `section.key=value` for all cells.
-        densities: those of the grid to which it is restricted; empty for all.
+        densities, methods: those of the grid to which it is restricted; empty for all.
 
     Raises:
-        ValueError: the grid, its base or one of the recipes is at fault; a density that the grid
-            does not have.
+        ValueError: the grid, its base or one of the recipes is at fault; a density or method that
+            the grid does not have.
     """
     grid, out = read_grid(path), Path(out)
     _require_free_axes(overrides)
-    for density in densities:
-        if density not in grid.densities:
-            known = ", ".join(f"{known:g}" for known in grid.densities)
-            raise ValueError(f"--density {density:g} is none of {path}; choose among {known}")
+    densities = _part(grid.densities, densities, f"--density of {path}")
+    methods = _part(grid.methods, methods, f"--method of {path}")
     content = read_toml(Path(path).parent / grid.base, f"base = {grid.base!r} of {path}")
     if is_grid(content):
         raise ValueError(f"base = {grid.base!r} of {path} is itself a grid; name a recipe")
@@ -121,9 +121,9 @@ def cells_of(
         dense = None if given.model.weights else out / f"dense-seed{seed}"
         # A dense network is attacked once, in the first cell that starts from it.
         first = first if dense is None else given.attack.dense
-        for density in [d for d in grid.densities if d in (densities or grid.densities)]:
-            for label, keys in grid.methods.items():
-                own = overridden(_over(content, keys), overrides)
+        for density in densities:
+            for label in methods:
+                own = overridden(_over(content, grid.methods[label]), overrides)
                 anew = make_recipe(own, source=f"{path}, {label}").pretrain.epochs == 0
                 name = f"{_file_name(label)}-{density:g}-seed{seed}"
                 point = {"name": name, "seed": seed, "budget": {"density": density}}
@@ -136,6 +136,16 @@ def cells_of(
                 add(name, label, _over(own, point), "report", needs)
                 first = first and anew
     return list(made.values())
+
+
+def _part(known: Iterable[T], wanted: Sequence[T], option: str) -> list[T]:
+    """Of what a grid knows, in its order, that which is wanted; all where nothing is said."""
+    known = list(known)
+    for value in wanted:
+        if value not in known:
+            names = ", ".join(map(str, known))
+            raise ValueError(f"{option} has no {value!r}; choose among {names}")
+    return [value for value in known if value in (wanted or known)]
 
 
 def _trimmed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,12 +180,13 @@ def compare(
     jobs: int = 1,
     overrides: Sequence[str] = (),
     densities: Sequence[float] = (),
+    methods: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run what is left of a grid, and write comparison.md, .json and plots of what is finished.
 
     Args:
         command: what makes this comparison again.
-        densities: as in `cells_of`.
+        densities, methods: as in `cells_of`.
         jobs: processes at work at a time; each takes `execution.threads` of the recipe.
 
     Returns the comparison, with `failed`: why a cell is missing, by its name.
@@ -187,7 +198,7 @@ def compare(
     if jobs < 1:
         raise ValueError(f"jobs = {jobs} must be at least 1")
     grid, all_cells = read_grid(path), cells_of(path, out, overrides)
-    cells = cells_of(path, out, overrides, densities) if densities else all_cells
+    cells = cells_of(path, out, overrides, densities, methods)
     for cell in (*cells, *all_cells):
         _require_same_recipe(cell)
     out = Path(out)

@@ -135,7 +135,9 @@ def test_a_part_of_a_grid_is_the_same_cells(grid, command, here):
     text = GRID.replace("seeds = [0, 1]", "").replace("one-shot", "unused").replace("harp]", "one]")
     grid.write_text(text[: text.index("[methods.unused]")].replace('baseline = "unused"', ""))
     refused = command("compare", grid, "--out", "out", "--density", 0.25).refusal
-    assert refused == f"--density 0.25 is none of {grid}; choose among 0.3, 0.2"
+    assert refused == f"--density of {grid} has no 0.25; choose among 0.3, 0.2"
+    refused = command("compare", grid, "--out", "out", "--method", "two").refusal
+    assert refused == f"--method of {grid} has no 'two'; choose among one"
     assert command("compare", grid, "--out", "out", "--density", 0.3).code == 0
     before = files(Path("out"))
     assert {path.split("/")[0] for path in before} == {"dense-seed0", "one-0.3-seed0"}
@@ -143,6 +145,14 @@ def test_a_part_of_a_grid_is_the_same_cells(grid, command, here):
     after = files(Path("out"))
     assert before.items() < after.items()
     assert {path.split("/")[0] for path in after.keys() - before.keys()} == {"one-0.2-seed0"}
+
+
+def test_a_part_of_a_grid_may_be_some_of_its_methods(grid, here):
+    whole = cells_of(grid, here / "out")
+    part = cells_of(grid, here / "out", methods=["one-shot"])
+    assert [c.name for c in part] == [c.name for c in whole if c.label != "harp"]
+    both = cells_of(grid, here / "out", densities=[0.2], methods=["one-shot", "harp"])
+    assert {c.name for c in both} == {c.name for c in whole if "-0.3-" not in c.name}
 
 
 def test_the_dense_network_is_attacked_in_each_part_of_a_grid(grid, here):
