@@ -148,7 +148,8 @@ class Training(Section):
     """Weight decay of the weights and of batch norm. Scores and densities have none unless parity
     says so; but rst always decays its scores, as its paper does."""
     schedule: Literal["cosine", "one_cycle", "steps", "constant"] = "cosine"
-    """How the learning rate changes with progress."""
+    """How the learning rate changes with progress; "steps" divides it by 10 at a
+    half and at three quarters of the way."""
     objective: Objective | None = None
     """The loss of this stage; the recipe's [objective] when absent."""
 

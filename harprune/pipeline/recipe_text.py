@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -114,12 +114,20 @@ def describe(
             nested.append((name, kind))
             continue
         value = field.get_default()
-        yield f"# {' '.join((field.description or '').split())}"
+        choices = f" One of: {', '.join(named)}." if (named := _choices(kind)) else ""
+        yield f"# {' '.join((field.description or '').split())}{choices}"
         yield f"# {name} =" if value is None else f"{name} = {_toml(value)}"
     yield from (f"# {note}" for note in notes.get(prefix.removesuffix("."), ()))
     for name, kind in nested:
         yield f"\n[{prefix}{name}]  # {(kind.__doc__ or '').splitlines()[0]}"
         yield from describe(kind, f"{prefix}{name}.", notes=notes)
+
+
+def _choices(kind: Any) -> list[str]:
+    """The words that a value of this type may be."""
+    if get_origin(kind) is Literal:
+        return list(map(str, get_args(kind)))
+    return [word for part in get_args(kind) for word in _choices(part)]
 
 
 def as_toml(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several runs side by side under one protocol: seeds averaged, methods compared image by image."""
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from harprune.pairing import PairedDifference, paired_difference, pooled_difference
+from harprune.pairing import Outcomes, PairedDifference, paired_difference, pooled_difference
 from harprune.reporting.protocol import protocol_of, require_alike, uses_allocation
-from harprune.reporting.records import STAGES, Attacked, RunRecord, read_run
+from harprune.reporting.records import STAGES, Attacked, Measure, RunRecord, read_run
 from harprune.reporting.summary import AUTOATTACK, measure_order
 from harprune.reporting.tables import format_budget
 
@@ -152,7 +152,8 @@ def _row(group: Group) -> dict[str, Any]:
     return group.point | {
         "method": group.method,
         "seeds": list(group.runs),
-        "measures": _measures([_finetuned(run) for run in runs]),
+        "images": sorted({_finetuned(run).evaluation.size for run in runs}),
+        "measures": _measures([_finetuned(run).evaluation.measures for run in runs]),
         "kept": [audit.kept for audit in audits],
         "total": audits[0].total,
         "denominator": audits[0].denominator,
@@ -172,18 +173,17 @@ def _passes(run: RunRecord) -> int:
 def _dense_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """One row of the dense networks, a network for each seed; else a row for each network.
 
-    Of one that several runs attacked, the evaluation on most images counts.
+    Of one that several runs attacked, of each accuracy the evaluation on most images counts.
     """
     begun: dict[Any, list[RunRecord]] = {}
     for run in runs:
         begun.setdefault(_dense_network(run), []).append(run)
     networks = [known for known in begun.values() if any(DENSE in run.attacked for run in known)]
     seeds = [seed for known in networks for seed in {_seed(run) for run in known}]
-    attackers = [max(known, key=_images_of_dense) for known in networks]
     if len(seeds) == len(set(seeds)):
-        return [_dense_row(DENSE, attackers)] if attackers else []
+        return [_dense_row(DENSE, networks)] if networks else []
     names = (_few([run.folder.name for run in known]) for known in networks)
-    return [_dense_row(f"{DENSE} of {n}", [a]) for n, a in zip(names, attackers, strict=True)]
+    return [_dense_row(f"{DENSE} of {n}", [k]) for n, k in zip(names, networks, strict=True)]
 
 
 def _few(names: Sequence[str]) -> str:
@@ -191,27 +191,35 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:2] if more else names) + more
 
 
-def _dense_row(name: str, runs: Sequence[RunRecord]) -> dict[str, Any]:
-    audits = [run.audit for run in runs if run.audit]
+def _dense_row(name: str, networks: Sequence[Sequence[RunRecord]]) -> dict[str, Any]:
+    """Of networks, each with the runs that began with it."""
+    audits = [run.audit for known in networks for run in known[:1] if run.audit]
+    measures = [
+        _widest(run.attacked[DENSE] for run in k if DENSE in run.attacked) for k in networks
+    ]
     return {
         "configuration": name,
         "density": 1.0,
         "budget": "100 % kept",
-        "seeds": [_seed(run) for run in runs],
-        "measures": _measures([run.attacked[DENSE] for run in runs]),
+        "seeds": [_seed(known[0]) for known in networks],
+        "measures": _measures(measures),
         "kept": [audit.total for audit in audits],
         "total": audits[0].total,
         "denominator": audits[0].denominator,
-        "images": sorted({_images_of_dense(run) for run in runs}),
+        "images": sorted({measure.size for known in measures for measure in known.values()}),
     }
+
+
+def _widest(attacked: Iterable[Attacked]) -> dict[str, Measure]:
+    """Of each accuracy of one network the measure on most images."""
+    found: dict[str, Measure] = {}
+    for member in sorted(attacked, key=lambda member: member.evaluation.size):
+        found |= member.evaluation.measures
+    return found
 
 
 def _seed(run: RunRecord) -> int:
     return run.recipe.get("seed", 0)
-
-
-def _images_of_dense(run: RunRecord) -> int:
-    return run.attacked[DENSE].evaluation.size if DENSE in run.attacked else 0
 
 
 def _dense_network(run: RunRecord) -> Any:
@@ -226,9 +234,8 @@ def _dense_network(run: RunRecord) -> Any:
     return evaluation.identity.get("model") or (_seed(run), *counted)
 
 
-def _measures(attacked: Sequence[Attacked]) -> dict[str, Any]:
+def _measures(known: Sequence[Mapping[str, Measure]]) -> dict[str, Any]:
     """Mean and sample standard deviation of each accuracy that every member has."""
-    known = [member.evaluation.measures for member in attacked]
     shared = [name for name in known[0] if all(name in measures for measures in known)]
     return {
         name: _statistics([measures[name].accuracy for measures in known])
@@ -251,15 +258,24 @@ class Pair:
     configuration: str
     group: Group
     seed: int
-    first: Attacked
-    second: Attacked
+    first: Sequence[Attacked]
+    second: Sequence[Attacked]
 
     @property
     def point(self) -> dict[str, Any]:
         return self.group.point | {"configuration": self.configuration}
 
+    def outcomes(self, name: str) -> tuple[Outcomes, Outcomes]:
+        """Of each of the two the evaluation on most images that has the accuracy `name`."""
+        return _outcomes(self.first, name), _outcomes(self.second, name)
+
     def difference(self, name: str) -> PairedDifference | None:
-        return paired_difference(self.first.outcomes, self.second.outcomes, name)
+        return paired_difference(*self.outcomes(name), name)
+
+
+def _outcomes(attacked: Sequence[Attacked], name: str) -> Outcomes:
+    known = [member for member in attacked if name in (member.outcomes or {})]
+    return max(known, key=lambda member: member.evaluation.size).outcomes if known else None
 
 
 def _pairs(groups: Sequence[Group], baseline: str) -> Iterator[Pair]:
@@ -275,25 +291,25 @@ def _pairs(groups: Sequence[Group], baseline: str) -> Iterator[Pair]:
     for group in groups:
         reference = None if baseline == DENSE else _reference(groups, group.density, baseline)
         for seed, run in group.runs.items():
-            ours, dense = _finetuned(run), _dense_of(run, groups)
+            ours, dense = [_finetuned(run)], _dense_of(run, groups)
             name, first, second = group.configuration, dense, ours
             if reference is group:
                 name, first, second = DENSE, ours, dense
             elif baseline != DENSE:
                 beside = reference.runs.get(seed) if reference else None
-                first = _finetuned(beside) if beside else None
+                first = [_finetuned(beside)] if beside else []
             if first and second:
                 yield Pair(name, group, seed, first, second)
 
 
-def _dense_of(run: RunRecord, groups: Sequence[Group]) -> Attacked | None:
-    """The dense network under attack; of runs that began with the same one, one attacks it."""
+def _dense_of(run: RunRecord, groups: Sequence[Group]) -> list[Attacked]:
+    """The dense network under attack, by whichever of the runs that began with it."""
     known = [run.attacked[DENSE]] if DENSE in run.attacked else []
     for other in (r for group in groups for r in group.runs.values() if DENSE in r.attacked):
         digest = other.attacked[DENSE].evaluation.identity.get("model")
         if run.began_with is not None and digest == run.began_with:
             known.append(other.attacked[DENSE])
-    return max(known, key=lambda attacked: attacked.evaluation.size, default=None)
+    return known
 
 
 def _paired(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
@@ -313,7 +329,7 @@ def _pooled(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
         found.setdefault((pair.configuration, pair.group.density), []).append(pair)
     for pairs in found.values():
         for name in ("clean", AUTOATTACK):
-            pooled = pooled_difference([(p.first.outcomes, p.second.outcomes) for p in pairs], name)
+            pooled = pooled_difference([pair.outcomes(name) for pair in pairs], name)
             if pooled:
                 seeds = [pair.seed for pair in pairs if pair.difference(name)]
                 yield pairs[0].point | {"measure": name, "seeds": seeds} | pooled.as_dict()

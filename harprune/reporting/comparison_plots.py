@@ -198,11 +198,19 @@ def _legend_above(
         if any(name in row["measures"] for row in rows)
     ]
     if dense is not None:
-        looks += [Line2D([], [], color=BLACK, linestyle="--", linewidth=1, label="dense")]
+        fewer = dense["images"] if dense["images"] != rows[0]["images"] else []
+        label = f"dense ({' or '.join(map(str, fewer))} images)" if fewer else "dense"
+        looks += [Line2D([], [], color=BLACK, linestyle="--", linewidth=1, label=label)]
     if baseline is not None:
         short = textwrap.shorten(baseline, 24, placeholder=" ...")
         looks += [Line2D([], [], color=PALE, label=short)]
-    figure.legend(handles=looks, loc="outside upper left", ncols=len(looks))
+    figure.legend(handles=looks, loc="outside upper left", ncols=_columns(figure, looks))
+
+
+def _columns(figure: "Figure", looks: Sequence[Any]) -> int:
+    """How many entries of a legend stand side by side: some line and its longest label each."""
+    widest = 0.45 + _length([look.get_label() for look in looks], 9)
+    return max(1, min(len(looks), int(figure.get_figwidth() / widest)))
 
 
 def _density_ticks(axes: "Axes", densities: Sequence[float]) -> None:

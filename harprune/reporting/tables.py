@@ -147,7 +147,9 @@ def results_table(summary: Mapping[str, Any]) -> Table | None:
 
 def _result_row(result: Mapping[str, Any]) -> tuple[str, ...]:
     models = [result[model] for model in ("dense", "finetuned")]
-    sizes = dict.fromkeys(f"{model['size']:,}" for model in models if model)
+    sizes = list(dict.fromkeys(f"{model['size']:,}" for model in models if model))
+    if len(sizes) > 1 and result["difference"]:
+        sizes[-1] += f", {result['difference']['size']:,} in both"
     return (
         title_of(result["measure"]),
         *map(format_measure, models),

@@ -175,6 +175,7 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
 def test_the_description_is_itself_the_default_recipe():
     text = "\n".join(describe(notes={"method": pruning.method_notes()}))
     assert make_recipe(tomllib.loads(text)) == Recipe()
+    assert "One of: cosine, one_cycle, steps, constant.\n" in text
     assert "# harp, hydra: also train scale and shift of batch norm (parity).\n" in text
     uncommented = text.replace("# objective =", "").replace("# gamma =", "gamma =")
     assert make_recipe(tomllib.loads(uncommented)).method.options == {"gamma": 0.01}

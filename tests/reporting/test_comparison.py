@@ -170,6 +170,41 @@ def test_a_dense_network_is_known_to_all_that_began_with_it(make_run):
     assert {p["configuration"] for p in paired} == {"harp + erk", "hydra + erk"}
 
 
+def test_of_each_accuracy_the_dense_network_is_known_by_whoever_measured_it(make_run, tmp_path):
+    """PGD on many images in one run, AutoAttack on fewer in another."""
+    runs = [make_run("a"), make_run("b", method="hydra")]
+    fewer = make_run("c", size=60) / "attack" / "dense"
+    shutil.rmtree(runs[1] / "attack" / "dense")
+    shutil.copytree(fewer, runs[1] / "attack" / "dense")
+    for run in runs:
+        (run / "inputs.json").write_text('{"dense network": "w"}')
+        path = run / "attack" / "dense" / "evaluation.json"
+        record = json.loads(path.read_text()) | {"identity": {"model": "w"}}
+        if run is runs[0]:
+            del record["attacks"]["autoattack"]
+            outcomes = dict(np.load(path.with_name("outcomes.npz")))
+            del outcomes["autoattack"]
+            np.savez(path.with_name("outcomes.npz"), **outcomes)
+        path.write_text(json.dumps(record))
+    for baseline in ("dense", "hydra"):
+        options = {"title": "t", "note": "", "command": "c", "baseline": baseline}
+        found = write_comparison(runs, tmp_path / "c.md", **options)
+        dense = found["rows"][0]
+        assert (
+            dense["measures"]["autoattack"]["mean"]
+            == accuracies([runs[1]], "autoattack", "dense")[0]
+        )
+        assert dense["measures"]["clean"]["mean"] == accuracies([runs[0]], "clean", "dense")[0]
+        sizes = {
+            p["measure"]: p["size"]
+            for p in found["paired"]
+            if "dense" in (baseline, p["configuration"])
+        }
+        assert sizes == {"clean": 200, "autoattack": 60}
+        assert dense["images"] == [60, 200]
+        assert "<!-- dense (60 or 200 images) -->" in (tmp_path / "c.svg").read_text()
+
+
 def test_a_dense_network_counts_once_and_on_most_images(make_run):
     folders = [make_run(f"run{seed}", seed=seed, size=60 if seed else 200) for seed in range(3)]
     for folder in folders[1:]:

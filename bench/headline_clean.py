@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clean accuracy of the headline's pruned networks on all test images, pair by pair.
+
+    python bench/headline_clean.py
+
+Each network's outcomes are kept beside it, in results/headline/NAME-clean; what lies there is not
+computed again. Needs CIFAR-10 (`harprune data cifar10`).
+"""
+
+from pathlib import Path
+
+from harprune.pipeline.api import evaluate_recipe
+from harprune.pipeline.recipe_text import make_recipe
+from harprune.robustness.record import Evaluation, paired
+
+NETWORKS = Path("results/headline")
+DENSITIES = ("0.01", "0.001")
+
+
+def main() -> None:
+    for density in DENSITIES:
+        names = sorted(path.stem for path in NETWORKS.glob(f"resnet18-*-{density}.hpn"))
+        found = {name: clean(name) for name in names}
+        harp = found[f"resnet18-harp-{density}"]
+        for name, result in found.items():
+            print(f"{name}: {result.lines()[0]}")
+            pair = paired(result, harp, "clean")
+            low, high = (100 * end for end in pair.interval)
+            print(
+                f"  HARP's lead: {100 * pair.difference:+.2f} [{low:+.2f}, {high:+.2f}], "
+                f"{pair.won} won, {pair.lost} lost, p = {pair.p_value:.2g}"
+            )
+
+
+def clean(name: str) -> Evaluation:
+    content = {
+        "name": name,
+        "data": {"name": "cifar10"},
+        "model": {"name": str(NETWORKS / f"{name}.hpn")},
+        "attack": {"attacks": []},
+    }
+    recipe = make_recipe(content, source="bench/headline_clean.py")
+    return evaluate_recipe(recipe, NETWORKS / f"{name}-clean")
+
+
+if __name__ == "__main__":
+    main()
