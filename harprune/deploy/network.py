@@ -161,10 +161,11 @@ def _fastest() -> native.Kernels:
 def _parting(node: MeanPool, source: Shape, usual: Shape) -> MeanPool:
     """`node` with windows that part a map of `source` into as many as make `usual`."""
     sides = source.height // usual.height, source.width // usual.width
-    if 0 in sides:
+    # Torch's windows would overlap, or repeat an image's row.
+    if 0 in sides or source[1:] != (sides[0] * usual.height, sides[1] * usual.width):
         raise ValueError(
-            f"a map of {source.height} x {source.width} is pooled to {usual.height} x "
-            f"{usual.width}; give larger images"
+            f"a map of {source.height} x {source.width} has no {usual.height} x {usual.width} "
+            "parts of one size"
         )
     return replace(node, window=Window(sides, sides))
 

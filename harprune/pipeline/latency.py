@@ -163,7 +163,7 @@ def _repeated(run: Runner, images: np.ndarray, times: int) -> Callable[[], None]
 
 
 def _require_same(name: str, found: np.ndarray, expected: np.ndarray) -> None:
-    difference = np.abs(found - expected).max() / np.abs(expected).max()
+    difference = np.abs(found - expected).max() / (np.abs(expected).max() or 1.0)
     if not difference <= TOLERANCE:
         raise ValueError(
             f"{name}: its logits differ by {difference:.1e} of the largest; its times mean nothing"

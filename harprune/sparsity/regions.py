@@ -420,7 +420,13 @@ def _adaptive(node, graph: Graph, values, size) -> bool:
     """Windows that divide the map evenly, or one position repeated."""
     source = _source(node, values)
     channels, *sides = graph.shapes[source]
-    wanted = [m if n is None else n for n, m in zip(_pair(size), sides)]
+    wanted = _pair(size)
+    if wanted == (None, None):
+        values[node] = source
+        return True
+    # A side that stays what it is would be one of this map's, and not of another image's.
+    if None in wanted:
+        return False
     if any(m % n and m != 1 for n, m in zip(wanted, sides)):
         return False
     strides = [m // n for n, m in zip(wanted, sides)]

@@ -146,6 +146,28 @@ def test_an_adaptive_pool_of_four_parts_keeps_four():
         engine(images(1, 3, 9, 8))
 
 
+@pytest.mark.parametrize("side", [5, 6, 7, 9, 10, 12])
+def test_an_adaptive_pool_parts_a_map_as_torch_does_or_not_at_all(side):
+    layers = nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(4), nn.Conv2d(4, 5, 3)
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    engine, x = Engine(deployed(model, side=8)), images(2, 3, side, side)
+    if side % 4:
+        with pytest.raises(ValueError, match="has no 4 x 4 parts of one size"):
+            engine(x)
+    else:
+        assert np.allclose(engine(x), wanted(model, x), atol=1e-6)
+
+
+def test_an_adaptive_pool_that_keeps_a_side():
+    model = nn.Sequential(nn.AdaptiveAvgPool2d((None, None)), nn.Conv2d(3, 4, 1))
+    whole = nn.Sequential(*model, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    engine, x = Engine(deployed(whole, side=8)), images(2, 3, 16, 16)
+    assert np.allclose(engine(x), wanted(whole, x), atol=1e-6)
+    whole[0].output_size = (None, 4)
+    with pytest.raises(ValueError, match="AdaptiveAvgPool2d"):
+        deployed(whole, side=8)
+
+
 @pytest.mark.parametrize("side", [16, 32, 64, 4])
 def test_a_network_that_fixes_the_size_says_so(side):
     engine = Engine(deployed(pruned(Branching(), 0.5), side=20))
