@@ -92,13 +92,8 @@ def prune(shop: Workshop) -> None:
         history = learn(
             shop, "prune", model, groups, method=method, distillation=soft, nearby=nearby
         )
-    if history and "density" in method.metrics(model) and not method.budget_met(model):
-        shop.warn(
-            "prune",
-            f"after {len(history)} epochs the densities learned have not come down to the budget, "
-            "so all layers are cut in proportion; prune longer, raise method.gamma or lower "
-            "method.start_factor",
-        )
+    if history and (doubt := method.doubt(model)):
+        shop.warn("prune", doubt)
     method.settle(model)
     tensors = checkpoint.pack("mask", masks.kept_masks(model))
     masks.bake(model)
