@@ -147,6 +147,7 @@ class Sample:
     Attributes:
         batches: how many batches of the pruning stage; None for one pass over all images.
         attacked: adversarial images of the stage's training attack instead of clean ones.
+        passes: forward + backward passes that `observe` spends on each of them.
 
     Raises:
         ValueError: fewer than one batch.
@@ -154,6 +155,7 @@ class Sample:
 
     batches: int | None
     attacked: bool = False
+    passes: int = 1
 
     def __post_init__(self):
         if self.batches is not None and self.batches < 1:

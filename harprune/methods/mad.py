@@ -49,7 +49,7 @@ class MAD(Method):
 
     @property
     def sample(self) -> Sample:
-        return Sample(self.batches, attacked=True)
+        return Sample(self.batches, attacked=True, passes=self.mask_steps + 1)
 
     def __post_init__(self):
         _ = self.sample  # refuses a wrong number of batches
