@@ -23,6 +23,8 @@ from harprune.sparsity.layers import Layer
 from harprune.sparsity.masks import OpenMask
 from harprune.sparsity.selection import keep_top
 
+_CUT = 0.2  # share of the squared norm from which on a projection is more than a last touch
+
 
 class _Apart(OpenMask):
     """Z, which meets the budget, and the scaled dual U, beside the free weights W."""
@@ -36,7 +38,8 @@ class ADMM(Method):
     """All weights are trained; the allocation sets each layer's density (the paper's: uniform).
 
     Attributes:
-        rho: weight of the penalty at first.
+        rho: weight of the penalty at first. What draws the weights is its sum over the steps, times
+            the learning rate: 0.001 is meant for 200 epochs of 391 steps, fewer need more.
         growth: factor on rho at each update.
         updates: how often Z and U are updated, evenly over the training; the paper's 200 epochs
             have one every 20.
@@ -106,6 +109,20 @@ class ADMM(Method):
     def budget_met(self, model: nn.Module) -> bool:
         """Never: what validation sees is not yet projected, so the last epoch counts."""
         return False
+
+    @torch.no_grad()
+    def doubt(self, model: nn.Module) -> str | None:
+        whole, left = 0.0, 0.0
+        for name, (layer, _) in masks.installed(model).items():
+            squares = layer.parameter.square()
+            whole += float(squares.sum())
+            left += float((squares * self._support(name, layer, layer.parameter)).sum())
+        if left >= (1.0 - _CUT) * whole:
+            return None
+        return (
+            f"{1.0 - left / whole:.0%} of the squared norm of the weights are cut away: training "
+            "has not drawn them to the pruned network; raise method.rho or prune longer"
+        )
 
     @torch.no_grad()
     def settle(self, model: nn.Module) -> None:

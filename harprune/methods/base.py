@@ -147,6 +147,7 @@ class Sample:
     Attributes:
         batches: how many batches of the pruning stage; None for one pass over all images.
         attacked: adversarial images of the stage's training attack instead of clean ones.
+        passes: forward + backward passes that `observe` spends on each of them.
 
     Raises:
         ValueError: fewer than one batch.
@@ -154,6 +155,7 @@ class Sample:
 
     batches: int | None
     attacked: bool = False
+    passes: int = 1
 
     def __post_init__(self):
         if self.batches is not None and self.batches < 1:
@@ -165,9 +167,10 @@ class Method(ABC):
 
     The life of a method: `check` before any training; `attach` once, and `observe` if it asks for a
     `sample`; then `begin` and, while the model trains, `penalty` in every loss, `step_ended` after
-    every optimiser step and `epoch_ended` after every epoch; `settle` last. A stage that goes on
-    after an interruption lives it again, up to `begin`, and is then given the model's tensors and
-    `load_state_dict`. So what a method learns lies in tensors of its masks, or in `state_dict`.
+    every optimiser step and `epoch_ended` after every epoch; then `doubt`, and `settle` last. A
+    stage that goes on after an interruption lives it again, up to `begin`, and is then given the
+    model's tensors and `load_state_dict`. So what a method learns lies in tensors of its masks, or
+    in `state_dict`.
     """
 
     uses_allocation: ClassVar[bool] = True
@@ -248,6 +251,13 @@ class Method(ABC):
     def metrics(self, model: nn.Module) -> dict:
         """What to log after an epoch, as plain values; nothing by default."""
         return {}
+
+    def doubt(self, model: nn.Module) -> str | None:
+        """Before `settle`, where there was training: what it may undo, and what helps.
+
+        A clause without a full stop, shown as a warning; None by default.
+        """
+        return None
 
     @abstractmethod
     def settle(self, model: nn.Module) -> None:

@@ -6,16 +6,19 @@ units with the least magnitude and grows as many elsewhere, at zero: anywhere (S
 2018), or where the loss would fall fastest (RigL, Evci et al. 2020). d falls by a cosine.
 
 Flying Bird+ follows overfitting: in the second half, while the gap between robust accuracy on
-training and on validation images has been rising it drops more, while the validation loss has been
-rising it grows more. The paper lets the final density drift; here `settle` brings it to the budget.
+training and on validation images has been rising it drops more, while the validation loss has not
+been falling it grows more. The paper lets the final density drift; here `settle` brings it to the
+budget, and of epochs those count that it need not cut.
 
 The paper shares the density by IGQ (budget.allocation = "igq") and trains from scratch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 from math import cos, floor, pi
+from operator import ge, gt
 from typing import cast
 
 import torch
@@ -29,7 +32,7 @@ from harprune.sparsity.selection import top_among
 
 _LEAST = 0.005  # where the cosine ends
 _PATIENCE = 4  # epochs that Flying Bird+ looks back
-_MORE_DROPPED, _MORE_GROWN = 0.4, 0.05  # of d, and of the kept units
+_MORE_DROPPED, _MORE_GROWN = 0.4, 0.05  # of d, and of what is regrown anyway
 
 
 class Growth(Enum):
@@ -171,17 +174,17 @@ class FlyingBird(Method):
         """How many of `kept` units are dropped, at least one staying, and how many grow."""
         more, extra = 0.0, 0.0
         if self.adaptive:
-            more = _MORE_DROPPED * rate if self._rising(self._gaps) else 0.0
-            extra = _MORE_GROWN if self._rising(self._losses) else 0.0
-        dropped = min(floor((rate + more) * kept), kept - 1)
-        return dropped, floor(rate * kept) + floor(extra * kept)
+            more = _MORE_DROPPED * rate if self._mostly(gt, self._gaps) else 0.0
+            extra = _MORE_GROWN if self._mostly(ge, self._losses) else 0.0
+        dropped, regrown = min(floor((rate + more) * kept), kept - 1), floor(rate * kept)
+        return dropped, regrown + floor(extra * regrown)
 
-    def _rising(self, values: list[float]) -> bool:
+    def _mostly(self, rose: Callable[[float, float], bool], values: list[float]) -> bool:
         """In the second half: whether at least half of the last epochs rose."""
         recent = values[-_PATIENCE - 1 :]
         if 2 * len(values) <= self._epochs or len(recent) <= _PATIENCE:
             return False
-        return sum(b > a for a, b in pairwise(recent)) >= _PATIENCE / 2
+        return sum(rose(after, before) for before, after in pairwise(recent)) >= _PATIENCE / 2
 
     def _promise(
         self, layer: Layer, mask: FixedMask | WatchedMask, step: int, number: int
@@ -199,13 +202,34 @@ class FlyingBird(Method):
         self._gaps.append(gap)
         self._losses.append(loss)
 
-    @torch.no_grad()
-    def settle(self, model: nn.Module) -> None:
+    def _excess(self, model: nn.Module) -> int:
+        """Units that `settle` will take away."""
+        counts, parts = self._counts(model), _masked(model)
+        return sum(max(int(m.kept.sum()) - counts[n], 0) for n, (_, m) in parts.items())
+
+    def _counts(self, model: nn.Module) -> dict[str, int]:
+        """Units that each layer keeps in the end."""
         parts = _masked(model)
         counts = {name: int(mask.kept.sum()) for name, (_, mask) in parts.items()}
-        if self.adaptive:
-            wanted = {n: counts[n] / mask.kept.numel() for n, (_, mask) in parts.items()}
-            counts = self._budget.counts(model, wanted)
+        if not self.adaptive:
+            return counts
+        wanted = {n: counts[n] / mask.kept.numel() for n, (_, mask) in parts.items()}
+        return self._budget.counts(model, wanted)
+
+    def budget_met(self, model: nn.Module) -> bool:
+        return self._excess(model) == 0
+
+    def doubt(self, model: nn.Module) -> str | None:
+        if not (excess := self._excess(model)):
+            return None
+        return (
+            f"no epoch kept to the budget, so {excess:,} units of the last one are cut; finetune, "
+            "or leave method.adaptive out"
+        )
+
+    @torch.no_grad()
+    def settle(self, model: nn.Module) -> None:
+        parts, counts = _masked(model), self._counts(model)
         for number, (name, (layer, mask)) in enumerate(parts.items()):
             magnitude = self._budget.granularity.magnitude(layer, layer.parameter).abs()
             kept = top_among(magnitude, mask.kept, min(counts[name], int(mask.kept.sum())))

@@ -42,7 +42,7 @@ class GraSP(Method):
 
     @property
     def sample(self) -> Sample:
-        return Sample(self.batches, attacked=self.adversarial)
+        return Sample(self.batches, attacked=self.adversarial, passes=3)  # g, and H g for two
 
     def __post_init__(self):
         _ = self.sample  # refuses a wrong number of batches

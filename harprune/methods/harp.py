@@ -196,6 +196,14 @@ class HARP(Method):
             "densities": {name: float(value) for name, value in densities.items()},
         }
 
+    def doubt(self, model: nn.Module) -> str | None:
+        if self.budget_met(model):
+            return None
+        return (
+            "the densities learned have not come down to the budget, so all layers are cut in "
+            "proportion; prune longer, raise method.gamma or lower method.start_factor"
+        )
+
     def settle(self, model: nn.Module) -> None:
         settle_scores(model, self._budget)
 

@@ -7,9 +7,10 @@ costs is the quadratic form of the Hessian, block by block from K-FAC, H ~ A x G
 
     saliency_ij = 1/2 G_ii dw_ij (dw A)_ij,    A = E[a a^T],  G_ii = E[g_i^2]
 
-with a a layer's inputs and g the gradient at its outputs, averaged over the training images. The
-units of the lowest saliency go. The authors rank the classifier row by row; here it is ranked with
-the other layers, whose floors keep it from being emptied.
+with a a layer's inputs and g the gradient at its outputs, both of the network under its soft mask,
+averaged over the training images. The units of the lowest saliency go. The authors rank the
+classifier row by row; here it is ranked with the other layers, whose floors keep it from being
+emptied.
 """
 
 from collections.abc import Iterable
@@ -48,7 +49,7 @@ class MAD(Method):
 
     @property
     def sample(self) -> Sample:
-        return Sample(self.batches, attacked=True)
+        return Sample(self.batches, attacked=True, passes=self.mask_steps + 1)
 
     def __post_init__(self):
         _ = self.sample  # refuses a wrong number of batches
@@ -119,7 +120,9 @@ def _saliencies(
         for module, _ in layer.places
     ]
     try:
-        loss = F.cross_entropy(model(x), y, reduction="sum")  # gradients image by image
+        left = {name: layer.parameter - damage[name] for name, layer in layers.items()}
+        logits = functional_call(model, left, (x,))
+        loss = F.cross_entropy(logits, y, reduction="sum")  # gradients image by image
     finally:
         for hook in hooks:
             hook.remove()

@@ -2,11 +2,11 @@
 """Robust Bird (Chen et al., ICLR 2022): the ticket is drawn as soon as it stops changing.
 
 Early-bird tickets (You et al., ICLR 2020) for adversarial training: the dense network trains
-cheaply (prune.objective.name = "natural") until its global-magnitude masks at the end of `window`
-epochs in a row differ by less than `tolerance`; it is pruned there, and the adversarial training is
-that of finetuning. The distance is the paper's, the share of *all* units in which two masks differ:
-at density d it is at most 2 d, so below a density of half the tolerance the first full window ends
-the search.
+cheaply (prune.objective.name = "natural") until its global-magnitude mask at the end of an epoch
+differs by less than `tolerance` from each of those of the epochs before, `window` in all; it is
+pruned there, and the adversarial training is that of finetuning. The distance is the paper's, the
+share of *all* units in which two masks differ: at density d it is at most 2 d, so below a density
+of half the tolerance the first full window ends the search.
 """
 
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class RobustBird(Method):
     """Global magnitude at the epoch where the mask has settled.
 
     Attributes:
-        tolerance: largest distance between any two masks of the window.
+        tolerance: what the distance of the newest mask to each other one of the window stays below.
         window: epochs compared.
     """
 
@@ -78,10 +78,11 @@ class RobustBird(Method):
         self._seen += 1
 
     def distance(self, model: nn.Module) -> float:
-        """The largest share of units in which two masks of the window differ."""
+        """The largest share of units in which the newest mask differs from one of the window."""
         recent = [mask.recent.flatten(1) for _, mask in masks.of_kind(model, _Recent).values()]
         every = torch.cat(recent, dim=1)
-        return max(float((a ^ b).float().mean()) for a in every for b in every)
+        newest = every[(self._seen - 1) % self.window]
+        return max(float((mask ^ newest).float().mean()) for mask in every)
 
     def done(self, model: nn.Module) -> bool:
         return self._seen >= self.window and self.distance(model) < self.tolerance

@@ -43,7 +43,7 @@ class SynFlow(Method):
 
     @property
     def sample(self) -> Sample:
-        return Sample(1)
+        return Sample(1, passes=0)  # each round is a pass of one image of ones
 
     def __post_init__(self):
         if self.rounds < 1:

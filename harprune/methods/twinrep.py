@@ -74,8 +74,8 @@ class TwinRep(Method):
             factors = Factors(layer, budget.granularity)
             weight, factor = layer.parameter, factors.factor
             if not self.inherit:
-                # As for a weight: +-sqrt(6 / inputs).
-                bound = sqrt(6.0 / (layer.fan_in if factors.axis is None else len(factor)))
+                # As torch begins a weight: +-1 / sqrt(inputs).
+                bound = 1.0 / sqrt(layer.fan_in if factors.axis is None else len(factor))
                 factor.copy_((2.0 * torch.rand(factor.shape) - 1.0) * bound)
             elif factors.axis is None:
                 factor.copy_(weight.abs().sqrt())

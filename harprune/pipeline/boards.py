@@ -17,6 +17,7 @@ from torch import Tensor
 from harprune.files import to_json, write
 from harprune.reporting.records import Evaluation, Measure, RunRecord, read_run
 from harprune.robustness.threat import L2, Linf
+from harprune.sparsity.audit import budget_of
 from harprune.training import checkpoint
 
 IMAGES = 10_000
@@ -143,6 +144,7 @@ def _submission(run: RunRecord, paper: Paper) -> Mapping[str, str | bytes]:
     network = NETWORKS[model["name"]]
     key = f"{paper.method}_{paper.key}_{network}_CIFAR10_{kind}_{sparsity}"
     state, normalised = _state_dict(run)
+    _require_sparse(state, structure, density)
     lines = [
         f"# {key}",
         "",
@@ -198,6 +200,28 @@ def _state_dict(run: RunRecord) -> tuple[dict[str, Tensor], str]:
     inner = "network."
     state = {n.removeprefix(inner): t for n, t in state.items() if n.startswith(inner)}
     return state, f"Images are normalised: mean {constants[0]}, standard deviation {constants[1]}."
+
+
+def _require_sparse(state: Mapping[str, Tensor], structure: str, density: float) -> None:
+    """Refuse tensors that keep more than `density`: a budget may leave out layers, a board not.
+
+    Of filters and channels those count as pruned that are zero as a whole. The filters of a linear
+    layer are classes, which nothing prunes.
+    """
+    kept, total = 0, 0
+    for weight in (t for t in state.values() if t.dim() > (2 if structure == "filter" else 1)):
+        own = weight != 0
+        if structure != "weight":
+            axis = 0 if structure == "filter" else 1
+            others = [a for a in range(weight.dim()) if a != axis]
+            own = (own.sum(dim=others, keepdim=True) > 0).expand_as(own)
+        kept, total = kept + int(own.sum()), total + own.numel()
+    if kept > budget_of(density, total):
+        whole = "" if structure == "weight" else f" in {structure}s that are not zero"
+        raise ValueError(
+            f"{kept:,} of all {total:,} weights are kept{whole}, more than {100 * density:g} %; "
+            "prune every layer (budget.include, budget.exclude)"
+        )
 
 
 def _percent(measure: Measure) -> str:

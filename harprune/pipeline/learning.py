@@ -15,7 +15,13 @@ from harprune.pipeline import hardening, machinery
 from harprune.pipeline.course import Course
 from harprune.pipeline.recipe import Distillation
 from harprune.pipeline.run import Run
-from harprune.pipeline.validation import guesses, overfitting, percent, validate
+from harprune.pipeline.validation import (
+    guesses,
+    overfitting,
+    overfitting_passes,
+    percent,
+    validate,
+)
 from harprune.pipeline.workshop import Workshop, load_network
 from harprune.reporting.records import STAGES
 from harprune.robustness.objectives import Free, Objective
@@ -220,6 +226,7 @@ def _end_epoch(shop: Workshop, course: Course, epoch: int, fast: Twin | None) ->
     if course.method is not None:
         if course.method.watches:
             course.method.judged(*overfitting(shop, course.model, fast))
+            course.passes += overfitting_passes(shop)
         record |= course.method.metrics(course.model)
         eligible = course.method.budget_met(course.model)
         course.method.epoch_ended(course.model, epoch)

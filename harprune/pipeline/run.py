@@ -8,6 +8,7 @@
                        both are removed when it is done
     dense.safetensors  pruned.safetensors  finetuned.safetensors  audit.json
     metrics.jsonl      one line per epoch             warnings.json what stages warned of, if at all
+    scoring.json       what a method spent on images that it scored weights with, if it did
     attack/  report/
 
 A stage is finished when its network exists; that is all the state a run has.

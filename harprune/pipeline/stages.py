@@ -5,12 +5,13 @@ A stage whose network exists is done, so an interrupted run goes on by the same 
 The validation split selects epochs; the attack stage alone sees test images.
 """
 
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import islice
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harprune.files import to_json, write
 from harprune.methods.base import Budget, Method
@@ -92,13 +93,8 @@ def prune(shop: Workshop) -> None:
         history = learn(
             shop, "prune", model, groups, method=method, distillation=soft, nearby=nearby
         )
-    if history and "density" in method.metrics(model) and not method.budget_met(model):
-        shop.warn(
-            "prune",
-            f"after {len(history)} epochs the densities learned have not come down to the budget, "
-            "so all layers are cut in proportion; prune longer, raise method.gamma or lower "
-            "method.start_factor",
-        )
+    if history and (doubt := method.doubt(model)):
+        shop.warn("prune", doubt)
     method.settle(model)
     tensors = checkpoint.pack("mask", masks.kept_masks(model))
     masks.bake(model)
@@ -191,13 +187,23 @@ def _show_sample(shop: Workshop, method: Method, model: nn.Module) -> None:
     batches = machinery.batches(
         shop.materials.train, shop.recipe, section, shop.engine, shop.seed("prune"), shared=False
     )
-    images = islice(batches.epoch(0), sample.batches)
+    images, passes, shown = islice(batches.epoch(0), sample.batches), sample.passes, 0
     if sample.attacked:
         objective = section.objective or shop.recipe.objective
         attack = hardening.training_attack(shop.recipe, objective, under_attack(shop, model))
         images = ((attack(model, x, y), y) for x, y in images)
+        passes += attack.passes
+
+    def counted() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal shown
+        for x, y in images:
+            shown += len(x)
+            yield x, y
+
     with eval_mode(model):
-        method.observe(model, images)
+        method.observe(model, counted())
+    if shop.run.leader:
+        write(shop.run.folder / "scoring.json", to_json({"passes": passes * shown}))
 
 
 def _alarm(shop: Workshop, model: nn.Module, counts: Audit) -> None:

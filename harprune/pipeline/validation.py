@@ -31,6 +31,14 @@ def overfitting(shop: Workshop, model: nn.Module, fast: Twin | None) -> tuple[fl
     return seen - unseen, loss
 
 
+def overfitting_passes(shop: Workshop) -> int:
+    """Forward + backward passes of single images that `overfitting` takes."""
+    section, materials = shop.recipe.validation, shop.materials
+    splits = (materials.train, materials.validation)
+    images = sum(len(subset(s.labels, section.size, shop.recipe.seed)) for s in splits)
+    return section.steps * images
+
+
 def _judge(
     shop: Workshop, model: nn.Module, fast: Twin | None, split: Split
 ) -> tuple[float, float, float]:

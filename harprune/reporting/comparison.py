@@ -159,15 +159,10 @@ def _row(group: Group) -> dict[str, Any]:
         "denominator": audits[0].denominator,
         "multiply_adds": [a.multiply_adds["kept"] for a in audits if a.multiply_adds],
         "dense_multiply_adds": (audits[0].multiply_adds or {}).get("dense"),
-        "passes": [_passes(run) for run in runs],
+        "passes": [run.passes("prune") + run.passes("finetune") for run in runs],
         "seconds": list(group.seconds),
         "layers": {name: layer.density for name, layer in audits[0].layers.items()},
     }
-
-
-def _passes(run: RunRecord) -> int:
-    """Forward and backward passes of single images, in all stages after the dense network."""
-    return sum(max((e.passes for e in run.of_stage(s)), default=0) for s in ("prune", "finetune"))
 
 
 def _dense_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:

@@ -202,9 +202,12 @@ def _kept(row: Mapping[str, Any]) -> str:
 
 
 _COST = (
-    "Multiply-adds of one image, as a share of the dense network's; forward and backward passes of "
-    "single images while training in the stages of pruning and finetuning, without what a method "
-    "that scores once (MAD, SNIP, GraSP) sees before; and, where it is known, the wall-clock time "
+    "Multiply-adds of one image, as a share of the dense network's; passes, each one image forward "
+    "and back, of the stages of pruning and finetuning: attacks, steps, the two further "
+    "validations of Flying Bird+ and what MAD, SNIP and GraSP score with (the last two as far as a "
+    "run's records have them). Not counted are a forward pass alone, a third of one; the "
+    "validation that selects epochs, alike for all; SynFlow's rounds, one image each; and the "
+    "batch norm of averaged weights, 16 batches an epoch. Where it is known, the wall-clock time "
     "of the run with its attacks and without a dense network that it shares, in minutes, the "
     "median over seeds, which depends on what else the machine did."
 )

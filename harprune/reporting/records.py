@@ -157,7 +157,8 @@ class RunRecord:
     """All that a run folder says.
 
     `began_with` is the digest of the dense network that the run was given, None of its own one;
-    `warnings` are what each stage warned of.
+    `warnings` are what each stage warned of; `scoring` are the forward + backward passes of single
+    images that the method spent before it trained, 0 where an earlier version did not count them.
     """
 
     folder: Path
@@ -169,6 +170,7 @@ class RunRecord:
     attacked: Mapping[str, Attacked]
     began_with: str | None
     warnings: Mapping[str, tuple[str, ...]]
+    scoring: int
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -186,6 +188,11 @@ class RunRecord:
 
     def of_stage(self, stage: str) -> tuple[Epoch, ...]:
         return tuple(epoch for epoch in self.epochs if epoch.stage == stage)
+
+    def passes(self, stage: str) -> int:
+        """Forward + backward passes of single images, scoring counted to pruning."""
+        trained = max((epoch.passes for epoch in self.of_stage(stage)), default=0)
+        return trained + (self.scoring if stage == "prune" else 0)
 
     @property
     def threat(self) -> Any:
@@ -220,6 +227,7 @@ def read_run(folder: str | Path) -> RunRecord:
         raise ValueError(f"{folder} is no run folder: it holds no recipe.json; see `harprune run`")
     environment, audit = folder / "environment.json", folder / "audit.json"
     inputs, warnings = folder / "inputs.json", folder / "warnings.json"
+    scoring = folder / "scoring.json"
     return RunRecord(
         folder=folder,
         recipe=_read_mapping(folder / "recipe.json"),
@@ -234,6 +242,7 @@ def read_run(folder: str | Path) -> RunRecord:
         },
         began_with=_read_mapping(inputs).get("dense network") if inputs.exists() else None,
         warnings=_read_warnings(warnings) if warnings.exists() else {},
+        scoring=_read_scoring(scoring) if scoring.exists() else 0,
     )
 
 
@@ -248,6 +257,10 @@ def _read_warnings(path: Path) -> dict[str, tuple[str, ...]]:
     """By stage, in the order of stages."""
     found = _parse(dict[Stage, tuple[str, ...]], _read_text(path), str(path))
     return {stage: found[stage] for stage in STAGES if stage in found}
+
+
+def _read_scoring(path: Path) -> int:
+    return _parse(dict[Literal["passes"], Count], _read_text(path), str(path))["passes"]
 
 
 def _read_attacked(folder: Path) -> Attacked:

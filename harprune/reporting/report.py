@@ -149,7 +149,7 @@ def _sections(summary: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Itera
     text = (
         "Accuracy on validation images in the selected epoch, whose network goes on, or in the "
         "last one where no selection is known; passes are images sent through and back in all "
-        "epochs."
+        "epochs, and before them to score weights."
     )
     yield Section("Training", stages_table(summary), pictures.get("validation"), text)
     yield Section("How this was made", _made_table(summary))

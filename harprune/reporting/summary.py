@@ -69,7 +69,7 @@ def _stage(run: RunRecord, stage: str) -> dict[str, Any]:
         "selected": selected.epoch if selected else None,
         "clean": shown.clean if shown else None,
         "robust": shown.robust if shown else None,
-        "passes": last.passes if last else None,
+        "passes": run.passes(stage) or None,
     }
 
 

@@ -37,7 +37,10 @@ class Objective(Protocol):
 
     @property
     def passes(self) -> int:
-        """Forward + backward passes that a step costs for each image."""
+        """Forward + backward passes that a step costs for each image.
+
+        A forward pass alone, as a teacher's, is about a third of one, and nowhere counted.
+        """
         ...
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor: ...

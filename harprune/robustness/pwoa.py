@@ -46,7 +46,7 @@ class PwoA:
 
     attack = None
     replays = 1
-    passes = 2  # the second one is the teacher's, forward only
+    passes = 1
 
     __repr__ = record
 

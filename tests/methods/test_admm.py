@@ -85,8 +85,17 @@ def test_the_penalty_draws_the_weights_to_the_pruned_network():
         optimiser.zero_grad()
         method.epoch_ended(model, epoch)
     before = model(X)
+    assert method.doubt(model) is None
     method.settle(model)
     assert (model(X) - before).abs().max() < 0.005 < 0.03 < _moved_by_magnitude_alone(budget)
+
+
+def test_weights_that_were_not_drawn_are_doubted():
+    model, method = network(), ADMM()
+    method.attach(model, Budget(0.3, allocation=allocation.uniform))
+    whole = sum(m.weight.square().sum() for m in (model[0], model[3]))
+    left = sum(projected(m.weight, 0.3, ()).square().sum() for m in (model[0], model[3]))
+    assert method.doubt(model).startswith(f"{1 - left / whole:.0%} of the squared norm")
 
 
 def _moved_by_magnitude_alone(budget):

@@ -54,9 +54,20 @@ def test_a_weight_that_reaches_zero_sleeps_and_another_wakes():
     woken = mask.kept & ~lost
     assert layer.parameter[woken].eq(1e-12).all()
     assert layer.parameter[~mask.kept].eq(0).all()
-    # One of 1,728 weights in 16 is in the convolution, so a few of 40 wake there.
     conv = parts_of(model)["0.weight"][1].kept
     assert int(conv.sum()) - int(conv_before.sum()) == 40 - int(woken.sum())
+
+
+def test_a_layer_wakes_in_proportion_to_its_size():
+    model, method = network(), BCS(noise=0.0)
+    method.attach(model, BUDGET)
+    conv = parts_of(model)["0.weight"][1]
+    before, asleep = int(conv.kept.sum()), 324
+    with torch.no_grad():
+        parts_of(model)["3.weight"][0].parameter.zero_()
+    method.step_ended(model, 7)
+    # One weight in 16 is in the convolution.
+    assert int(conv.kept.sum()) - before == pytest.approx(asleep / 16, abs=15)
 
 
 def test_noise_moves_active_weights_alone():

@@ -164,27 +164,31 @@ def test_random_growth_is_a_function_of_seed_and_step():
 @pytest.mark.parametrize(
     ("gaps", "losses", "dropped", "grown"),
     [
-        ([0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], 50, 50),
-        ([0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0], 70, 50),
-        ([0, 0, 0, 0, 0, 0], [0, 0, 1, 2, 3, 4], 50, 55),
-        ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], 70, 55),
-        ([0, 1, 2, 2, 2, 2], [9, 8, 7, 6, 5, 6], 50, 50),
-        ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], 50, 50),
+        ([0, 0, 0, 0, 0, 0], [5, 4, 3, 2, 1, 0], 500, 500),
+        ([0, 0, 1, 1, 2, 2], [5, 4, 3, 2, 1, 0], 700, 500),
+        ([0, 0, 0, 0, 0, 0], [0, 0, 1, 2, 3, 4], 500, 525),
+        ([0, 0, 0, 0, 0, 0], [3, 2, 1, 0, 0, 0], 500, 525),
+        ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], 700, 525),
+        ([0, 1, 2, 2, 2, 2], [9, 8, 7, 6, 5, 6], 500, 500),
+        ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], 500, 500),
     ],
 )
 def test_plus_drops_more_under_a_growing_gap_and_grows_more_under_a_growing_loss(
     gaps, losses, dropped, grown
 ):
-    """The last four changes count, and only in the second half of ten epochs."""
+    """The last four changes count, and only in the second half of ten epochs.
+
+    More grows in proportion to what is regrown, and a loss that stays the same counts as growing.
+    """
     method = FlyingBird(adaptive=True)
     method.begin(10, 1)
     for gap, loss in zip(gaps, losses):
         method.judged(float(gap), float(loss))
-    assert method._exchange(100, 0.5) == (dropped, grown)
+    assert method._exchange(1000, 0.5) == (dropped, grown)
     plain = FlyingBird()
     plain.begin(10, 1)
     plain._gaps, plain._losses = gaps, losses
-    assert plain._exchange(100, 0.5) == (50, 50)
+    assert plain._exchange(1000, 0.5) == (500, 500)
 
 
 @pytest.mark.parametrize("extra", [-10, 0, 10])
@@ -196,6 +200,9 @@ def test_plus_is_brought_to_the_budget_in_the_end(extra):
         flat = mask.kept.view(-1)
         flat[(flat == (extra < 0)).nonzero().flatten()[: abs(extra)]] = extra > 0
     before = kept_of(model)
+    # What would be cut without training is not selected, and said if there is nothing else.
+    assert method.budget_met(model) is (extra <= 0)
+    assert ("10 units of the last one are cut" in (method.doubt(model) or "")) is (extra > 0)
     method.settle(model)
     after = masks.kept_masks(model)
     assert sum(counts_of(after).values()) == int(0.3 * 270)
@@ -260,6 +267,20 @@ def test_the_distance_is_the_share_of_units_that_differ():
     end_epochs(model, method, [stay, shuffle])
     second = top(parameters_of(model))
     assert method.distance(model) == pytest.approx(float((first != second).float().mean()))
+
+
+def test_the_newest_mask_is_compared_with_the_earlier_ones_and_they_not_with_each_other():
+    model, method = nn.Sequential(nn.Linear(10, 1, bias=False)), RobustBird(0.3, window=3)
+    method.attach(model, Budget(0.2))
+    weight = model[0].parametrizations.weight.original
+    drawn = []
+    for kept in ([0, 1], [2, 3], [0, 2]):  # 0.4 apart, and each 0.2 from the last
+        with torch.no_grad():
+            weight.zero_()[:, kept] = 1.0
+        method.epoch_ended(model, len(drawn))
+        drawn.append(method.done(model))
+    assert drawn == [False, False, True]
+    assert method.distance(model) == pytest.approx(0.2)
 
 
 def test_the_mask_of_the_last_epoch_is_the_ticket():

@@ -42,6 +42,18 @@ def test_the_network_computes_with_the_product(grain):
 
 
 @pytest.mark.parametrize("grain", GRAINS)
+def test_the_second_factor_begins_as_torch_begins_a_weight(grain):
+    """Uniform within 1 / sqrt(inputs): kaiming_uniform_ with a = sqrt(5)."""
+    model = nn.Sequential(nn.Conv2d(30, 40, 3), nn.Conv2d(40, 50, 1))
+    TwinRep().attach(model, Budget(0.5, granularity=grain))
+    for _, mask in parts_of(model).values():
+        literal = torch.empty_like(mask.factor)
+        nn.init.kaiming_uniform_(literal, a=5**0.5)
+        assert mask.factor.std().item() == pytest.approx(literal.std().item(), rel=0.1)
+        assert mask.factor.abs().max().item() == pytest.approx(literal.abs().max().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("grain", GRAINS)
 def test_inheriting_leaves_the_function_as_it_was(grain):
     model, x = network(), torch.rand(2, 3, 4, 4)
     before = model(x)

@@ -15,6 +15,16 @@ from tests.reporting.conftest import write_run
 PAPER = Paper("HARP", "Zhao2023Holistic", "Holistic", "Qi Zhao", "https://a.paper", "ICLR 2023")
 
 
+@torch.no_grad()
+def prune(model, structure, density, *, dense=()):
+    """Keeps the first filters or channels of each layer, or the first weights of each filter."""
+    for name, weight in model.named_parameters():
+        if weight.dim() > (2 if structure == "filter" else 1) and name not in dense:
+            axis = 0 if structure == "filter" else 1
+            units = (weight.flatten(1) if structure == "weight" else weight).transpose(0, axis)
+            units[int(density * len(units)) :] = 0.0
+
+
 @pytest.fixture
 def eligible(tmp_path):
     """A run as both boards take it, and what may be changed in its records."""
@@ -33,6 +43,7 @@ def eligible(tmp_path):
         content |= dict(evaluation)
         path.write_text(json.dumps(content))
         model = create_model("resnet18", 10)
+        prune(model, "weight", 0.01)
         tensors = checkpoint.pack("model", model.state_dict())
         checkpoint.save(folder / "finetuned.safetensors", tensors, {})
         return folder, content, model
@@ -115,6 +126,30 @@ def test_one_board_may_take_what_the_other_refuses(recipe, said, eligible, tmp_p
     found = write_entries(folder, tmp_path / "out", PAPER)
     assert said in found["pruning benchmark"] and found["RobustBench"].endswith("Holistic.json")
     assert not list((tmp_path / "out").glob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("structure", "density"), [("weight", 0.1), ("filter", 0.5), ("channel", 0.5)]
+)
+def test_the_network_written_must_be_as_sparse_as_its_key(structure, density, eligible, tmp_path):
+    """The budget may have left a layer out, and zeros within a filter prune no filter."""
+
+    def verdict(name):
+        tensors = checkpoint.pack("model", model.state_dict())
+        checkpoint.save(folder / "finetuned.safetensors", tensors, {})
+        return write_entries(folder, tmp_path / name, PAPER)["pruning benchmark"]
+
+    budget = {"density": density, "granularity": structure, "exclude": ["layer4.0.conv1"]}
+    folder, *_ = eligible(recipe={"budget": budget})
+    model = create_model("resnet18", 10)
+    prune(model, structure, density, dense=("layer4.0.conv1.weight",))
+    assert f"weights are kept{'' if structure == 'weight' else f' in {structure}s'}" in verdict("a")
+    prune(model, structure, density)
+    assert verdict("b").endswith(f"S_{100 * (1 - density):g}.md")
+    scattered = create_model("resnet18", 10)
+    prune(scattered, "weight", 0.1)
+    model.load_state_dict(scattered.state_dict())
+    assert ("more than" in verdict("c")) is (structure == "filter")
 
 
 def test_another_threat_is_for_the_pruning_benchmark_alone(eligible, tmp_path):

@@ -17,6 +17,7 @@ from harprune.pipeline.recipe_text import make_recipe, read_recipe
 from harprune.pipeline.run import Run
 from harprune.pipeline.stages import run_until
 from harprune.pipeline.workshop import open_workshop
+from harprune.reporting.records import read_run
 from harprune.training import checkpoint
 
 from .test_resume import EVERY_STEP, Fate, Killed, require_same
@@ -91,6 +92,8 @@ def test_a_sample_is_shown_once_in_eval_mode_and_attacked_where_asked(
         assert len(x) == len(y) == 20
         nearest = (clean[None] - x[:, None]).abs().flatten(2).amax(2).amin(1)
         assert nearest.max() == pytest.approx(8 / 255 if adversarial else 0.0, abs=1e-6)
+    # Its gradient for each of 40 images, and before it one step of the attack.
+    assert read_run(here / "run").scoring == 40 * (2 if adversarial else 1)
 
 
 def test_a_sample_is_attacked_as_the_stage_attacks(here, monkeypatch):
@@ -116,10 +119,12 @@ def test_robust_bird_ends_its_search_early(here):
 def test_flying_bird_plus_is_told_how_the_network_overfits(here, monkeypatch):
     told = []
     monkeypatch.setattr(FlyingBird, "judged", lambda self, gap, loss: told.append((gap, loss)))
-    ran(here / "plain", "method.name=flying-bird")
+    plain = ran(here / "plain", "method.name=flying-bird")
     assert not told
-    ran(here / "plus", "method.name=flying-bird", "method.adaptive=true")
+    validation = ("validation.size=10", "validation.steps=3")
+    plus = ran(here / "plus", "method.name=flying-bird", "method.adaptive=true", *validation)
     assert len(told) == 6
+    assert plus[-1]["passes"] - plain[-1]["passes"] == 6 * 2 * 10 * 3
     assert all(-1.0 <= gap <= 1.0 and loss > 0.0 for gap, loss in told)
 
 

@@ -45,6 +45,18 @@ def test_a_run_without_epochs_has_none(make_run):
     assert read_run(folder).epochs == ()
 
 
+def test_what_was_spent_on_scoring_counts_to_pruning(make_run):
+    folder = make_run(epochs=2)
+    spent = [read_run(folder).passes(stage) for stage in ("prune", "finetune")]
+    (folder / "scoring.json").write_text('{"passes": 7}')
+    assert [read_run(folder).passes(stage) for stage in ("prune", "finetune")] == [
+        spent[0] + 7,
+        spent[1],
+    ]
+    (folder / "metrics.jsonl").unlink()
+    assert read_run(folder).passes("prune") == 7
+
+
 def test_a_diverged_loss_is_read(make_run):
     folder = make_run(until="pretrain", epochs=1)
     line = json.loads((folder / "metrics.jsonl").read_text()) | {"loss": float("nan")}
@@ -83,6 +95,7 @@ def swap(old: str, new: str):
         ("audit.json", swap('"kept": ', '"kept": 1'), "kept .* but its layers sum to"),
         ("audit.json", lambda text: "\ufffd{", r"audit\.json is garbled"),
         ("warnings.json", swap("prune", "prone"), r"warnings\.json is garbled \(prone"),
+        ("scoring.json", swap("passes", "passed"), r"scoring\.json is garbled \(passed"),
         ("attack/dense/evaluation.json", swap('"correct": 1', '"correct": 2'), "is not correct"),
         ("attack/dense/evaluation.json", swap('"clean"', '"natural"'), "clean: Field required"),
     ],
@@ -90,6 +103,7 @@ def swap(old: str, new: str):
 def test_a_garbled_file_is_named_in_one_line(make_run, name, change, reason):
     folder = make_run()
     (folder / "warnings.json").write_text('{"prune": ["2 layers are thin"]}')
+    (folder / "scoring.json").write_text('{"passes": 7}')
     path = folder / name
     path.write_text(change(path.read_text()))
     with pytest.raises(ValueError, match=reason) as caught:

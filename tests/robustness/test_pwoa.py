@@ -79,6 +79,7 @@ def test_the_teacher_learns_nothing_and_the_network_does():
     PwoA(teacher)(model, X, Y).backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.grad is not None for p in model.parameters())
+    assert PwoA(teacher).passes == 1  # no forward pass alone is counted, here or elsewhere
 
 
 def test_a_network_equal_to_its_teacher_is_left_where_it_is():
