@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clean accuracy of the headline's pruned networks on all test images, pair by pair.
+"""Clean accuracy of the headline's networks on all test images, pair by pair.
 
     python bench/headline_clean.py
 
@@ -14,16 +14,21 @@ from harprune.pipeline.recipe_text import make_recipe
 from harprune.robustness.record import Evaluation, paired
 
 NETWORKS = Path("results/headline")
+DENSE = "resnet18-dense"
 DENSITIES = ("0.01", "0.001")
 
 
 def main() -> None:
+    dense = clean(DENSE, model="resnet18", weights=f"{NETWORKS}/{DENSE}.safetensors")
     for density in DENSITIES:
         names = sorted(path.stem for path in NETWORKS.glob(f"resnet18-*-{density}.hpn"))
-        found = {name: clean(name) for name in names}
+        pruned = {name: clean(name, model=f"{NETWORKS}/{name}.hpn") for name in names}
+        found = {DENSE: dense, **pruned}
         harp = found[f"resnet18-harp-{density}"]
         for name, result in found.items():
             print(f"{name}: {result.lines()[0]}")
+            if result is harp:
+                continue
             pair = paired(result, harp, "clean")
             low, high = (100 * end for end in pair.interval)
             print(
@@ -32,11 +37,11 @@ def main() -> None:
             )
 
 
-def clean(name: str) -> Evaluation:
+def clean(name: str, *, model: str, **more: str) -> Evaluation:
     content = {
         "name": name,
         "data": {"name": "cifar10"},
-        "model": {"name": str(NETWORKS / f"{name}.hpn")},
+        "model": {"name": model, **more},
         "attack": {"attacks": []},
     }
     recipe = make_recipe(content, source="bench/headline_clean.py")

@@ -2,6 +2,7 @@
 """The exponential average of a network over its optimiser steps."""
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class Average(AveragedModel):
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             # The first batch takes the place of what was there, which its attack still needs.
-            norm.num_batches_tracked.zero_()
+            cast(Tensor, norm.num_batches_tracked).zero_()
             norm.momentum = None  # the mean of all batches
         try:
             for x, y in batches:
