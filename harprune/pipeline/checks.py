@@ -21,6 +21,7 @@ from harprune.robustness.threat import parse_epsilon
 from harprune.sparsity.layers import require_weights_of_its_own
 from harprune.training.schedules import make_schedule
 from harprune.training.splits import Split, require_labels
+from harprune.user_code import in_a_line
 
 
 def check(recipe: Recipe, *, weights_follow: bool = False) -> None:
@@ -302,7 +303,7 @@ def _logits(model: nn.Module, images: Tensor, when: str) -> Tensor:
     except Exception as error:  # whatever the network's own code raises, an assertion or else
         raise ValueError(
             f"the network refuses images of shape {tuple(images.shape[1:])}{when} "
-            f"({_in_a_line(error)}); choose another network or image size"
+            f"({in_a_line(error)}); choose another network or image size"
         ) from error
     if not isinstance(logits, Tensor):
         raise ValueError(
@@ -310,7 +311,3 @@ def _logits(model: nn.Module, images: Tensor, when: str) -> Tensor:
             "whose forward returns the logits alone"
         )
     return logits
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
