@@ -18,6 +18,7 @@ from harprune.pipeline.supply import Materials
 from harprune.robustness.images import subset
 from harprune.robustness.record import load_evaluation
 from harprune.robustness.threat import parse_epsilon
+from harprune.sparsity.effective import require_zeros_kept
 from harprune.sparsity.layers import require_weights_of_its_own
 from harprune.training.schedules import make_schedule
 from harprune.training.splits import Split, require_labels
@@ -195,6 +196,7 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
             "leave it out: apgd-ce and autoattack do with 2"
         )
     require_weights_of_its_own(model, include=limit.include, exclude=limit.exclude)
+    require_zeros_kept(model, materials.example, include=limit.include, exclude=limit.exclude)
     limit.allocate(model, limit.density)
     limit.counts(model, dict.fromkeys(limit.layers(model), limit.density))
     pruning.method(recipe).check(model, limit)

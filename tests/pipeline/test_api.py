@@ -226,6 +226,11 @@ def test_a_backward_of_the_users_own_is_attacked(images, capsys):
     assert "calls Rounded, whose backward a trace loses in line" in shown
 
 
+class Standardised(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight - self.weight.mean(), self.bias)
+
+
 class Several(nn.Module):
     def __init__(self, when):
         super().__init__()
@@ -248,6 +253,7 @@ def one_layer(change):
         (Several([False]), {}, "the network gives a tuple, not logits"),
         (Several([True]), {}, "the network gives a tuple in training mode, not logits"),
         (one_layer(nn.utils.parametrizations.spectral_norm), {}, "1.weight is computed from other"),
+        (nn.Sequential(nn.Flatten(), Standardised(192, 4)), {}, "1.weight is not what its layer"),
         (mlp(), {"options": {"model": {"mean": [0.5]}}}, r"options\['model'\] with 'mean' would"),
         (mlp(), {"options": {"attack": {"size": 9}}}, r"options\['attack'\] with 'size' would"),
         (mlp(), {"method": "snip"}, "prune.batch_size = 128 exceeds the 64"),
