@@ -4,6 +4,7 @@
 import importlib
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -71,12 +72,25 @@ def called(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]
 
 def _in_short(error: Exception) -> str:
     """Where an error was raised and what it says, in one line."""
+    return f"{place_of(error)} ({type(error).__name__}: {in_a_line(error)})"
+
+
+def place_of(error: Exception, beyond: tuple[str, ...] = ()) -> str:
+    """Where an error was raised, as " in line N of FILE"; empty if in no file of the user's.
+
+    Files whose paths begin with one of `beyond` are not the user's.
+    """
     if isinstance(error, SyntaxError):
-        place = f" in line {error.lineno} of {error.filename}"
-    else:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f" in line {last.lineno} of {last.filename}"
-    return f"{place} ({type(error).__name__}: {' '.join(str(error).split())})"
+        return f" in line {error.lineno} of {error.filename}"
+    calls = traceback.extract_tb(error.__traceback__)
+    of_the_user = [call for call in calls if not call.filename.startswith(beyond)]
+    return f" in line {of_the_user[-1].lineno} of {of_the_user[-1].filename}" if of_the_user else ""
+
+
+def in_a_line(error: Exception | str) -> str:
+    """What an error says, without line breaks and the codes that colour a terminal."""
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error))
+    return " ".join(text.split()) or type(error).__name__
 
 
 def accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harprune.user_code import in_a_line
+
 Runner = Callable[[np.ndarray], np.ndarray]
 """Images, float32 [n, c, h, w] -> logits [n, classes], as some runtime computes them."""
 
@@ -134,9 +136,13 @@ def _tried(what: str, call: Callable):
     try:
         return call()
     except Exception as error:  # exporters wrap whatever went wrong in errors of their own
-        reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        lines = (line for line in str(first).splitlines() if line.strip())
+        reason = in_a_line(next(lines, "no reason given"))
         raise ValueError(
-            f"torch cannot write the model for {what} ({type(error).__name__}: {reason}); "
+            f"torch cannot write the model for {what} ({type(first).__name__}: {reason}); "
             "try another format, or take out of its forward what depends on values"
         ) from None
 

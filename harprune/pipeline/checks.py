@@ -18,9 +18,11 @@ from harprune.pipeline.supply import Materials
 from harprune.robustness.images import subset
 from harprune.robustness.record import load_evaluation
 from harprune.robustness.threat import parse_epsilon
+from harprune.sparsity.effective import require_zeros_kept
 from harprune.sparsity.layers import require_weights_of_its_own
 from harprune.training.schedules import make_schedule
 from harprune.training.splits import Split, require_labels
+from harprune.user_code import in_a_line
 
 
 def check(recipe: Recipe, *, weights_follow: bool = False) -> None:
@@ -206,6 +208,7 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
             f"call model.requires_grad_(True), or set {weights[0]}.epochs to 0"
         )
     require_weights_of_its_own(model, include=limit.include, exclude=limit.exclude)
+    require_zeros_kept(model, materials.example, include=limit.include, exclude=limit.exclude)
     limit.allocate(model, limit.density)
     limit.counts(model, dict.fromkeys(limit.layers(model), limit.density))
     pruning.method(recipe).check(model, limit)
@@ -325,7 +328,7 @@ def _logits(model: nn.Module, images: Tensor, when: str) -> Tensor:
             ) from error
         raise ValueError(
             f"the network refuses images of shape {tuple(images.shape[1:])}{when} "
-            f"({_in_a_line(error)}); choose another network or image size"
+            f"({in_a_line(error)}); choose another network or image size"
         ) from error
     if not isinstance(logits, Tensor):
         raise ValueError(
@@ -333,7 +336,3 @@ def _logits(model: nn.Module, images: Tensor, when: str) -> Tensor:
             "whose forward returns the logits alone"
         )
     return logits
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -31,6 +31,7 @@ from harprune.sparsity import masks
 from harprune.sparsity.audit import Audit, audit
 from harprune.sparsity.extraction import extract
 from harprune.sparsity.layers import prunable_layers
+from harprune.sparsity.tracing import wrapped
 from harprune.training.splits import split_validation, to_float
 
 TOLERANCES = {Values.FLOAT32: 1e-4, Values.FLOAT16: 1e-2, Values.INT8: 0.25}
@@ -163,6 +164,9 @@ def export(
     """
     path, format, values = Path(path), Format(format), Values(values)
     checks.require_module(model)
+    if (inner := wrapped(model)) is not None:
+        kind = type(model).__name__
+        raise ValueError(f"the model is a {kind}, which no format takes; give model.{inner}")
     images = checks.require_batch(images)
     _require_possible(path, format, values)
     plain = supply.plain_copy(model).eval()

@@ -54,7 +54,11 @@ def judge(
 
     The rest is as in `robustness.evaluation.evaluate`.
     """
-    fast = executions.twin(model, execution=execution) if twin else None
+
+    def told(reason: str) -> None:
+        console.say(f"note: attacks search on the network itself, in torch: {reason}")
+
+    fast = executions.twin(model, execution=execution, told=told) if twin else None
     named = {a: hardening.attack(a, threat, seed=seed, batch_size=batch_size) for a in attacks}
     doing = "attack" if attacks else "evaluate"
     with console.bar(f"{doing} {name}", len(index)) as bar:

@@ -12,6 +12,7 @@ from harprune.pipeline.supply import Materials
 from harprune.sparsity.execution import Execution
 from harprune.sparsity.extraction import require_extractable
 from harprune.sparsity.layers import prunable_layers
+from harprune.sparsity.tracing import Untraceable, traced
 
 
 def outlook(recipe: Recipe, materials: Materials, device: torch.device) -> Iterator[str]:
@@ -45,10 +46,19 @@ def outlook(recipe: Recipe, materials: Materials, device: torch.device) -> Itera
             "note: the sparse kernels are not built, so torch runs pruned networks, at the cost of "
             "dense ones; `harprune doctor` says more"
         )
+    untraceable = ""
     try:
         require_extractable(model, example)
+    except Untraceable as error:
+        untraceable = str(error)
+        yield f"note: torch alone runs this network, and it cannot become an .hpn file: {error}"
     except ValueError as error:
         yield (
             "note: the sparse kernels cannot run this network whole, and it cannot become an .hpn "
             f"file: {error}"
         )
+    try:
+        traced(model.train())
+    except Untraceable as error:
+        if str(error) != untraceable:
+            yield f"note: torch alone trains this network: {error}"

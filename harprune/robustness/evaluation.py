@@ -115,7 +115,7 @@ def _check(
     x, y = data.head(sanity.SAMPLE)
     checks = sanity.check_model(model, x, y, threat or sanity.threat_of(attacks))
     if attacked is not model:
-        checks |= sanity.check_same_function(_logits(model, x), _logits(attacked, x))
+        checks |= sanity.check_same_function(model, attacked, x, y)
     return checks | sanity.check_order(attacks, outcomes)
 
 

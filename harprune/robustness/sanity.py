@@ -23,6 +23,9 @@ SAMPLE = 64
 ORDER_TOLERANCE = 0.005
 """Accuracy by which a stronger attack may miss a weaker one before it counts: random starts."""
 
+ALIKE = 0.9
+"""Cosine from which two gradients point alike, and the share of images where they have to."""
+
 NEAR_ZERO = 0.05
 """Accuracy that may remain where the attacker may turn any image grey."""
 
@@ -65,13 +68,41 @@ def check_model(model: nn.Module, x: Tensor, y: Tensor, threat: Threat | None) -
     return checks
 
 
-def check_same_function(logits: Tensor, others: Tensor) -> dict[str, Check]:
-    """Whether the function that is attacked says what the model says, to float tolerance."""
+def check_same_function(
+    model: nn.Module, attacked: nn.Module, x: Tensor, y: Tensor
+) -> dict[str, Check]:
+    """Whether the function that is attacked says what the model says, and so do its gradients.
+
+    Logits agree to float tolerance. Gradients may not where a ReLU is near its kink, so most
+    images decide.
+    """
+    (logits, slopes), (others, other_slopes) = (_with_slopes(f, x, y) for f in (model, attacked))
     gap = float((logits - others).abs().max())
     agree = torch.equal(logits.argmax(1), others.argmax(1))
     small = gap <= 1e-3 * max(1.0, float(logits.abs().max()))
-    detail = f"logits differ by up to {gap:.2g} on {len(logits)} images"
-    return {"attacked function": Check(agree and small, detail)}
+    cosines = torch.cosine_similarity(slopes, other_slopes)
+    both_zero = (slopes == 0).all(1) & (other_slopes == 0).all(1)
+    alike = int(((cosines >= ALIKE) | both_zero).sum())
+    detail = (
+        f"logits differ by up to {gap:.2g} on {len(x)} images, input gradients point alike on "
+        f"{alike}"
+    )
+    return {"attacked function": Check(agree and small and alike >= ALIKE * len(x), detail)}
+
+
+@torch.enable_grad()
+def _with_slopes(function: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (N, K), and gradients (N, D) of the labels' leads, which no loss saturates.
+
+    The largest number of a gradient becomes 1: of small ones, squares vanish.
+    """
+    x = x.detach().clone().requires_grad_()
+    logits = function(x)
+    lead = logits.gather(1, y[:, None]).sum() - logits.mean(1).sum()
+    (slopes,) = torch.autograd.grad(lead, x)
+    slopes = slopes.flatten(1)
+    largest = slopes.abs().amax(1, keepdim=True).clamp(min=torch.finfo(slopes.dtype).tiny)
+    return logits.detach(), slopes / largest
 
 
 def _deterministic(first: Tensor, second: Tensor) -> Check:

@@ -11,12 +11,16 @@ tolerance, and gradients to the input flow through it.
 `training_twin` is a model in training mode on the kernels, with gradients to its parameters.
 """
 
+from collections.abc import Callable
 from enum import Enum
+from functools import partial
+from operator import attrgetter
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from harprune.kernels import graph as kernel_nodes
 from harprune.kernels import native
@@ -32,7 +36,8 @@ from harprune.sparsity.bridge import (
 )
 from harprune.sparsity.layers import parametrizations
 from harprune.sparsity.masks import FixedMask, KeptWeights
-from harprune.sparsity.regions import split, traced
+from harprune.sparsity.regions import split
+from harprune.sparsity.tracing import CONSTANT, Untraceable, traced
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
@@ -84,41 +89,42 @@ def twin(
     *,
     dtype: torch.dtype | None = None,
     execution: Execution = Execution.AUTO,
+    told: Callable[[str], None] = lambda reason: None,
 ) -> Twin | None:
     """The `Twin` of `model`, or None where its own forward has to serve.
-
-    It cannot be traced then, or hooks on its layers have a part in what they give.
 
     Args:
         dtype: precision of the whole function, such as torch.bfloat16; None keeps the model's.
             A lower one makes a different, cheaper attack, run by torch: a choice to record.
         execution: whether the sparse kernels run what they can.
+        told: called with the reason where there is no twin.
 
     Raises:
         ValueError: execution SPARSE without compiled kernels.
     """
     if execution is Execution.SPARSE:
         require_kernels()
-    network = frozen(model)
-    if network is None:
+    try:
+        network = frozen(model)
+    except Untraceable as reason:
+        told(str(reason))
         return None
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())
     sparse = on_cpu and dtype is None and execution is not Execution.DENSE
     return Twin(network, dtype, sparse and native.best() is not None)
 
 
-def frozen(model: nn.Module) -> fx.GraphModule | None:
-    """A trace of `model` in eval mode, or None where it cannot be traced.
+def frozen(model: nn.Module) -> fx.GraphModule:
+    """A trace of `model` in eval mode.
 
-    Its convolutions, linear layers and batch norms are `Frozen` modules, which `read` fills.
+    Its convolutions, linear layers, batch norms and tensors are `Frozen` modules, which `read`
+    fills.
+
+    Raises:
+        Untraceable: there is no trace to trust.
     """
-    try:
-        with eval_mode(model):
-            network = traced(model)
-    except Exception:  # whatever the model's own control flow raises on fx's proxies
-        return None
-    if _is_hooked(network):
-        return None
+    with eval_mode(model):
+        network = traced(model)
     modules: dict[str, nn.Module] = dict(network.named_modules())
     for node in list(network.graph.nodes):
         layer = modules[node.target] if node.op == "call_module" else None
@@ -127,6 +133,11 @@ def frozen(model: nn.Module) -> fx.GraphModule | None:
         elif _is_asleep(node, modules):
             node.replace_all_uses_with(node.args[0])
             network.graph.erase_node(node)
+        elif node.op == "get_attr":
+            holder = network if node.target.startswith(CONSTANT) else model
+            _freeze_tensor(network, node, partial(attrgetter(node.target), holder))
+        elif isinstance(layer, parametrize.ParametrizationList):
+            _freeze_tensor(network, node, layer)
     network.graph.eliminate_dead_code()
     network.delete_all_unused_submodules()
     network.recompile()
@@ -160,6 +171,12 @@ def _freeze(
     if follower is not None and norm is not None:
         follower.replace_all_uses_with(node)
         network.graph.erase_node(follower)
+
+
+def _freeze_tensor(network: fx.GraphModule, node: fx.Node, source: Callable[[], Tensor]) -> None:
+    key = f"frozen_{node.name}"
+    network.add_submodule(key, _FrozenTensor(source))
+    node.op, node.target, node.args, node.kwargs = "call_module", key, (), {}
 
 
 class _Cast(nn.Module):
@@ -286,6 +303,24 @@ class _FrozenNorm(Frozen):
         return affine(x, self.scale, self.shift)
 
 
+class _FrozenTensor(Frozen):
+    """A tensor that the model's own forward reads: a buffer, a parameter, a masked weight."""
+
+    value: Tensor
+
+    def __init__(self, source: Callable[[], Tensor]):
+        super().__init__()
+        self._source = (source,)
+
+    def read(self, dtype: torch.dtype | None, layout: torch.memory_format) -> None:
+        value = self._source[0]().detach()
+        lower = dtype if value.is_floating_point() else None
+        self.value = value.to(lower or value.dtype, copy=True)
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
 def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """scale[c] x + shift[c] for each channel c of (N, C, ...)."""
     shape = (-1, *[1] * (x.dim() - 2))
@@ -298,15 +333,6 @@ def _scale_and_shift(norm: RunningNorm) -> tuple[Tensor, Tensor]:
         scale = scale * norm.weight.detach()
     shift = -norm.running_mean * scale
     return scale, shift if norm.bias is None else shift + norm.bias.detach()
-
-
-def _is_hooked(network: fx.GraphModule) -> bool:
-    """Whether a hook may change what a module gives, which nothing in its place would know."""
-    return any(
-        hooks
-        for module in network.modules()
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    )
 
 
 def _is_affine(module: object) -> TypeGuard[Weighted | RunningNorm]:
@@ -350,7 +376,10 @@ class TrainingTwin(nn.Module):
         return self.model(x) if network is None else network(x)
 
     def _split(self, x: Tensor) -> fx.GraphModule | None:
-        network = traced(self.model)
+        try:
+            network = traced(self.model)
+        except Untraceable:
+            return None
         frozen_norms = {m for m in self.model.modules() if not m.training and _is_frozen_norm(m)}
 
         def role(module: nn.Module) -> type[kernel_nodes.Node] | None:
@@ -380,10 +409,10 @@ def training_twin(
     if execution is Execution.DENSE or native.best() is None or not on_cpu:
         return None
     try:
-        network = traced(model)
-    except Exception:  # as in `twin`
+        traced(model)
+    except Untraceable:
         return None
-    return None if _is_hooked(network) else TrainingTwin(model)
+    return TrainingTwin(model)
 
 
 def role_of_layer(module: nn.Module) -> type[kernel_nodes.Node] | None:

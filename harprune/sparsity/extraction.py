@@ -47,8 +47,8 @@ def extract(model: nn.Module, example: Tensor) -> Extracted:
         example: float32 images (N, C, H, W) or vectors (N, F); one is enough.
 
     Raises:
-        ValueError: the model cannot be traced, is not float32, has other than one output, or does
-            what the kernels cannot run; the first such operation is named.
+        ValueError: the model has no trace to trust, is not float32, has other than one output, or
+            does what the kernels cannot run; the first such operation is named.
     """
     return _with_weights(*_translated(model, example))
 
@@ -72,11 +72,6 @@ def _translated(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, nn.
             "(N, F); give one of those"
         )
     network = frozen(model)
-    if network is None:
-        raise ValueError(
-            "the model cannot be traced by torch.fx, or has hooks on its layers; take control flow "
-            "that depends on values out of its forward, and hooks away"
-        )
     for module in network.modules():
         if isinstance(module, Frozen):
             module.read(None, torch.contiguous_format)
@@ -87,6 +82,7 @@ def _translated(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, nn.
             f"the model does not run on an example of {tuple(example.shape)} "
             f"({str(error).splitlines()[0]}); give images of the shape it was made for"
         ) from None
+    _fold_constants(network)
     _fold_channel_arithmetic(network, example[:1])
     _require_whole(network, example[:1])
     modules = dict(network.named_modules())
@@ -200,6 +196,20 @@ _STEPS: dict[object, Step] = {
     **dict.fromkeys((operator.sub, torch.sub, "sub"), _subtracted),
     **dict.fromkeys((operator.truediv, torch.div, "div"), _divided),
 }
+
+
+def _fold_constants(network: fx.GraphModule) -> None:
+    """Compute now what depends on the network's own tensors alone, as a view of one."""
+    run = fx.Interpreter(network)
+    for node in network.graph.nodes:
+        known = all(source in run.env for source in node.all_input_nodes)
+        if node.op in ("placeholder", "output") or not known:
+            continue
+        run.env[node] = value = run.run_node(node)
+        if isinstance(value, Tensor):
+            key = f"constant_{node.name}"
+            network.register_buffer(key, value)
+            node.op, node.target, node.args, node.kwargs = "get_attr", key, (), {}
 
 
 def _fold_channel_arithmetic(network: fx.GraphModule, example: Tensor) -> None:

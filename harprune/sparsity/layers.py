@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *_TRANSPOSED)
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *_TRANSPOSED)
+"""Layers whose `weight` is prunable by default."""
 _Place = tuple[str, nn.Module, str]
 """The name of a parameter, the module that holds it, and its name there."""
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -113,7 +114,7 @@ def require_weights_of_its_own(
     computed = [
         (f"{prefix}.weight" if prefix else "weight", module, "weight")
         for prefix, module in model.named_modules()
-        if isinstance(module, _WEIGHTED) and module._parameters.get("weight") is None
+        if isinstance(module, WEIGHTED) and module._parameters.get("weight") is None
     ]
     computed += [place for place in _parameters(model) if parametrize.is_parametrized(*place[1:])]
     for place in computed:
@@ -176,7 +177,7 @@ def _is_included(place: _Place, include: Sequence[str] | None) -> bool:
 def _is_weight(module: nn.Module, tensor_name: str) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return tensor_name in _PROJECTIONS
-    return isinstance(module, _WEIGHTED) and tensor_name == "weight"
+    return isinstance(module, WEIGHTED) and tensor_name == "weight"
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

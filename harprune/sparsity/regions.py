@@ -7,8 +7,6 @@ the model's data flow lets them be; whatever else the model does runs in torch b
 
 import operator
 from collections.abc import Callable, Mapping
-from functools import partialmethod
-from inspect import signature
 from math import prod
 
 import torch
@@ -24,90 +22,8 @@ from harprune.kernels.graph import Graph, Pair, Shape, Window
 Role = Callable[[nn.Module], "type[g.Node] | None"]
 """A module -> `Convolution` (a convolution or linear layer), `Affine`, `Normalisation` or None."""
 
-_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _RECTIFIERS = (torch.relu, F.relu, torch.relu_)
-_VIEWS = {"view": "reshape", "view_as": "reshape_as"}
-
-
-def traced(model: nn.Module) -> fx.GraphModule:
-    """A trace of `model` without changes in place: each makes a tensor, which later readers get.
-
-    A trace says of `y = relu_(x)` only that y comes from x, not that x is y from then on. What
-    runs its nodes in another order, or makes a new tensor of y, would compute something else.
-    Views become reshapes, which do not ask in which order their tensor lies in memory; modules get
-    by position what they were given by name.
-    """
-    tracer = _Tracer()
-    network = fx.GraphModule(model, tracer.trace(model))
-    modules, seen = dict(network.named_modules()), set()
-    for node in list(network.graph.nodes):
-        seen.add(node)
-        if node.op == "call_module" and node.kwargs:
-            bound = signature(modules[str(node.target)].forward).bind(*node.args, **node.kwargs)
-            node.args, node.kwargs = bound.args, bound.kwargs
-        changed = node.args[0] if node.args else None
-        if isinstance(changed, fx.Node) and _is_in_place(node, modules):
-            changed.replace_all_uses_with(node, delete_user_cb=lambda user: user not in seen)
-            _make_pure(node, changed, modules)
-        elif node.op == "call_method" and node.target in _VIEWS and not _is_cast(node):
-            node.target = _VIEWS[node.target]
-    network.recompile()
-    return network
-
-
-class _Proxy(fx.Proxy):
-    """Tells `x += y` from `x = x + y`."""
-
-    def _changed(self, call: Callable, other) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", call, (self, other), {})
-
-    __iadd__ = partialmethod(_changed, operator.iadd)
-    __isub__ = partialmethod(_changed, operator.isub)
-    __imul__ = partialmethod(_changed, operator.imul)
-    __itruediv__ = partialmethod(_changed, operator.itruediv)
-
-
-class _Tracer(fx.Tracer):
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-
-def _is_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return getattr(modules[str(node.target)], "inplace", False) is True
-    if node.op == "call_method":
-        return _says_in_place(str(node.target))
-    if node.op != "call_function":
-        return False
-    asked = node.kwargs.get("inplace", node.target is F.relu and True in node.args[1:]) is True
-    named = _says_in_place(getattr(node.target, "__name__", ""))
-    return asked or named or node.target in _IN_PLACE
-
-
-def _says_in_place(name: str) -> bool:
-    """Whether it is torch's name of what changes its argument."""
-    return name.endswith("_") and not name.endswith("__")
-
-
-def _is_cast(node: fx.Node) -> bool:
-    """Whether a view is of the same bytes under another type."""
-    return any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
-
-
-def _make_pure(node: fx.Node, changed: fx.Node, modules: Mapping[str, nn.Module]) -> None:
-    """What the kernels know under another name gets it; anything else works on a copy."""
-    rectifies = node.target in (*_RECTIFIERS, "relu_")
-    if rectifies or (node.op == "call_module" and type(modules[str(node.target)]) is nn.ReLU):
-        node.op, node.target, node.args, node.kwargs = "call_function", torch.relu, (changed,), {}
-    elif node.target is operator.iadd:
-        node.target = operator.add
-    elif node.target == "add_":
-        node.target = "add"
-    else:
-        with node.graph.inserting_before(node):
-            copy = node.graph.call_method("clone", (changed,))
-        node.replace_input_with(changed, copy)
 
 
 def split(network: fx.GraphModule, x: Tensor, role: Role) -> bool:
@@ -208,7 +124,7 @@ class _Translation:
         shape, sources = _shape(node), node.all_input_nodes
         shapes = [s for s in map(_shape, sources) if s is not None]
         # A tensor of the model has no axis of images, though it may look so for one image.
-        constant = any(n.op == "get_attr" for n in sources)
+        constant = any(n.op != "placeholder" and not n.all_input_nodes for n in sources)
         if shape is None or not sources or len(shapes) < len(sources) or constant:
             return False
         probe = Graph()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import harprune
+from harprune import Linf
 from harprune.reporting.report import write_report
 from harprune.sparsity.layers import prunable_layers
 from harprune.training.splits import Split
@@ -146,6 +147,90 @@ def test_what_is_frozen_is_pruned_but_not_trained(method, images):
     assert not pruned.first.weight.requires_grad and pruned.last.weight.requires_grad
 
 
+class ByWeight(nn.Module):
+    """Reads the weight of a layer that it does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x):
+        maps = torch.relu(self.norm(self.first(x)))
+        return nn.functional.linear(maps.mean((2, 3)), self.last.weight, self.last.bias)
+
+
+class Averaging(ByWeight):
+    """Keeps a running mean of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        logits = super().forward(x)
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * logits.detach().mean(0))
+        return logits - self.mean
+
+
+@pytest.mark.parametrize("build", [ByWeight, Averaging])
+@pytest.mark.parametrize("method", ["magnitude", "harp"])
+def test_what_the_kernels_cannot_run_rightly_trains_in_torch(build, method, images):
+    torch.manual_seed(0)
+    model, found = build(), []
+    for backend in ("auto", "dense"):
+        options = QUICK["options"] | {"execution": {"backend": backend}}
+        torch.manual_seed(0)
+        pruned = harprune.prune(
+            model, images, images, method=method, **(QUICK | {"options": options})
+        )
+        found.append(pruned.model.state_dict())
+    for name, tensor in found[0].items():
+        assert torch.allclose(tensor, found[1][name], atol=1e-4), name
+    assert not torch.equal(found[0]["last.weight"], model.last.weight)
+    if build is Averaging:
+        assert found[0]["mean"].abs().sum() > 0
+
+
+class Rounded(torch.autograd.Function):
+    """Four levels, through which gradients pass straight."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.round(x * 3) / 3
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def test_a_backward_of_the_users_own_is_attacked(images, capsys):
+    class Quantised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(192, 4)
+
+        def forward(self, x):
+            return self.layer(Rounded.apply(x.flatten(1)))
+
+    torch.manual_seed(0)
+    model, given = Quantised(), {"attacks": ["pgd-5"], "threat": Linf(0.3)}
+    with torch.no_grad():
+        x, y = images[0], model(images[0]).argmax(1)
+    found = [harprune.evaluate(model, (x, y), twin=twin, **given) for twin in (True, False)]
+    assert found[0].attacks["pgd-5"].accuracy == found[1].attacks["pgd-5"].accuracy < 0.5
+    assert all(check.passed for check in found[0].checks.values()), found[0].checks
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown.count("note: attacks search on the network itself, in torch: ") == 1
+    assert "calls Rounded, whose backward a trace loses in line" in shown
+
+
+class Standardised(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight - self.weight.mean(), self.bias)
+
+
 class Several(nn.Module):
     def __init__(self, when):
         super().__init__()
@@ -168,6 +253,7 @@ def one_layer(change):
         (Several([False]), {}, "the network gives a tuple, not logits"),
         (Several([True]), {}, "the network gives a tuple in training mode, not logits"),
         (one_layer(nn.utils.parametrizations.spectral_norm), {}, "1.weight is computed from other"),
+        (nn.Sequential(nn.Flatten(), Standardised(192, 4)), {}, "1.weight is not what its layer"),
         (mlp(), {"options": {"model": {"mean": [0.5]}}}, r"options\['model'\] with 'mean' would"),
         (mlp(), {"options": {"attack": {"size": 9}}}, r"options\['attack'\] with 'size' would"),
         (mlp(), {"method": "snip"}, "prune.batch_size = 128 exceeds the 64"),

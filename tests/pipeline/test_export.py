@@ -51,6 +51,30 @@ def test_a_network_that_diverged_is_refused(masked, tmp_path, value, format):
     assert not (tmp_path / "a").exists()
 
 
+def hooked() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 4))
+    model.register_forward_pre_hook(lambda module, images: ((images[0] - 0.5) / 0.25,))
+    return model
+
+
+@pytest.mark.parametrize("format", [Format.ONNX, Format.TORCH])
+def test_hooks_of_the_model_itself_are_written_with_it(format, tmp_path):
+    written = harprune.export(hooked(), tmp_path / "a", IMAGES, format=format)
+    assert "has hooks" in written.note and written.difference < 1e-5
+
+
+def test_hooks_of_the_model_itself_do_not_fit_an_artifact(tmp_path):
+    with pytest.raises(ValueError, match=r"the model itself \(Sequential\) has hooks"):
+        harprune.export(hooked(), tmp_path / "a.hpn", IMAGES)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", Format)
+def test_a_wrapper_is_refused_with_what_it_wraps(format, tmp_path):
+    with pytest.raises(ValueError, match=r"is a DataParallel, .* give model\.module"):
+        harprune.export(nn.DataParallel(hooked()), tmp_path / "a", IMAGES, format=format)
+
+
 def test_other_logits_are_noticed_where_all_should_be_zero():
     x = np.zeros((3, 1), np.float32)
     assert module._compared(lambda x: np.zeros((len(x), 4)), x, np.zeros((3, 4)), 1e-4) == 0.0

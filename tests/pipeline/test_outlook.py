@@ -63,6 +63,26 @@ def test_what_the_kernels_cannot_run_is_named():
     assert "Sigmoid" in note
 
 
+class Deciding(nn.Module):
+    """Has a branch that values decide, in the modes named."""
+
+    def __init__(self, modes):
+        super().__init__()
+        self.layers, self.modes = small(), modes
+
+    def forward(self, x):
+        logits = self.layers(x)
+        return -logits if self.training in self.modes and logits.sum() > 0 else logits
+
+
+def test_a_network_that_torch_has_to_run_is_said_with_the_reason():
+    (_, note) = lines(lambda: Deciding([True, False]))
+    assert note.startswith("note: torch alone runs this network, and it cannot become an .hpn file")
+    assert f"in line 75 of {__file__}" in note
+    (_, note) = lines(lambda: Deciding([True]))
+    assert note.startswith("note: torch alone trains this network: the model cannot be traced")
+
+
 class Shuffled(nn.Module):
     """Counts with the sizes that it meets."""
 

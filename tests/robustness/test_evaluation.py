@@ -382,6 +382,55 @@ def test_random_output_and_training_modules_fail_the_checks(model, images, label
     assert "1 modules" in checks["eval mode"].detail
 
 
+class Shifted(nn.Module):
+    """Logits as the model's and gradients too, but for a share of the images."""
+
+    def __init__(self, model, share):
+        super().__init__()
+        self.model, self.share = model, share
+
+    def forward(self, x):
+        wrong = torch.arange(len(x)).view(-1, 1, 1, 1) < self.share * len(x)
+        return self.model(torch.where(wrong, 2 * x.detach() - x, x))
+
+
+@pytest.mark.parametrize(("share", "passed"), [(0.0, True), (0.05, True), (0.2, False)])
+def test_the_attacked_function_has_the_models_gradients(run, model, share, passed):
+    result = run(function=Shifted(model, share), checks=True)
+    check = result.checks["attacked function"]
+    assert check.passed is passed
+    assert check.detail.endswith(f"point alike on {round((1 - share) * 50 - 0.1)}")
+
+
+def test_where_no_image_has_a_gradient_none_differs(run, model, images):
+    flat = Masked(model, 1)
+    result = run(net=flat, y=flat(images).argmax(1), function=Masked(model, 1), checks=True)
+    assert result.checks["attacked function"].passed
+
+
+def test_small_gradients_are_compared_too(run, model):
+    class Faint(nn.Module):
+        def __init__(self, sign):
+            super().__init__()
+            self.model, self.sign = model, sign
+
+        def forward(self, x):
+            logits = self.model(x)
+            return logits.detach() + self.sign * 1e-12 * (logits - logits.detach())
+
+    for sign, passed in ((1, True), (-1, False)):
+        result = run(net=Faint(1), function=Faint(sign), attacks={}, checks=True)
+        assert result.checks["attacked function"].passed is passed
+
+
+def test_logits_that_differ_fail_the_check(run, model):
+    class Louder(Shifted):
+        def forward(self, x):
+            return 2 * self.model(x)
+
+    assert not run(function=Louder(model, 0), checks=True).checks["attacked function"].passed
+
+
 def test_a_weaker_attack_that_wins_fails_the_check():
     def order(**correct):
         outcomes = {name: np.arange(1000) < count for name, count in correct.items()}

@@ -77,6 +77,24 @@ def test_arithmetic_with_constants_is_folded_wherever_it_stands():
     assert np.allclose(run(extract(model, x), x), model(x).detach(), atol=1e-5)
 
 
+def test_what_is_computed_of_buffers_is_a_constant():
+    class Normalising(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.rand(3))
+            self.register_buffer("variance", torch.rand(3) + 0.5)
+            self.layer = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            x = (x - self.mean[None, :, None, None]) / self.variance.view(1, -1, 1, 1).sqrt()
+            return self.layer(x - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)).flatten(1)
+
+    model, x = Normalising().eval(), torch.rand(2, 3, 6, 6)
+    found = extract(model, x)
+    assert sum(isinstance(node, g.Affine) for node in found.graph.nodes) == 1
+    assert np.allclose(run(found, x), model(x).detach(), atol=1e-5)
+
+
 def test_later_training_does_not_change_what_was_taken():
     model = nn.Sequential(nn.Conv2d(1, 2, 1)).eval()
     found = extract(model, torch.rand(1, 1, 2, 2))
@@ -105,7 +123,7 @@ class Odd(nn.Module):
         (torch.sigmoid, "sigmoid"),
         (nn.GELU(), r"step \(GELU, in step\)"),
         (nn.ConvTranspose2d(4, 4, 2), "ConvTranspose2d"),
-        (lambda x: x / torch.rand(1, 1, 4, 4), "truediv"),
+        (lambda x: x / torch.arange(1.0, 17.0).view(1, 1, 4, 4), "truediv"),
         (lambda x: 1.0 / x, "truediv"),
         (lambda x: (x, x), "one output"),
     ],
