@@ -323,7 +323,7 @@ def _logits(model: nn.Module, images: Tensor, when: str) -> Tensor:
         others = {p.dtype for p in model.parameters()} - {torch.float32}
         if others:
             raise ValueError(
-                f"the network refuses float32 images ({_in_a_line(error)}) and has weights of "
+                f"the network refuses float32 images ({in_a_line(error)}) and has weights of "
                 f"{', '.join(sorted(map(str, others)))}; call model.float()"
             ) from error
         raise ValueError(
