@@ -98,8 +98,11 @@ def run_onnx(path: Path, threads: int = 1) -> Runner:
     return lambda images: np.asarray(session.run(None, {"images": images})[0])
 
 
-def save_program(path: Path, model: nn.Module, images: Tensor) -> None:
+def save_program(path: Path, model: nn.Module, images: Tensor, metadata: Mapping[str, str]) -> None:
     """Write `model` in eval mode as a program of `torch.export`, for `torch.export.load`.
+
+    Args:
+        metadata: goes into extra files of the program.
 
     Raises:
         ValueError: torch cannot export this model.
@@ -111,7 +114,7 @@ def save_program(path: Path, model: nn.Module, images: Tensor) -> None:
             "torch.export",
             lambda: torch.export.export(model, (_two(images),), dynamic_shapes=batch),
         )
-        torch.export.save(program, held)
+        torch.export.save(program, held, extra_files=dict(metadata))
     path.write_bytes(held.getvalue())
 
 

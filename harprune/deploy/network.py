@@ -72,7 +72,7 @@ class Network:
     def __post_init__(self) -> None:
         _check_graph(self)
         _check_parameters(self)
-        _check_words(self)
+        require_words(self.classes, self.metadata, self.output_shape.channels)
 
     @property
     def input_shape(self) -> Shape:
@@ -340,18 +340,29 @@ def _check_numbers(name: str, numbers: np.ndarray, length: int) -> None:
         raise ValueError(f"{name} holds NaN or infinity; train the network anew")
 
 
-def _check_words(network: Network) -> None:
-    channels = network.output_shape.channels
-    if network.classes and len(network.classes) != channels:
+def require_words(classes: Sequence[str], metadata: Mapping[str, Any], outputs: int) -> None:
+    """Refuse what cannot travel with a network of so many outputs.
+
+    Raises:
+        ValueError: class names that are no strings, or not one for each output; metadata that JSON
+            does not know.
+    """
+    if classes and len(classes) != outputs:
         raise ValueError(
-            f"{len(network.classes)} class names for {channels} outputs; give one each, or none"
+            f"{len(classes)} class names for {outputs} outputs; give one each, or none"
         )
-    if not all(isinstance(name, str) for name in network.classes):
-        raise ValueError("class names must be strings")
+    for name in classes:
+        if not isinstance(name, str) or not _is_unicode(name):
+            raise ValueError(f"class name {name!r} is no text; class names must be strings")
     try:
-        json.dumps(dict(network.metadata), allow_nan=False)
+        json.dumps(dict(metadata), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"metadata is no JSON ({error}); leave out what is not") from None
+
+
+def _is_unicode(text: str) -> bool:
+    """Not so with half of a surrogate pair, which no file can hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _size(pattern: Pattern) -> int:

@@ -294,8 +294,10 @@ def _require_unit(images: Tensor, what: str) -> None:
 
 
 @torch.no_grad()
-def require_logits(model: nn.Module, example: Tensor, classes: int) -> int:
-    """How many logits a network gives for `example`, a batch of one; at least one for each class.
+def require_logits(model: nn.Module, example: Tensor, classes: int | None) -> int:
+    """How many logits a network gives for `example`, a batch of one.
+
+    At least one for each class, where it is known how many there are.
 
     Raises:
         ValueError: it does not take images of this shape, or gives something else.
@@ -308,7 +310,9 @@ def require_logits(model: nn.Module, example: Tensor, classes: int) -> int:
             "divides by zero"
         )
     shape = tuple(logits.shape)
-    if len(shape) != 2 or shape[1] < classes:
+    if len(shape) != 2 and classes is None:
+        raise ValueError(f"the network gives {shape} for one image; it must give logits (1, K)")
+    if len(shape) != 2 or shape[1] < (classes or 0):
         raise ValueError(
             f"the network gives {shape} for one image of {classes} classes; it must give logits "
             f"of shape (1, {classes})"

@@ -21,7 +21,7 @@ from harprune.deploy import artifact, interchange
 from harprune.deploy.artifact import Values
 from harprune.deploy.interchange import Runner
 from harprune.deploy.module import Module
-from harprune.deploy.network import Network
+from harprune.deploy.network import Network, require_words
 from harprune.deploy.runtime import load
 from harprune.deploy.shrink import Shrinkage, shrink
 from harprune.files import replacing, require_writable
@@ -155,8 +155,10 @@ def export(
         format: one of them, or its name: "artifact", "onnx" or "torch".
         values: how an artifact stores weights, or its name: "float32", "float16" or "int8". ONNX
             takes float32 or int8, then of activations too; torch takes float32.
-        classes: what the logits stand for.
+        classes: what the logits stand for, in their order.
         metadata: whatever should travel with the network, as JSON has it.
+            ONNX has both as JSON in its properties "classes" and "harprune", torch in extra files
+            of these names.
 
     Raises:
         ValueError: the format does not take the network or the values, or what the file computes
@@ -170,7 +172,7 @@ def export(
     images = checks.require_batch(images)
     _require_possible(path, format, values)
     plain = supply.plain_copy(model).eval()
-    checks.require_logits(plain, images[:1], 1)
+    require_words(classes, metadata or {}, checks.require_logits(plain, images[:1], None))
     x = _to_compare(images)
     with torch.no_grad():
         expected = plain(x).numpy()
@@ -243,10 +245,10 @@ def _write_other(
     facts: Mapping[str, Any],
     classes: Sequence[str],
 ) -> Runner:
-    if format is Format.TORCH:
-        interchange.save_program(path, module, images)
-        return interchange.run_program(path)
     words = {"harprune": json.dumps(dict(facts)), "classes": json.dumps(list(classes))}
+    if format is Format.TORCH:
+        interchange.save_program(path, module, images, words)
+        return interchange.run_program(path)
     interchange.save_onnx(path, module, images, words)
     if values is Values.INT8:
         interchange.quantise(path, images[:_CALIBRATION].numpy())

@@ -254,7 +254,8 @@ class _Files:
 
     def program(self) -> Path:
         return self._written(
-            "network.pt2", lambda path: interchange.save_program(path, self.module, self.example)
+            "network.pt2",
+            lambda path: interchange.save_program(path, self.module, self.example, {}),
         )
 
     def _written(self, name: str, write: Callable[[Path], None]) -> Path:

@@ -2,7 +2,6 @@
 """Networks for other runtimes compute what the kernels' network does."""
 
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
@@ -36,7 +35,7 @@ def branching() -> tuple[nn.Module, np.ndarray, np.ndarray]:
 
 def test_a_program_takes_any_number_of_images(branching, tmp_path):
     module, x, expected = branching
-    interchange.save_program(tmp_path / "a.pt2", module, torch.from_numpy(x))
+    interchange.save_program(tmp_path / "a.pt2", module, torch.from_numpy(x), {"a": "b"})
     run = interchange.run_program(tmp_path / "a.pt2")
     for count in (1, 5):
         assert np.allclose(run(x[:count]), expected[:count], atol=1e-5)
@@ -73,7 +72,7 @@ def test_what_torch_cannot_export_is_refused_in_one_line(tmp_path):
         def forward(self, x):
             return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
 
-    for save in (interchange.save_program, partial(interchange.save_onnx, metadata={})):
+    for save in (interchange.save_program, interchange.save_onnx):
         with pytest.raises(ValueError, match=r"cannot write the model for .* guard") as error:
-            save(tmp_path / "a", Deciding(), torch.rand(1, 3, 4, 4))
+            save(tmp_path / "a", Deciding(), torch.rand(1, 3, 4, 4), {})
         assert str(error.value).isprintable() and not (tmp_path / "a").exists()

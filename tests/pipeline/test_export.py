@@ -12,7 +12,7 @@ from torch import nn
 
 import harprune
 from harprune import Format, Values
-from harprune.deploy import interchange
+from harprune.deploy import artifact, interchange
 from harprune.models import create_model
 from harprune.pipeline import export as module
 from harprune.sparsity import masks
@@ -231,6 +231,42 @@ def test_names_of_formats_and_values_will_do_in_python(finished):
         harprune.export(model, "a.hpn", images.numpy(), format="artifact", values=values)
     with pytest.raises(ValueError, match="fp17"):
         harprune.export(model, "a.hpn", images, values="fp17")
+
+
+@pytest.mark.parametrize("format", ["artifact", "onnx", "torch"])
+def test_names_and_facts_travel_in_every_format(tmp_path, format):
+    if format == "onnx":
+        onnx = pytest.importorskip("onnx")
+        pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), torch.rand(4, 1, 8, 8)
+    path = tmp_path / "made"
+    given = {"format": format, "classes": ["cat", "dog", "eel"], "metadata": {"note": "zebra"}}
+    for wrong in (
+        {"classes": ["a"]},
+        {"classes": ["a", "b", "\ud800"]},
+        {"metadata": {"a": np.int64(3)}},
+    ):
+        with pytest.raises(ValueError, match=r"class name|no JSON"):
+            harprune.export(model, path, x, **(given | wrong))
+    assert not path.exists()
+    harprune.export(model, path, x, **given)
+    if format == "artifact":
+        read = artifact.load(path)
+        classes, facts = list(read.classes), read.metadata
+    else:
+        held = {"classes": "", "harprune": ""}
+        if format == "torch":
+            torch.export.load(path, extra_files=held)
+        else:
+            held = {p.key: p.value for p in onnx.load(path).metadata_props}
+        classes, facts = json.loads(held["classes"]), json.loads(held["harprune"])
+    assert classes == given["classes"] and facts["note"] == "zebra" and facts["kept"] == 192
+
+
+def test_a_network_of_maps_is_told_what_logits_are(tmp_path):
+    with pytest.raises(ValueError, match=r"gives \(1, 4, 6, 6\) for one image; it must give log"):
+        harprune.export(nn.Sequential(nn.Conv2d(1, 4, 3)), tmp_path / "a", torch.rand(2, 1, 8, 8))
 
 
 def test_spare_logits_have_no_names(command, here):
