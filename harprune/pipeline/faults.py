@@ -10,11 +10,11 @@ _KINDS = {
     "finite": "must be a finite number",
     "float": "must be a number",
     "int": "must be a whole number",
-    "list": "must be a list, as [a, b]",
+    "list": 'must be a list, as [1, 2] or ["a", "b"]',
     "missing": "must be given",
     "string": "must be text, in quotes",
     "too": "must not be empty",
-    "tuple": "must be a list, as [a, b]",
+    "tuple": 'must be a list, as [1, 2] or ["a", "b"]',
 }
 """What each kind of fault breaks, by the first word of its type."""
 
