@@ -22,6 +22,7 @@ from harprune.pipeline.learning import learn, learn_weights, under_attack
 from harprune.pipeline.outlook import outlook
 from harprune.pipeline.validation import BATCH, guesses, percent, validate
 from harprune.pipeline.workshop import Workshop, load_network
+from harprune.randomness import python_generators_kept, seed_generators
 from harprune.reporting.report import write_report
 from harprune.reporting.tables import results_table
 from harprune.robustness.images import subset
@@ -45,10 +46,11 @@ def run_until(shop: Workshop, last: str = "report") -> dict:
         raise ValueError(f"--until {last!r} is no stage; choose one of {', '.join(order)}")
     for line in outlook(shop.recipe, shop.materials, shop.engine.device):
         shop.console.say(line)
-    for name, stage in order.items():
-        result = stage(shop)
-        if name == last:
-            return result or {}
+    with python_generators_kept():  # which stages seed, and which may be a caller's
+        for name, stage in order.items():
+            result = stage(shop)
+            if name == last:
+                return result or {}
     return {}
 
 
@@ -82,7 +84,7 @@ def prune(shop: Workshop) -> None:
         pruning.method(shop.recipe),
         pruning.budget(shop.recipe, shop.materials.example),
     )
-    torch.manual_seed(shop.seed("prune"))
+    seed_generators(shop.seed("prune"))
     method.attach(model, budget)
     _show_sample(shop, method, model)
     history: list[dict] = []

@@ -8,8 +8,7 @@ ever receives a gradient from it.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -131,15 +130,6 @@ def clean_logits(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 # --- attacks ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers of `seed` inside; outside, the generators are as if nothing had happened."""
-    device = torch.device(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _require_count(name: str, value: int) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from harprune.modes import eval_mode
-from harprune.robustness.attacks import seeded
+from harprune.randomness import seeded
 from harprune.robustness.threat import Linf, Threat
 
 if TYPE_CHECKING:

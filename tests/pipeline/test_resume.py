@@ -219,6 +219,9 @@ VARIANTS = {
         "method.train_weights=true", "pretrain.awp={}", "finetune.awp.radius=0.1",
         "finetune.averaging=0.5",
     ),
+    "a forward that draws in Python and NumPy": (
+        "model.name=stripes_of_tests:drawing", "finetune.averaging=0.5",
+    ),
 }  # fmt: skip
 
 
