@@ -109,11 +109,12 @@ def prune(
     checks.check(recipe)
     checks.require_effect(recipe, out)
     checks.rehearse(recipe, materials)
+    engine = machinery.fabric(recipe.execution)
     place = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out))
     with place as folder, Run(folder, recipe, command="harprune.prune") as run:
         run.require_same({**materials.digests(), "dense network": model_digest(model)})
         console = Console(run.folder / "log.txt", quiet=quiet)
-        shop = Workshop(run, materials, machinery.fabric(recipe.execution), console)
+        shop = Workshop(run, materials, engine, console)
         # Without a folder there is nobody who could read a report.
         run_until(shop, "finetune" if out is None else "report")
         pruned = load_network(shop, "finetune").cpu().eval()

@@ -82,6 +82,9 @@ class Drawing(torch.nn.Module):
 def drawing(num_classes, in_channels=1, width=4):
     return Drawing(num_classes)
 
+def unread():
+    return open("/nowhere/at/all")
+
 def too_bright():
     from harprune.training.splits import Split
     x, y = images()

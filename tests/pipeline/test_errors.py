@@ -142,7 +142,7 @@ def test_a_wrong_recipe_is_one_line(command, here, setting, text, monkeypatch):
     assert not Path("new").exists()
 
 
-# --- data, weights and network: refused before training, and the folder stays free ---------------
+# --- data, weights and network: refused before training and before a folder is made ---------------
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,7 @@ def test_a_wrong_recipe_is_one_line(command, here, setting, text, monkeypatch):
         (["objective.beta=3"], "objective.beta = 3.0 has no effect with objective.name ="),
         (["model.name=./nets.py:made"], "model './nets.py:made' names a file where a module belon"),
         (["model.name=broken_of_tests:made"], "model 'broken_of_tests:made': importing broken_of_"),
+        (["data.name=stripes_of_tests:unread"], "stripes_of_tests:unread fails in line "),
         (["data.name=raising_of_tests:load"], "data set 'raising_of_tests:load': importing raisin"),
         (["model.name=stripes_of_tests:fails"], "stripes_of_tests:fails fails in line "),
         (["model.name=stripes_of_tests:wants"], "stripes_of_tests:wants cannot be called with num"),
@@ -186,7 +187,7 @@ def test_what_does_not_fit_is_one_line_before_training(command, here, settings, 
     Path("raising_of_tests.py").write_text('open("/nowhere/at/all")\n')
     refusal = run_with(command, *settings).refusal
     assert refusal.startswith(text)
-    assert not list(Path("new").glob("*.safetensors"))
+    assert not Path("new").exists()
 
 
 def test_batches_that_do_not_divide_among_processes_are_refused(command, here, monkeypatch):
@@ -196,8 +197,18 @@ def test_batches_that_do_not_divide_among_processes_are_refused(command, here, m
     assert refusal.startswith("pretrain.batch_size = 20 does not divide among 3 processes; make it")
 
 
+def test_a_wrong_data_folder_leaves_no_run_folder(command, here):
+    save_file(create_model("small_cnn", 10).state_dict(), "w.safetensors")
+    arguments = ("--model", "small_cnn", "--weights", "w.safetensors", "--density", 0.1)
+    refusal = command(
+        "prune", *arguments, "--data", "cifar10", "--data-dir", "none", "--out", "new"
+    )
+    assert refusal.refusal.startswith("cifar10 not found in none or its cifar-10-batches-bin/")
+    assert not Path("new").exists()
+
+
 def test_a_folder_in_which_nothing_was_done_takes_the_corrected_recipe(command, here):
-    assert run_with(command, "data.name=cifar11").refusal.startswith("unknown data set")
+    assert "the loss is nan" in run_with(command, "pretrain.learning_rate=1e30").last_line
     assert run_with(command, "pretrain.epochs=0", "seed=7", until="pretrain").code == 0
     assert json.loads(Path("new/recipe.json").read_text())["seed"] == 7
     assert "seed: 7 -> 8" in run_with(command, "pretrain.epochs=0", "seed=8").refusal
@@ -312,6 +323,7 @@ def test_floats_outside_the_unit_are_refused():
         ({"threat": 8 / 255}, "threat = 0.03137254901960784 says no norm; give Linf(8 / 255) or"),
         ({"options": ["prune"]}, "options are a list; give sections by their names, as {'finet"),
         ({"options": {"prune.batch_size": 8}}, "write options = {'prune': {'batch_size': 8}}"),
+        ({"options": {"execution": {"threads": 10**6}}}, "execution.threads = 1000000 exceeds"),
         ({"options": {"budgt": {}}}, "harprune.prune: unknown key 'budgt'; the nearest known is"),
     ],
 )
@@ -495,7 +507,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(command, here):
 
 
 def test_a_folder_that_cannot_be_written_is_refused(command, here):
-    run_with(command, "seed=-1")  # whoever takes over may not read the program's files
+    run_with(command, "model.name=none")  # whoever takes over may not read the program's files
     (here / "locked").mkdir(mode=0o555)
     (here / "held").mkdir()
     (here / "held" / "kept.md").write_text("old")

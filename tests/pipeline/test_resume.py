@@ -191,8 +191,8 @@ class Fate:
 
 
 def attempt(folder: Path, recipe) -> None:
-    with Run(folder, recipe, command="test") as run:
-        run_until(open_workshop(run))
+    with open_workshop(recipe, folder, command="test") as shop:
+        run_until(shop)
 
 
 EVERY_STEP = ("execution.checkpoint_minutes=1e-6", "execution.threads=1", "attack.batch_size=5")
