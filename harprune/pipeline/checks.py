@@ -117,6 +117,11 @@ def require_effect(
             f"budget.multiply_add_share = {share} has no effect with budget.cost = "
             f"{recipe.budget.cost!r}; leave it out, or set budget.cost to 'mixed'"
         )
+    if recipe.attack.dense_size is not None and not recipe.attack.dense:
+        raise ValueError(
+            f"attack.dense_size = {recipe.attack.dense_size} has no effect with attack.dense = "
+            "false; leave it out"
+        )
     pruning.require_effect(recipe)
 
 

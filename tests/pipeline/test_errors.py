@@ -449,7 +449,8 @@ def test_the_dense_network_may_be_attacked_later_and_on_fewer_images(command, he
     assert len(fewer) == 7 and fewer.items() <= whole.items()
     again = run_with(command, "attack.dense_size=8", out="run").refusal
     assert "(attack.dense_size: 7 -> 8)" in again
-    assert run_with(command, *changed, "attack.dense=false", out="run").code == 0
+    assert run_with(command, "attack.dense=false", out="run").code == 0
+    assert outcomes_of(finished / "attack" / "dense") == fewer
     shutil.rmtree(finished / "attack" / "dense")
     assert read_run(finished).missing == ()
     assert run_with(command, "attack.dense_size=1000", out="run").code == 0
