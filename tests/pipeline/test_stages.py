@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training stages leave behind and learn from: averages, and the dense network's answers."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -198,3 +200,14 @@ def test_logits_cut_off_from_the_image_are_warned_of(finished, here):
     cut_off = said(here, "a", *settings)
     assert warning in cut_off and "budget.exclude" in cut_off
     assert warning not in said(here, "b", *settings, "budget.exclude=['linear']")
+
+
+@pytest.mark.parametrize("cost", ["parameters", "multiply-adds"])
+@pytest.mark.parametrize("name", ["uniform", "erk", "lamp"])
+def test_the_allocations_beside_an_audit_are_what_they_would_keep(here, cost, name):
+    settings = ("pretrain.epochs=0", "prune.epochs=0", "method.name=magnitude")
+    said(here, "run", *settings, f"budget.cost={cost}", f"budget.allocation={name}")
+    audit = json.loads((here / "run" / "audit.json").read_text())
+    kept = {layer: count["kept"] / count["total"] for layer, count in audit["layers"].items()}
+    assert audit["allocations"][name] == kept
+    assert audit["spent"] > 0.98 * audit["budget"]
