@@ -33,6 +33,7 @@ WINGS = {
 }
 # The ground: small things without a wing's knowledge, on which every wing may stand.
 GROUND = {
+    "arguments",
     "ascent",
     "files",
     "intervals",

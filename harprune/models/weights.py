@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from harprune.models import scored
 from harprune.models.normalised import Normalised
+from harprune.models.registry import require_module
 
 # Where training programs put the state dict among other things.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")
@@ -93,6 +94,7 @@ def load_weights(
             are not finite; names or shapes that do not match; scores without a density, or a
             density without scores.
     """
+    require_module(model)
     target = model.network if isinstance(model, Normalised) else model
     tensors = _unscored(path, read_checkpoint(path), density)
     wanted = target.state_dict()

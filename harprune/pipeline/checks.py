@@ -258,15 +258,6 @@ def require_comparable(folder: str | Path, recipe: Recipe, labels: Tensor) -> No
             )
 
 
-def require_module(model: Any) -> None:
-    """Raises ValueError where what a caller gives as a network is none."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"model is a {type(model).__name__}, not a torch.nn.Module; give a network, as "
-            "harprune.create_model makes one by its name"
-        )
-
-
 def require_batch(images: Any) -> Tensor:
     """Images as a tensor in main memory; ValueError where they are no batch of floats."""
     wanted = "give float32 (N, C, H, W) in [0, 1]"
