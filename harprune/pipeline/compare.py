@@ -128,8 +128,8 @@ def cells_of(
                 name = f"{_file_name(label)}-{density:g}-seed{seed}"
                 point = {"name": name, "seed": seed, "budget": {"density": density}}
                 point["attack"] = {"dense": first and not anew}
-                if given.attack.dense and not point["attack"]["dense"]:
-                    point["attack"]["dense_size"] = None
+                if given.attack.dense and (anew or not first):
+                    point["attack"] = {"dense": False, "dense_size": None}
                 if anew:
                     point["model"] = {"weights": None}
                 elif dense is not None:
