@@ -72,7 +72,7 @@ for arch in ${ARCHS:-resnet18 vgg16-bn}; do
             xargs -P "${JOBS:-2}" -I CONFIGURATION bash -uc "pruned $arch $density CONFIGURATION || true"
     done
     # The dense network costs most, and all began with it: it is attacked once, and last.
-    pruned "$arch" 0.01 harp --set attack.dense=true || true
+    pruned "$arch" 0.01 harp --set attack.dense=true --set attack.dense_size=250 || true
     finished=()
     for outcome in "$networks/$arch"-*/attack/finetuned/evaluation.json; do finished+=("${outcome%/attack/*}"); done
     "$harprune" report "${finished[@]}" --out "results/headline-$arch.md" --baseline harp \

@@ -641,14 +641,14 @@ def _run(
     as_json: bool,
 ) -> None:
     from harprune.pipeline import checks
-    from harprune.pipeline.run import Run, command_line
+    from harprune.pipeline.run import command_line
     from harprune.pipeline.stages import run_until
     from harprune.pipeline.workshop import open_workshop
 
     checks.check(recipe)
     checks.require_effect(recipe, out, overrides)
-    with Run(out, recipe, source=source, command=command_line()) as folder:
-        content = run_until(open_workshop(folder), until)
+    with open_workshop(recipe, out, source=source, command=command_line()) as shop:
+        content = run_until(shop, until)
     if as_json:
         _print_json(content)
 

@@ -32,7 +32,17 @@ WINGS = {
     "methods",
 }
 # The ground: small things without a wing's knowledge, on which every wing may stand.
-GROUND = {"ascent", "intervals", "pairing", "nested", "modes", "files", "user_code"}
+GROUND = {
+    "arguments",
+    "ascent",
+    "files",
+    "intervals",
+    "modes",
+    "nested",
+    "pairing",
+    "randomness",
+    "user_code",
+}
 FLOORS = {
     **{part: set() for part in GROUND},
     "kernels": set(),

@@ -347,6 +347,8 @@ def require_words(classes: Sequence[str], metadata: Mapping[str, Any], outputs: 
         ValueError: class names that are no strings, or not one for each output; metadata that JSON
             does not know.
     """
+    if isinstance(classes, str) or not isinstance(classes, Sequence):
+        raise ValueError(f"classes = {classes!r} must be names in a list, one for each output")
     if classes and len(classes) != outputs:
         raise ValueError(
             f"{len(classes)} class names for {outputs} outputs; give one each, or none"

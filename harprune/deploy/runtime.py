@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from harprune.arguments import require_whole
 from harprune.deploy import artifact
 from harprune.deploy.network import Network
 from harprune.kernels import native
@@ -53,8 +54,7 @@ class Engine:
             raise ValueError(
                 f"network = {network!r} is no network; harprune.deploy.load reads one from a file"
             )
-        if not isinstance(threads, int) or threads < 1:
-            raise ValueError(f"threads = {threads} must be a whole number from 1 on")
+        require_whole("threads", threads, 1)
         if kernels is not None and kernels.dtype != np.float32:
             raise ValueError(
                 f"kernels {kernels.name} compute in {kernels.dtype}; give float32 ones"

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from harprune.arguments import require_text, require_whole
 from harprune.models.normalised import Normalised
 from harprune.models.preact_resnet import preact_resnet18
 from harprune.models.published import cifar_base, cnn_a, resnet2b, trades_small_cnn
@@ -52,6 +53,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of this package's networks that match a shell pattern, sorted."""
+    require_text("pattern", pattern, "resnet*")
     return sorted(fnmatch.filter(NETWORKS, pattern))
 
 
@@ -79,7 +81,11 @@ def create_model(
     Raises:
         ValueError: an unknown name, a package that is not installed, or a value out of its range.
     """
-    _check_sizes(num_classes, in_channels, width)
+    require_text("name", name, "resnet18")
+    require_whole("num_classes", num_classes, 2)
+    require_whole("in_channels", in_channels, 1)
+    if width is not None:
+        require_whole("width", width, 1)
     _check_normalisation(mean, std, in_channels)
     network = _build(name, num_classes, in_channels, width)
     if mean is None or std is None:
@@ -87,14 +93,13 @@ def create_model(
     return Normalised(network, mean, std)
 
 
-def _check_sizes(num_classes: int, in_channels: int, width: int | None) -> None:
-    for what, value, least in (
-        ("num_classes", num_classes, 2),
-        ("in_channels", in_channels, 1),
-        ("width", 1 if width is None else width, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{what} is {value}; it must be at least {least}")
+def require_module(model: Any) -> None:
+    """Raises ValueError where what a caller gives as a network is none."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}, not a torch.nn.Module; give a network, as "
+            "harprune.create_model makes one by its name"
+        )
 
 
 def _check_normalisation(
@@ -105,7 +110,15 @@ def _check_normalisation(
             "mean and std go together: give both, or neither for images used as they are"
         )
     for what, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) != in_channels:
+        if values is None:
+            continue
+        try:
+            [float(value) for value in values]
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{what} = {values!r} must be a list of numbers, one per channel"
+            ) from None
+        if len(values) != in_channels:
             raise ValueError(
                 f"{what} has {len(values)} values but the images have {in_channels} channels; "
                 "give one per channel"

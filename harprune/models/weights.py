@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from harprune.models import scored
 from harprune.models.normalised import Normalised
+from harprune.models.registry import require_module
 
 # Where training programs put the state dict among other things.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")
@@ -29,7 +30,8 @@ SYNONYMS = (
 # TRADES' WRN-34-10 registers its first stage a second time and never uses it.
 UNUSED = ("sub_block1.",)
 OF_A_RUN = "model/"
-NORMALISATION = frozenset(("mean", "std", "mu", "sigma"))
+# What the constants of an input normalisation are called, and what `Normalised` calls them.
+NORMALISATION = {"mean": "mean", "mu": "mean", "std": "std", "sigma": "std"}
 COUNTER = "num_batches_tracked"
 ZIP_START, PICKLE_START = b"PK\x03\x04", b"\x80"
 SHOWN = 4
@@ -79,7 +81,8 @@ def load_weights(
     Reads .safetensors files, those of a run among them, and PyTorch files that hold tensors only.
     The state dict may lie in a list or under a usual key; `module.` and `_orig_mod.`, a common
     prefix, and the names that torchvision and TRADES use for the same layers are understood. A
-    `Normalised` model takes the weights of its network. Nothing is changed if an error is raised.
+    `Normalised` model takes the weights of its network; where the file holds the constants of a
+    normalisation as well, they must be the model's. Nothing is changed if an error is raised.
 
     Args:
         strict: refuse a checkpoint that does not match the model exactly; otherwise load what fits.
@@ -91,13 +94,17 @@ def load_weights(
             are not finite; names or shapes that do not match; scores without a density, or a
             density without scores.
     """
+    require_module(model)
     target = model.network if isinstance(model, Normalised) else model
     tensors = _unscored(path, read_checkpoint(path), density)
     wanted = target.state_dict()
     named = _in_names_of(wanted, tensors)
+    constants = _constants({n: t for n, t in named.items() if n not in wanted})
+    if isinstance(model, Normalised) and _are_of(model, constants):
+        named = {name: tensor for name, tensor in named.items() if name not in constants}
     report = _compare(str(path), named, wanted)
     if strict and not report.complete:
-        raise ValueError(_refusal(report, _head(target)))
+        raise ValueError(_refusal(report, constants, _head(target)))
     if not report.loaded:
         raise ValueError(f"{report}: this checkpoint is of another network")
     fitting = {name: _as(wanted[name], named[name], f"{path}: {name}") for name in report.loaded}
@@ -108,9 +115,36 @@ def load_weights(
     return report
 
 
+def _constants(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that are called as the constants of a normalisation are, and hold numbers as they."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if _kind(name) in NORMALISATION and tensor.is_floating_point() and _is_plain(tensor)
+    }
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
+
+
+def _are_of(model: Normalised, constants: Mapping[str, Tensor]) -> bool:
+    """Whether the constants of a checkpoint's normalisation are those of the model."""
+    for name, given in constants.items():
+        own = getattr(model, NORMALISATION[_kind(name)]).flatten()
+        # Somebody may have typed them from a paper, to some digits.
+        if given.numel() != own.numel() or not torch.allclose(given.flatten().to(own), own, 1e-5):
+            return False
+    return True
+
+
 def _as(wanted: Tensor, given: Tensor, what: str) -> Tensor:
     """`given` in the type of `wanted`; ValueError where that is another kind of number."""
-    plain = given.layout == torch.strided and not (given.is_meta or given.is_quantized)
+    plain = _is_plain(given)
     same_kind = given.is_floating_point() == wanted.is_floating_point()
     if not plain or not same_kind or given.is_complex():
         kind = str(given.dtype if plain else given.layout).removeprefix("torch.")
@@ -284,7 +318,7 @@ def _head(model: nn.Module) -> str | None:
     return linear[-1] if linear else None
 
 
-def _refusal(report: WeightsReport, head: str | None) -> str:
+def _refusal(report: WeightsReport, constants: Mapping[str, Tensor], head: str | None) -> str:
     wrong = {name for name, _, _ in report.mismatched}
     if wrong and not report.missing and wrong <= {f"{head}.weight", f"{head}.bias"}:
         _, theirs, ours = report.mismatched[0]
@@ -295,11 +329,12 @@ def _refusal(report: WeightsReport, head: str | None) -> str:
                 "checkpoint), or in Python load with strict=False to keep its own head"
             )
     only_extra = not (report.missing or report.mismatched)
-    if only_extra and all(n.rpartition(".")[2] in NORMALISATION for n in report.unexpected):
+    if only_extra and constants.keys() >= set(report.unexpected):
+        held = (f"{name} = {_values(tensor)}" for name, tensor in constants.items())
         return (
-            f"{report.path}: carries its own normalisation ({_some(report.unexpected)}); create "
-            "the model with that mean= and std= (a recipe: model.mean, model.std) and save the "
-            "rest alone, or in Python load with strict=False"
+            f"{report.path}: carries its own normalisation ({', '.join(held)}); create the model "
+            "with that mean= and std= (a recipe: model.mean, model.std), or in Python load with "
+            "strict=False"
         )
     return (
         f"{report}; name the network, width and data set it was trained with, or in Python load "
@@ -317,6 +352,13 @@ def _some(names: Iterable[str]) -> str:
     names = list(names)
     rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + rest
+
+
+def _values(tensor: Tensor) -> str:
+    """The numbers of a short tensor, or the shape of another."""
+    if tensor.numel() > SHOWN:
+        return f"a tensor of shape {list(tensor.shape)}"
+    return f"[{', '.join(f'{value:.6g}' for value in tensor.flatten().tolist())}]"
 
 
 def _line(error: BaseException) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from harprune.arguments import require_text, require_whole
+from harprune.models.registry import require_module
 from harprune.pipeline import checks, hardening, machinery, pruning, supply
 from harprune.pipeline.console import Console
 from harprune.pipeline.judging import chosen, judge
@@ -25,7 +27,7 @@ from harprune.reporting.records import GIVEN_IN_PYTHON
 from harprune.robustness.evaluation import device_of
 from harprune.robustness.identity import model_digest
 from harprune.robustness.record import Evaluation
-from harprune.robustness.threat import L2, Linf, Threat
+from harprune.robustness.threat import Linf, Threat, require_threat
 from harprune.sparsity.audit import Audit
 from harprune.sparsity.execution import Execution
 from harprune.training.splits import Images, as_split, to_float
@@ -79,8 +81,9 @@ def prune(
     Raises:
         ValueError: whatever a recipe or the data refuse, in one line.
     """
-    checks.require_module(model)
+    require_module(model)
     threat = _threat(threat)
+    _require_place(out)
     if out is None and machinery.processes() > 1:
         raise ValueError("several processes share one run, which needs a folder; give out")
     content = {
@@ -109,11 +112,12 @@ def prune(
     checks.check(recipe)
     checks.require_effect(recipe, out)
     checks.rehearse(recipe, materials)
+    engine = machinery.fabric(recipe.execution)
     place = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out))
     with place as folder, Run(folder, recipe, command="harprune.prune") as run:
         run.require_same({**materials.digests(), "dense network": model_digest(model)})
         console = Console(run.folder / "log.txt", quiet=quiet)
-        shop = Workshop(run, materials, machinery.fabric(recipe.execution), console)
+        shop = Workshop(run, materials, engine, console)
         # Without a folder there is nobody who could read a report.
         run_until(shop, "finetune" if out is None else "report")
         pruned = load_network(shop, "finetune").cpu().eval()
@@ -147,10 +151,22 @@ def evaluate(
         execution: whether attacks run on the sparse kernels; verdicts are always the model's own.
         twin: whether attacks run on an equivalent of the model, batch norm folded and masks
             multiplied out, on the kernels if `execution` has it so; else on the plain model.
+
+    Raises:
+        ValueError: an unknown attack, values of another kind, images or a network that do not fit.
     """
-    checks.require_module(model)
-    threat, split = _threat(threat), as_split(test)
+    require_module(model)
+    _require_place(out)
+    require_whole("seed", seed)
+    require_whole("batch_size", batch_size, 1)
+    require_text("name", name, "model")
+    execution, threat = Execution(execution), _threat(threat)
     attacks = (attacks,) if isinstance(attacks, str) else attacks
+    if not isinstance(attacks, Sequence):
+        raise ValueError(f"attacks = {attacks!r} must be names in a list, as ['autoattack']")
+    for each in attacks:
+        hardening.attack(each, threat)
+    split = as_split(test)
     checks.require_labels(split.labels, None, "test")
     checks.require_pixels(split, "test")
     example = to_float(split.images[torch.tensor([0])])
@@ -251,6 +267,12 @@ def _require_not_said(section: str, values: Mapping, content: Mapping) -> None:
             )
 
 
+def _require_place(out: str | Path | None) -> None:
+    """Raises ValueError for empty text, which `Path` takes for the current folder."""
+    if out == "":
+        raise ValueError("out = '' names no folder; give one, as 'runs/mine', or None")
+
+
 def _kept_in(out: str | Path | None) -> AbstractContextManager:
     if out is None:
         return nullcontext()
@@ -273,6 +295,5 @@ def _materials(model: nn.Module, train: Images, validation: Images, *, given: bo
 def _threat(threat: Threat | None) -> Threat:
     if threat is None:
         return Linf(8 / 255)
-    if not isinstance(threat, Linf | L2):
-        raise ValueError(f"threat = {threat!r} says no norm; give Linf(8 / 255) or L2(0.5)")
+    require_threat(threat)
     return threat

@@ -117,6 +117,11 @@ def require_effect(
             f"budget.multiply_add_share = {share} has no effect with budget.cost = "
             f"{recipe.budget.cost!r}; leave it out, or set budget.cost to 'mixed'"
         )
+    if recipe.attack.dense_size is not None and not recipe.attack.dense:
+        raise ValueError(
+            f"attack.dense_size = {recipe.attack.dense_size} has no effect with attack.dense = "
+            "false; leave it out"
+        )
     pruning.require_effect(recipe)
 
 
@@ -251,15 +256,6 @@ def require_comparable(folder: str | Path, recipe: Recipe, labels: Tensor) -> No
                 f"{folder} ({before.size} images) and this evaluation ({len(index)} images) differ "
                 f"in {what}; evaluate both on the same subset of the same data"
             )
-
-
-def require_module(model: Any) -> None:
-    """Raises ValueError where what a caller gives as a network is none."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"model is a {type(model).__name__}, not a torch.nn.Module; give a network, as "
-            "harprune.create_model makes one by its name"
-        )
 
 
 def require_batch(images: Any) -> Tensor:

@@ -128,6 +128,8 @@ def cells_of(
                 name = f"{_file_name(label)}-{density:g}-seed{seed}"
                 point = {"name": name, "seed": seed, "budget": {"density": density}}
                 point["attack"] = {"dense": first and not anew}
+                if given.attack.dense and (anew or not first):
+                    point["attack"] = {"dense": False, "dense_size": None}
                 if anew:
                     point["model"] = {"weights": None}
                 elif dense is not None:
@@ -234,7 +236,8 @@ def _require_same_recipe(cell: Cell) -> None:
         held = completed(_trimmed(read_record(record)))
         wanted = cell.recipe.model_dump(mode="json")
         # Which cell attacks the dense network depends on the order of the methods.
-        free = ["dense"] if (cell.folder / "attack" / "dense").exists() else ["dense", "dense_size"]
+        attacked = (cell.folder / "attack" / "dense").exists() and cell.recipe.attack.dense
+        free = ["dense"] if attacked else ["dense", "dense_size"]
         held["attack"] |= {key: wanted["attack"][key] for key in free}
         later = ("budget", "method", "prune", "finetune", "attack")
         for section in later if cell.until == "pretrain" else ():

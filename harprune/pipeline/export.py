@@ -25,6 +25,7 @@ from harprune.deploy.network import Network, require_words
 from harprune.deploy.runtime import load
 from harprune.deploy.shrink import Shrinkage, shrink
 from harprune.files import replacing, require_writable
+from harprune.models.registry import require_module
 from harprune.pipeline import checks, supply
 from harprune.pipeline.recipe import Recipe
 from harprune.sparsity import masks
@@ -165,7 +166,7 @@ def export(
             is not what the network does.
     """
     path, format, values = Path(path), Format(format), Values(values)
-    checks.require_module(model)
+    require_module(model)
     if (inner := wrapped(model)) is not None:
         kind = type(model).__name__
         raise ValueError(f"the model is a {kind}, which no format takes; give model.{inner}")

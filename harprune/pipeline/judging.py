@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from harprune.arguments import require_whole
 from harprune.pipeline import hardening
 from harprune.pipeline.console import Console
 from harprune.robustness import evaluation
@@ -22,8 +23,8 @@ def chosen(labels: Tensor, size: int | None, seed: int, console: Console) -> Ten
 
     Says so where more are asked for than there are.
     """
-    if not isinstance(size, int | None):
-        raise ValueError(f"size = {size!r} must be a whole number, or None for all images")
+    if size is not None:
+        require_whole("size", size)
     if size is not None and size > len(labels):
         console.say(f"note: there are {len(labels)} test images, not {size}; all are taken")
     return subset(labels, size, seed)

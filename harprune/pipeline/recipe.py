@@ -65,9 +65,10 @@ class Model(Section):
     width: int | None = Field(default=None, ge=1)
     """Channels of the first stage; the architecture's usual number when absent."""
     mean: tuple[float, ...] | None = None
-    """Per-channel mean of the input normalisation, which is part of the model."""
+    """Mean of each channel, which the network's input is normalised with; with `std`, or neither.
+    It is part of the model. Images stay as they are when absent."""
     std: tuple[float, ...] | None = None
-    """Per-channel standard deviation of the input normalisation."""
+    """Standard deviation of each channel."""
     weights: str | None = None
     """A robust dense network to start from (safetensors or a torch state dict)."""
     weights_density: float | None = Field(default=None, gt=0, le=1)

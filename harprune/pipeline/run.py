@@ -138,7 +138,7 @@ class Run:
         if key == "attack.dense":  # what is there stays, what is not may yet come
             return False
         if key == "attack.dense_size":
-            return self.attack("dense").exists()
+            return self.recipe.attack.dense and self.attack("dense").exists()
         section = key.partition(".")[0]
         if section == "attack":
             return (self.folder / "attack").exists()

@@ -7,6 +7,7 @@ The validation split selects epochs; the attack stage alone sees test images.
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from harprune.files import to_json, write
-from harprune.methods.base import Budget, Method
+from harprune.methods.base import Budget, Method, given_densities
 from harprune.modes import eval_mode
 from harprune.pipeline import hardening, machinery, pruning
 from harprune.pipeline.judging import chosen, judge
@@ -22,14 +23,15 @@ from harprune.pipeline.learning import learn, learn_weights, under_attack
 from harprune.pipeline.outlook import outlook
 from harprune.pipeline.validation import BATCH, guesses, percent, validate
 from harprune.pipeline.workshop import Workshop, load_network
+from harprune.randomness import python_generators_kept, seed_generators
 from harprune.reporting.report import write_report
 from harprune.reporting.tables import results_table
 from harprune.robustness.images import subset
-from harprune.sparsity import allocation, masks
+from harprune.sparsity import masks
 from harprune.sparsity.audit import Audit, connected
 from harprune.sparsity.costs import multiply_add_prices
 from harprune.sparsity.execution import Execution
-from harprune.sparsity.layers import prunable_layers, weights
+from harprune.sparsity.layers import prunable_layers
 from harprune.training import checkpoint
 from harprune.training.splits import to_float
 
@@ -45,10 +47,11 @@ def run_until(shop: Workshop, last: str = "report") -> dict:
         raise ValueError(f"--until {last!r} is no stage; choose one of {', '.join(order)}")
     for line in outlook(shop.recipe, shop.materials, shop.engine.device):
         shop.console.say(line)
-    for name, stage in order.items():
-        result = stage(shop)
-        if name == last:
-            return result or {}
+    with python_generators_kept():  # which stages seed, and which may be a caller's
+        for name, stage in order.items():
+            result = stage(shop)
+            if name == last:
+                return result or {}
     return {}
 
 
@@ -82,7 +85,7 @@ def prune(shop: Workshop) -> None:
         pruning.method(shop.recipe),
         pruning.budget(shop.recipe, shop.materials.example),
     )
-    torch.manual_seed(shop.seed("prune"))
+    seed_generators(shop.seed("prune"))
     method.attach(model, budget)
     _show_sample(shop, method, model)
     history: list[dict] = []
@@ -271,13 +274,11 @@ def _finish(
 
 
 def _write_audit(shop: Workshop, counts: Audit, budget: Budget) -> None:
-    """audit.json: the counts, beside what the named allocations would give the dense network."""
+    """audit.json: the counts, beside what named allocations would keep under the same budget."""
     if not shop.run.leader:
         return
     model = load_network(shop, "pretrain")
     layers = budget.layers(model)
-    dense = weights(layers)
-    others = {"uniform": allocation.uniform, "erk": allocation.erk, "lamp": allocation.lamp}
     content = counts.as_dict()
     with suppress(ValueError):  # a layer that the forward pass never uses has no such price
         prices = multiply_add_prices(model, layers, shop.materials.example.to(shop.engine.device))
@@ -285,5 +286,10 @@ def _write_audit(shop: Workshop, counts: Audit, budget: Budget) -> None:
             "dense": sum(prices[n] * c.total for n, c in counts.layers.items()),
             "kept": sum(prices[n] * c.kept for n, c in counts.layers.items()),
         }
-    content["allocations"] = {n: a(dense, budget.density) for n, a in others.items()}
+    content["allocations"] = {}
+    for name in ("uniform", "erk", "lamp"):
+        other = replace(budget, allocation=pruning.allocate(name))
+        with suppress(ValueError):  # without a floor it may leave a layer empty
+            shares = given_densities(model, other)
+            content["allocations"][name] = {n: float(share()) for n, share in shares.items()}
     write(shop.run.folder / "audit.json", to_json(content))

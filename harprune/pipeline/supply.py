@@ -18,7 +18,7 @@ from harprune.models.registry import create_model, list_models
 from harprune.models.weights import load_weights
 from harprune.pipeline import recipe as recipes
 from harprune.pipeline.recipe import Recipe
-from harprune.robustness.attacks import seeded
+from harprune.randomness import seeded
 from harprune.robustness.identity import model_digest
 from harprune.training import checkpoint
 from harprune.training.data import load_dataset

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 from harprune.modes import eval_mode
 from harprune.pipeline import hardening
 from harprune.pipeline.workshop import Workshop
-from harprune.robustness.attacks import seeded
+from harprune.randomness import seeded
 from harprune.robustness.images import subset
 from harprune.sparsity.execution import Twin
 from harprune.training.splits import Split, to_float

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every stage of an open run works with: its folder, images, network, device and voice."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from lightning_fabric import Fabric
 from torch import nn
@@ -42,18 +45,25 @@ class Workshop:
         self.run.warn(stage, text)
 
 
-def open_workshop(run: Run) -> Workshop:
-    """The workshop of an open run: data loaded, device chosen, processes joined.
+@contextmanager
+def open_workshop(
+    recipe: Recipe, folder: str | Path, *, source: str = "", command: str = ""
+) -> Iterator[Workshop]:
+    """The workshop of a run: device chosen, processes joined, data loaded, then its folder opened.
+
+    In this order, so that where one of them fails no folder is made. The arguments are `Run`'s.
 
     Raises:
-        ValueError: data, weights or network that are missing or do not fit each other.
+        ValueError: data, weights or network that are missing or do not fit each other; and what
+            `Run` refuses.
     """
-    engine = machinery.fabric(run.recipe.execution)
-    console = Console(run.folder / "log.txt" if run.leader else None, quiet=not run.leader)
-    materials = supply.materials(run.recipe)
-    checks.rehearse(run.recipe, materials)
-    run.require_same(materials.digests())
-    return Workshop(run, materials, engine, console)
+    engine = machinery.fabric(recipe.execution)
+    materials = supply.materials(recipe)
+    checks.rehearse(recipe, materials)
+    with Run(folder, recipe, source=source, command=command) as run:
+        run.require_same(materials.digests())
+        console = Console(run.folder / "log.txt" if run.leader else None, quiet=not run.leader)
+        yield Workshop(run, materials, engine, console)
 
 
 def load_network(shop: Workshop, stage: str) -> nn.Module:

@@ -71,7 +71,7 @@ class Layer:
 
 @checked(frozen=True, config=_STRICT)
 class Audit:
-    """What the pruned network keeps, and what named allocations would have given each layer.
+    """What the pruned network keeps, and what named allocations would have kept of each layer.
 
     `budget` is what `spent`, the kept weights times their layers' prices, may come to; None where
     an earlier version did not write it. `multiply_adds` of one image are those of the "kept"

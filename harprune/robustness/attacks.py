@@ -8,17 +8,19 @@ ever receives a gradient from it.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from math import inf
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harprune.arguments import require_whole
 from harprune.modes import eval_mode
-from harprune.robustness.threat import Threat
+from harprune.robustness.threat import Threat, require_threat
 
 
 class Attack(Protocol):
@@ -65,6 +67,10 @@ def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
     return F.kl_div(q, p, reduction="none", log_target=True).sum(1)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _largest_other(logits: Tensor, y: Tensor) -> Tensor:
     """The largest logit of a wrong class, per image (N,)."""
     return logits.scatter(1, y[:, None], -torch.inf).amax(1)
@@ -78,6 +84,10 @@ class Margin:
     """
 
     kappa: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.kappa) and self.kappa >= 0):
+            raise ValueError(f"kappa = {self.kappa!r} must be a number of at least 0")
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
         logits = _wide(logits)
@@ -133,18 +143,12 @@ def clean_logits(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 # --- attacks ----------------------------------------------------------------------------------
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers of `seed` inside; outside, the generators are as if nothing had happened."""
-    device = torch.device(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def _require_count(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} = {value} must be at least 1")
+def _require_of_attack(threat: Any, loss: Any) -> None:
+    require_threat(threat)
+    if not callable(loss):
+        raise ValueError(
+            f"loss = {loss!r} must be a function of (logits, target), as cross_entropy"
+        )
 
 
 def _differentiate(
@@ -197,7 +201,8 @@ class PGD:
         target: what the loss compares with: `labels` or `clean_logits`.
 
     Raises:
-        ValueError: a count below 1, or a step size that is not above 0.
+        ValueError: no threat, a loss that is no function, a count below 1, or a step size that is
+            not above 0.
     """
 
     threat: Threat
@@ -209,10 +214,14 @@ class PGD:
     target: Callable[[nn.Module, Tensor, Tensor], Tensor] = labels
 
     def __post_init__(self) -> None:
-        _require_count("steps", self.steps)
-        _require_count("restarts", self.restarts)
-        if self.step_size is not None and not self.step_size > 0:
-            raise ValueError(f"step_size = {self.step_size} must be above 0, or None for a default")
+        _require_of_attack(self.threat, self.loss)
+        require_whole("steps", self.steps, 1)
+        require_whole("restarts", self.restarts, 1)
+        size = self.step_size
+        if size is not None and not (_is_number(size) and 0 < size < inf):
+            raise ValueError(
+                f"step_size = {size!r} must be a finite number above 0, or None for a default"
+            )
 
     __repr__ = record
 
@@ -245,10 +254,17 @@ class PGD:
 
 @dataclass(frozen=True, repr=False)
 class FGSM:
-    """One step of the whole radius from the clean image (Goodfellow et al. 2015)."""
+    """One step of the whole radius from the clean image (Goodfellow et al. 2015).
+
+    Raises:
+        ValueError: no threat, or a loss that is no function.
+    """
 
     threat: Threat
     loss: Loss = cross_entropy
+
+    def __post_init__(self) -> None:
+        _require_of_attack(self.threat, self.loss)
 
     __repr__ = record
 
@@ -289,7 +305,7 @@ class APGD:
         loss: `cross_entropy` or `dlr`.
 
     Raises:
-        ValueError: a count below 1.
+        ValueError: no threat, a loss that is no function, or a count below 1.
     """
 
     threat: Threat
@@ -298,8 +314,9 @@ class APGD:
     loss: Loss = cross_entropy
 
     def __post_init__(self) -> None:
-        _require_count("steps", self.steps)
-        _require_count("restarts", self.restarts)
+        _require_of_attack(self.threat, self.loss)
+        require_whole("steps", self.steps, 1)
+        require_whole("restarts", self.restarts, 1)
 
     __repr__ = record
 

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harprune.arguments import require_whole
 from harprune.modes import eval_mode
-from harprune.robustness.attacks import seeded
-from harprune.robustness.threat import Linf, Threat
+from harprune.randomness import seeded
+from harprune.robustness.threat import Linf, Threat, require_threat
 
 if TYPE_CHECKING:
     from pyautoattack import AutoAttack as Reference
@@ -82,8 +83,8 @@ class AutoAttack:
     not exist, and the outcome is flagged "not standard AutoAttack".
 
     Raises:
-        ValueError: unknown version, no images (N, C, H, W), fewer than two classes, or logits that
-            are not finite.
+        ValueError: no threat, unknown version, a batch size below 1; no images (N, C, H, W), fewer
+            than two classes, or logits that are not finite.
     """
 
     threat: Threat
@@ -94,8 +95,9 @@ class AutoAttack:
     def __post_init__(self) -> None:
         if self.version not in ("standard", "plus"):
             raise ValueError(f"version {self.version!r} is unknown; choose standard or plus")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size = {self.batch_size} must be at least 1")
+        require_threat(self.threat)
+        require_whole("batch_size", self.batch_size, 1)
+        require_whole("seed", self.seed)
 
     @property
     def passes(self) -> int:

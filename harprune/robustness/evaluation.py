@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from harprune.modes import eval_mode
+from harprune.randomness import seeded
 from harprune.robustness import sanity
-from harprune.robustness.attacks import Attack, seeded
+from harprune.robustness.attacks import Attack
 from harprune.robustness.autoattack import SQUARE_TOLERANCE, AutoAttack, Partway, square_gain
 from harprune.robustness.identity import identity_of, text_of
 from harprune.robustness.images import ChosenImages

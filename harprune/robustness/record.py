@@ -149,6 +149,9 @@ def paired(a: Evaluation, b: Evaluation, name: str = WORST_CASE) -> PairedDiffer
     Raises:
         ValueError: the two are not of the same images, or one lacks the attack.
     """
+    for each in (a, b):
+        if not isinstance(each, Evaluation):
+            raise ValueError(f"{each!r} is no evaluation; give what harprune.evaluate returned")
     for key in ("index", "labels"):
         if not np.array_equal(a.outcomes[key], b.outcomes[key]):
             raise ValueError(

@@ -9,6 +9,7 @@ import difflib
 import math
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def _length(noise: Tensor) -> Tensor:
 
 
 def _require_radius(epsilon: float) -> None:
-    if not isinstance(epsilon, Real):
+    if isinstance(epsilon, bool) or not isinstance(epsilon, Real):
         raise ValueError(f"epsilon = {epsilon!r} is not a number; give one such as 8 / 255")
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ValueError(f"epsilon = {epsilon} must be finite and above 0; give one such as 8/255")
@@ -116,6 +117,13 @@ class L2:
 
 
 Threat = Linf | L2
+
+
+def require_threat(threat: Any) -> None:
+    """Raises ValueError where what a caller gives as a threat is none."""
+    if not isinstance(threat, Linf | L2):
+        raise ValueError(f"threat = {threat!r} says no norm; give Linf(8 / 255) or L2(0.5)")
+
 
 NORMS: dict[str, type[Linf] | type[L2]] = {"linf": Linf, "l2": L2}
 

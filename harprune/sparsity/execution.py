@@ -51,6 +51,11 @@ class Execution(Enum):
     SPARSE = "sparse"
     DENSE = "dense"
 
+    @classmethod
+    def _missing_(cls, value: object) -> "Execution":
+        known = ", ".join(each.value for each in cls)
+        raise ValueError(f"execution = {value!r} is unknown; choose one of {known}")
+
 
 def require_kernels() -> None:
     """Raise ValueError where the kernels were not built."""

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.nn import functional as F
 
+from harprune.randomness import python_generators_kept
 from harprune.user_code import in_a_line, place_of
 
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
@@ -182,15 +183,11 @@ def _unmoved_generators() -> Iterator[None]:
         cuda = [torch.cuda.get_rng_state(device).tolist() for device in devices]
         return [random.getstate(), numpy, torch.get_rng_state().tolist(), cuda]
 
-    before, python, numpy = states(), random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-            if states() != before:
-                raise _Unwritten("it draws random numbers while it is traced", _DRAWING)
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+    before = states()
+    with torch.random.fork_rng(devices), python_generators_kept():
+        yield
+        if states() != before:
+            raise _Unwritten("it draws random numbers while it is traced", _DRAWING)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harprune.arguments import require_text
 from harprune.training import download as downloads
 from harprune.training.batches import Batches
 from harprune.training.folders import ImageFiles, list_classes, list_images, short_side
@@ -227,6 +228,7 @@ def load_dataset(
     Raises:
         ValueError: an unknown name, missing files, or a file that is truncated or garbled.
     """
+    require_text("name", name, "cifar10")
     if ":" in name:
         return _from_user(name, folder, image_size)
     key = name.lower().replace("-", "_")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fit`: the only training loop. Stages differ in the loss they hand in and in what they train.
 
-Randomness is a function of (seed, step): the global generator is seeded anew before each step. A
-run that was killed can therefore go on from any step with nothing but the step's number.
+Randomness is a function of (seed, step): the global generators, of torch, NumPy and Python, are
+seeded anew before each step. A run that was killed can therefore go on from any step with nothing
+but the step's number.
 
 With several processes each takes its rows of every batch. Gradients and the loss are averaged, so
 the weights stay equal; batch norm counts with each process's own rows, and before every forward
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from harprune.randomness import seed_generators
 from harprune.training.averaging import SETTLING, Average
 from harprune.training.schedules import Schedule
 
@@ -81,7 +83,7 @@ def fit(
             first = max(start - epoch * len(batches), 0)
             for index, (x, y) in enumerate(batches.epoch(epoch, first), start=first):
                 step = epoch * len(batches) + index
-                torch.manual_seed(step_seed(seed, step, fabric.global_rank))
+                seed_generators(step_seed(seed, step, fabric.global_rank))
                 for group, rate in zip(optimiser.param_groups, rates):
                     group["lr"] = rate * schedule(step / total)
                 for _ in range(replays):
@@ -92,7 +94,7 @@ def fit(
                 _require_finite(value, step)
                 after_step(step, value)
             if average is not None:
-                torch.manual_seed(step_seed(seed, epoch * len(batches), fabric.global_rank))
+                seed_generators(step_seed(seed, epoch * len(batches), fabric.global_rank))
                 with fabric.autocast():
                     average.settle(islice(batches.epoch(epoch), SETTLING), loss)
             for network in (model,) if average is None else (model, average.module):

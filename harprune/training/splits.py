@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harprune.arguments import require_whole
 from harprune.training.folders import ImageFiles
 
 
@@ -83,6 +85,14 @@ class Dataset:
     classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        for part, split in (("train", self.train), ("test", self.test)):
+            if not isinstance(split, Split):
+                raise ValueError(
+                    f"{part} is a {type(split).__name__}, not a harprune.Split; give one, as "
+                    "harprune.training.data.from_arrays makes it of arrays"
+                )
+        if not isinstance(self.classes, Sequence):
+            raise ValueError(f"classes = {self.classes!r} must be names, one for each label")
         if self.train.shape != self.test.shape:
             raise ValueError(
                 f"{self.name}: training images are {self.train.shape}, test images "
@@ -227,7 +237,10 @@ def _tensor(values: Any) -> Tensor:
     """A tensor in main memory; arrays are copied, for they may be read-only or reversed."""
     if isinstance(values, Tensor):
         return values.detach().cpu()
-    array = np.array(values)
+    try:
+        array = np.array(values)
+    except ValueError:
+        raise ValueError("values are lists of different lengths; give one array") from None
     try:
         return torch.tensor(array)
     except TypeError:
@@ -271,7 +284,13 @@ def split_validation(split: Split, size: int | float, seed: int) -> tuple[Split,
     Raises:
         ValueError: a size that leaves either part empty.
     """
-    count = round(size * len(split)) if isinstance(size, float) else size
+    if not isinstance(split, Split):
+        raise ValueError(f"split is a {type(split).__name__}, not a harprune.Split; give one")
+    if isinstance(size, float):
+        count = round(size * len(split)) if 0 < size < 1 else 0
+    else:
+        require_whole("size", size)
+        count = size
     if not 0 < count < len(split):
         raise ValueError(
             f"validation size {size} of {len(split)} images leaves a part empty; give a count "
@@ -298,6 +317,6 @@ def _stratified(labels: Tensor, count: int, seed: int) -> Tensor:
 
 def mixed_seed(*entropy: int) -> int:
     """One 64-bit seed out of several integers: near seeds and epochs give unrelated streams."""
-    if min(entropy) < 0:
-        raise ValueError(f"seed {min(entropy)} is negative; it must be 0 or more")
+    for part in entropy:
+        require_whole("seed", part, 0)
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1

@@ -137,9 +137,9 @@ def test_normalised_equals_normalising_by_hand_and_keeps_its_constants_out_of_th
         ({"mean": [0.5] * 3, "std": [1.0]}, "std has 1 values but the images have 3"),
         ({"mean": [0.5] * 3}, "mean and std go together"),
         ({"mean": [0.5] * 3, "std": [1.0, 0.0, 1.0]}, "must be finite and std"),
-        ({"num_classes": 1}, "num_classes is 1; it must be at least 2"),
-        ({"in_channels": 0}, "in_channels is 0"),
-        ({"width": 0}, "width is 0"),
+        ({"num_classes": 1}, "num_classes = 1 must be at least 2"),
+        ({"in_channels": 0}, "in_channels = 0 must be at least 1"),
+        ({"width": 0}, "width = 0 must be at least 1"),
     ],
 )
 def test_bad_values_are_named(arguments, said):

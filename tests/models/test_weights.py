@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -148,11 +149,20 @@ def test_a_deeper_network_is_not_taken_for_a_shallower_one(tmp_path):
 
 def test_a_checkpoint_with_its_own_normalisation_says_what_to_do(tmp_path):
     state = prefixed("model.")(narrow(seed=1).state_dict())
-    state |= {"normalize.mean": torch.zeros(3), "normalize.std": torch.ones(3)}
-    torch.save(state, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="carries its own normalisation"):
-        load_weights(narrow(), tmp_path / "weights.pt")
-    assert load_weights(narrow(), tmp_path / "weights.pt", strict=False).missing == ()
+    mean, std = [0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]
+    constants = {"mu": torch.tensor([mean]), "sigma": torch.tensor(std).view(3, 1, 1)}
+    torch.save(state | prefixed("normalize.")(constants), tmp_path / "weights.pt")
+    said = (
+        "carries its own normalisation (normalize.mu = [0.4914, 0.4822, 0.4465], normalize.sigma = "
+        "[0.2471, 0.2435, 0.2616]); create the model with that mean= and std="
+    )
+    for other in (narrow(), narrow(mean=mean, std=[0.25] * 3), narrow(mean=std, std=std)):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            load_weights(other, tmp_path / "weights.pt")
+        assert load_weights(other, tmp_path / "weights.pt", strict=False).missing == ()
+    model = narrow(seed=2, mean=mean, std=std)
+    assert load_weights(model, tmp_path / "weights.pt").complete
+    assert states_equal(model.network, narrow(seed=1))
 
 
 def test_another_network_altogether_is_refused_even_when_not_strict(tmp_path):

@@ -12,6 +12,9 @@ import pytest
 from harprune.cli import main
 
 DATA_SET = """
+import random
+
+import numpy
 import torch
 from harprune.training.data import Dataset, from_arrays
 
@@ -64,6 +67,23 @@ def picky(num_classes, in_channels=1, width=4):
 
 def lonely(num_classes, in_channels=1, width=4):
     return Picky([True], num_classes)
+
+class Drawing(torch.nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(),
+            torch.nn.Linear(144, num_classes),
+        )
+
+    def forward(self, x):
+        return self.layers(x + 0.3 * random.random() + 0.3 * numpy.random.rand())
+
+def drawing(num_classes, in_channels=1, width=4):
+    return Drawing(num_classes)
+
+def unread():
+    return open("/nowhere/at/all")
 
 def too_bright():
     from harprune.training.splits import Split

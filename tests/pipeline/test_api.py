@@ -2,11 +2,14 @@
 """Any network, pruned by one call: exact to the unit, plain again afterwards."""
 
 import copy
+import random
 import runpy
 import sys
+from functools import partial
 from math import floor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -326,6 +329,19 @@ def test_a_run_of_the_api_goes_on_where_it_was(tmp_path, images):
         with pytest.raises(ValueError, match=f"run that began with another {what}; choose") as said:
             harprune.prune(*others, out=tmp_path / "run", **common)
         assert ("torch.manual_seed" in str(said.value)) == (what == "dense network")
+
+
+def test_the_generators_of_a_caller_are_left_as_they_were(images):
+    calls = (  # looked up first: other packages draw names while they are imported
+        partial(harprune.prune, mlp(), images, images, **QUICK),
+        partial(harprune.evaluate, mlp(), images, attacks=["fgsm"], size=8, quiet=True),
+    )
+    random.seed(1), np.random.seed(1)
+    expected = random.random(), np.random.rand()
+    random.seed(1), np.random.seed(1)
+    for call in calls:
+        call()
+    assert (random.random(), np.random.rand()) == expected
 
 
 def test_images_given_in_python_are_augmented_where_that_is_said(images):

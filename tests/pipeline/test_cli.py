@@ -14,14 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import harprune
 from harprune.kernels import native
+from harprune.models import create_model
 from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import make_recipe, read_recipe
 from harprune.pipeline.run import lock
 from harprune.reporting.records import read_run
 from harprune.robustness import evaluation, record
 from harprune.training import checkpoint
+from harprune.training.data import load_dataset
+from harprune.training.splits import to_float
 
 from .conftest import contents
 
@@ -217,6 +222,37 @@ def test_evaluate_resumes_and_refuses_another_model(command, finished):
     assert occupied.startswith(f"e is in use by process {os.getpid()}")
     lines = evaluate("finetuned.safetensors").out.splitlines()
     assert lines[0].startswith("clean ") and lines[1].startswith("pgd-10 ")
+
+
+def test_weights_with_a_normalisation_of_their_own(command, here):
+    """Evaluated and exported as the network with the normalisation written out by hand."""
+
+    class ByHand(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.tensor([0.3]))
+            self.register_buffer("std", torch.tensor([0.2]))
+            self.model = create_model("small_cnn", 4, in_channels=1, width=4)
+
+        def forward(self, x):
+            return self.model((x - self.mean[:, None, None]) / self.std[:, None, None])
+
+    by_hand = ByHand().eval()
+    torch.save(by_hand.state_dict(), "w.pt")
+    network = ("--model", "small_cnn", "--data", "stripes_of_tests:load", "--set", "model.width=4")
+    evaluate = ("evaluate", *network, "--weights", "w.pt", "--attack", "fgsm", "--json")
+    refusal = command(*evaluate).refusal
+    assert "its own normalisation (mean = [0.3], std = [0.2]); create" in refusal
+    said = ("--set", "model.mean=[0.3]", "--set", "model.std=[0.2]")
+    record = json.loads(command(*evaluate, *said).out)
+    test = load_dataset("stripes_of_tests:load").test
+    expected = harprune.evaluate(by_hand, test, attacks=["fgsm"], quiet=True)
+    assert record["clean"]["accuracy"] == expected.clean.accuracy
+    assert record["attacks"]["fgsm"]["accuracy"] == expected.attacks["fgsm"].accuracy
+    assert command("export", "w.pt", *network, *said, "--out", "w.hpn").code == 0
+    x = to_float(test.images)
+    logits = torch.from_numpy(harprune.deploy.load("w.hpn")(x.numpy()))
+    assert torch.allclose(logits, by_hand(x), atol=1e-5)
 
 
 def test_evaluate_a_run_as_its_own_attack_stage_did(command, finished):

@@ -162,6 +162,24 @@ def test_the_dense_network_is_attacked_in_each_part_of_a_grid(grid, here):
         assert len(attacked) == len({c.recipe.seed for c in cells})
 
 
+def test_on_how_many_images_the_dense_network_is_attacked_is_said_where_it_is(grid, here):
+    cells = cells_of(grid, here / "out", ["attack.dense_size=7"])
+    for cell in cells:
+        assert cell.recipe.attack.dense_size == (7 if cell.recipe.attack.dense else None)
+    with pytest.raises(ValueError, match=r"dense_size = 7 has no effect with attack\.dense"):
+        cells_of(grid, here / "out", ["attack.dense_size=7", "attack.dense=false"])
+    last = cells[-1]  # it attacked the dense network where the methods had another order
+    for name in ("attack/finetuned/evaluation.json", "attack/dense/evaluation.json"):
+        (last.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (last.folder / name).touch()
+    held = last.recipe.model_dump(mode="json")
+    held["attack"] |= {"dense": True, "dense_size": 7}
+    (last.folder / "recipe.json").write_text(json.dumps(held))
+    (last.folder / "report").mkdir()
+    (last.folder / "report/report.json").touch()
+    compare._require_same_recipe(last)
+
+
 def test_a_cell_is_finished_when_its_dense_network_is_attacked_too(grid, here):
     dense, _, _, *others = cells_of(grid, here / "out", densities=[0.2])
     attacking = next(cell for cell in others if cell.recipe.attack.dense)

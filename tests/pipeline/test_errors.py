@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import harprune
+from harprune.deploy.network import require_words
 from harprune.files import replacing, write
 from harprune.models import create_model
 from harprune.pipeline import machinery
@@ -26,7 +27,10 @@ from harprune.pipeline.recipe_text import read_recipe
 from harprune.pipeline.run import Run
 from harprune.pipeline.supply import load_network_weights
 from harprune.reporting.records import read_run
+from harprune.robustness.attacks import APGD, FGSM, PGD, Margin
+from harprune.robustness.autoattack import AutoAttack
 from harprune.training import checkpoint
+from harprune.training.splits import as_split
 
 from .conftest import contents
 
@@ -142,7 +146,7 @@ def test_a_wrong_recipe_is_one_line(command, here, setting, text, monkeypatch):
     assert not Path("new").exists()
 
 
-# --- data, weights and network: refused before training, and the folder stays free ---------------
+# --- data, weights and network: refused before training and before a folder is made ---------------
 
 
 @pytest.mark.parametrize(
@@ -157,6 +161,7 @@ def test_a_wrong_recipe_is_one_line(command, here, setting, text, monkeypatch):
         (["objective.beta=3"], "objective.beta = 3.0 has no effect with objective.name ="),
         (["model.name=./nets.py:made"], "model './nets.py:made' names a file where a module belon"),
         (["model.name=broken_of_tests:made"], "model 'broken_of_tests:made': importing broken_of_"),
+        (["data.name=stripes_of_tests:unread"], "stripes_of_tests:unread fails in line "),
         (["data.name=raising_of_tests:load"], "data set 'raising_of_tests:load': importing raisin"),
         (["model.name=stripes_of_tests:fails"], "stripes_of_tests:fails fails in line "),
         (["model.name=stripes_of_tests:wants"], "stripes_of_tests:wants cannot be called with num"),
@@ -186,7 +191,7 @@ def test_what_does_not_fit_is_one_line_before_training(command, here, settings, 
     Path("raising_of_tests.py").write_text('open("/nowhere/at/all")\n')
     refusal = run_with(command, *settings).refusal
     assert refusal.startswith(text)
-    assert not list(Path("new").glob("*.safetensors"))
+    assert not Path("new").exists()
 
 
 def test_batches_that_do_not_divide_among_processes_are_refused(command, here, monkeypatch):
@@ -196,8 +201,18 @@ def test_batches_that_do_not_divide_among_processes_are_refused(command, here, m
     assert refusal.startswith("pretrain.batch_size = 20 does not divide among 3 processes; make it")
 
 
+def test_a_wrong_data_folder_leaves_no_run_folder(command, here):
+    save_file(create_model("small_cnn", 10).state_dict(), "w.safetensors")
+    arguments = ("--model", "small_cnn", "--weights", "w.safetensors", "--density", 0.1)
+    refusal = command(
+        "prune", *arguments, "--data", "cifar10", "--data-dir", "none", "--out", "new"
+    )
+    assert refusal.refusal.startswith("cifar10 not found in none or its cifar-10-batches-bin/")
+    assert not Path("new").exists()
+
+
 def test_a_folder_in_which_nothing_was_done_takes_the_corrected_recipe(command, here):
-    assert run_with(command, "data.name=cifar11").refusal.startswith("unknown data set")
+    assert "the loss is nan" in run_with(command, "pretrain.learning_rate=1e30").last_line
     assert run_with(command, "pretrain.epochs=0", "seed=7", until="pretrain").code == 0
     assert json.loads(Path("new/recipe.json").read_text())["seed"] == 7
     assert "seed: 7 -> 8" in run_with(command, "pretrain.epochs=0", "seed=8").refusal
@@ -312,6 +327,7 @@ def test_floats_outside_the_unit_are_refused():
         ({"threat": 8 / 255}, "threat = 0.03137254901960784 says no norm; give Linf(8 / 255) or"),
         ({"options": ["prune"]}, "options are a list; give sections by their names, as {'finet"),
         ({"options": {"prune.batch_size": 8}}, "write options = {'prune': {'batch_size': 8}}"),
+        ({"options": {"execution": {"threads": 10**6}}}, "execution.threads = 1000000 exceeds"),
         ({"options": {"budgt": {}}}, "harprune.prune: unknown key 'budgt'; the nearest known is"),
     ],
 )
@@ -396,6 +412,74 @@ def test_a_model_of_too_few_logits_is_refused():
         harprune.prune(model, images, images, density=0.1)
 
 
+SPLIT = harprune.Split(torch.rand(8, 1, 4, 4), torch.arange(8) % 2)
+LINF = harprune.Linf(0.1)
+
+
+def evaluated(**options):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    harprune.evaluate(model, SPLIT, quiet=True, **{"attacks": ["fgsm"]} | options)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: create_model(Path("resnet18"), 10), "name = PosixPath('resnet18') must be te"),
+        (lambda: create_model("resnet18", "10"), "num_classes = '10' must be a whole number"),
+        (lambda: create_model("resnet18", 10, width=True), "width = True must be a whole number"),
+        (lambda: create_model("resnet18", 2, mean=0.5, std=1), "mean = 0.5 must be a list of numb"),
+        (lambda: create_model("resnet18", 2, mean=["a"] * 3, std=[1] * 3), "mean = ['a', 'a', "),
+        (lambda: harprune.list_models(None), "pattern = None must be text, as 'resnet*'"),
+        (lambda: harprune.load_weights("resnet18", "w.pt"), "model is a str, not a torch.nn.Modu"),
+        (lambda: harprune.load_dataset(Path("digits")), "name = PosixPath('digits') must be text"),
+        (lambda: harprune.split_validation(SPLIT, True, 0), "size = True must be a whole number"),
+        (lambda: harprune.split_validation(SPLIT, -1, 0), "validation size -1 of 8 images leaves"),
+        (lambda: harprune.split_validation(SPLIT, 1.5, 0), "validation size 1.5 of 8 images leave"),
+        (lambda: harprune.split_validation(SPLIT, float("nan"), 0), "validation size nan of 8 ima"),
+        (lambda: harprune.split_validation(SPLIT, float("inf"), 0), "validation size inf of 8 ima"),
+        (lambda: harprune.split_validation(SPLIT, 2, 0.5), "seed = 0.5 must be a whole number"),
+        (lambda: harprune.split_validation((1, 2), 1, 0), "split is a tuple, not a harprune.Sp"),
+        (lambda: harprune.Dataset("d", (1, 2), SPLIT, ("a", "b")), "train is a tuple, not a harp"),
+        (lambda: harprune.Dataset("d", SPLIT, SPLIT, 2), "classes = 2 must be names, one for each"),
+        (lambda: as_split(([[1], [1, 2]], [0, 1])), "values are lists of different lengths; give"),
+        (lambda: harprune.Linf(True), "epsilon = True is not a number; give one such as 8 / 255"),
+        (lambda: harprune.L2(float("nan")), "epsilon = nan must be finite and above 0; give one"),
+        (lambda: PGD(0.1, 3), "threat = 0.1 says no norm; give Linf(8 / 255) or L2(0.5)"),
+        (lambda: PGD(LINF, 1.5), "steps = 1.5 must be a whole number"),
+        (lambda: PGD(LINF, 3, True), "step_size = True must be a finite number above 0, or None"),
+        (lambda: PGD(LINF, 3, float("inf")), "step_size = inf must be a finite number above 0, or"),
+        (lambda: FGSM(LINF, loss="ce"), "loss = 'ce' must be a function of (logits, target), as c"),
+        (lambda: APGD(LINF, restarts=0), "restarts = 0 must be at least 1"),
+        (lambda: Margin(float("nan")), "kappa = nan must be a number of at least 0"),
+        (lambda: AutoAttack(LINF, batch_size="8"), "batch_size = '8' must be a whole number"),
+        (lambda: AutoAttack(LINF, seed=None), "seed = None must be a whole number"),
+        (lambda: harprune.paired(None, None), "None is no evaluation; give what harprune.evaluate"),
+        (lambda: evaluated(attacks=None), "attacks = None must be names in a list, as ['autoatta"),
+        (lambda: evaluated(attacks=["fgms"], out="new"), "attack 'fgms' is unknown; choose among"),
+        (lambda: evaluated(batch_size=None), "batch_size = None must be a whole number"),
+        (lambda: evaluated(size=True), "size = True must be a whole number"),
+        (lambda: evaluated(seed=0.5), "seed = 0.5 must be a whole number"),
+        (lambda: evaluated(name=Path("mine")), "name = PosixPath('mine') must be text, as 'model'"),
+        (lambda: evaluated(execution="fast"), "execution = 'fast' is unknown; choose one of auto,"),
+        (lambda: evaluated(out=""), "out = '' names no folder; give one, as 'runs/mine', or None"),
+        (lambda: require_words("ab", {}, 2), "classes = 'ab' must be names in a list, one for eac"),
+        (lambda: require_words(None, {}, 2), "classes = None must be names in a list, one for eac"),
+    ],
+)  # fmt: skip
+def test_values_of_another_kind_are_named(call, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert str(caught.value).startswith(text) and "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_numpy_are_numbers(here):
+    assert create_model("small_cnn", np.int64(3), width=np.int32(4)).linear.out_features == 3
+    assert len(harprune.split_validation(SPLIT, np.int64(2), np.uint8(0))[1]) == 2
+    assert PGD(harprune.Linf(np.float32(0.1)), np.int64(3), np.float64(0.1)).passes == 3
+
+
 # --- the run folder -------------------------------------------------------------------------------
 
 
@@ -437,7 +521,8 @@ def test_the_dense_network_may_be_attacked_later_and_on_fewer_images(command, he
     assert len(fewer) == 7 and fewer.items() <= whole.items()
     again = run_with(command, "attack.dense_size=8", out="run").refusal
     assert "(attack.dense_size: 7 -> 8)" in again
-    assert run_with(command, *changed, "attack.dense=false", out="run").code == 0
+    assert run_with(command, "attack.dense=false", out="run").code == 0
+    assert outcomes_of(finished / "attack" / "dense") == fewer
     shutil.rmtree(finished / "attack" / "dense")
     assert read_run(finished).missing == ()
     assert run_with(command, "attack.dense_size=1000", out="run").code == 0
@@ -495,7 +580,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(command, here):
 
 
 def test_a_folder_that_cannot_be_written_is_refused(command, here):
-    run_with(command, "seed=-1")  # whoever takes over may not read the program's files
+    run_with(command, "model.name=none")  # whoever takes over may not read the program's files
     (here / "locked").mkdir(mode=0o555)
     (here / "held").mkdir()
     (here / "held" / "kept.md").write_text("old")

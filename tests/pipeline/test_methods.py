@@ -14,7 +14,6 @@ from harprune.methods.flying_bird import FlyingBird
 from harprune.methods.snip import SNIP
 from harprune.pipeline import checks, supply
 from harprune.pipeline.recipe_text import make_recipe, read_recipe
-from harprune.pipeline.run import Run
 from harprune.pipeline.stages import run_until
 from harprune.pipeline.workshop import open_workshop
 from harprune.reporting.records import read_run
@@ -29,8 +28,8 @@ SHORT = (
 
 
 def attempt(folder, recipe):
-    with Run(folder, recipe, command="test") as run:
-        run_until(open_workshop(run), "prune")
+    with open_workshop(recipe, folder, command="test") as shop:
+        run_until(shop, "prune")
 
 
 def ran(folder, *settings):

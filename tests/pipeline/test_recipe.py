@@ -273,6 +273,10 @@ def test_the_check_refuses_what_a_later_stage_would(content, text):
             "budget.multiply_add_share = 0.3 has no effect with budget.cost = 'parameters'; leave",
         ),
         (
+            {"attack": {"dense": False, "dense_size": 10}},
+            "attack.dense_size = 10 has no effect with attack.dense = false; leave it out",
+        ),
+        (
             {"method": {"learn_densities": False, "gamma": 0.1}},
             "method.gamma = 0.1 has no effect with learn_densities = false; leave it out",
         ),

@@ -191,8 +191,8 @@ class Fate:
 
 
 def attempt(folder: Path, recipe) -> None:
-    with Run(folder, recipe, command="test") as run:
-        run_until(open_workshop(run))
+    with open_workshop(recipe, folder, command="test") as shop:
+        run_until(shop)
 
 
 EVERY_STEP = ("execution.checkpoint_minutes=1e-6", "execution.threads=1", "attack.batch_size=5")
@@ -218,6 +218,9 @@ VARIANTS = {
     "harp, weights trained, awp": (
         "method.train_weights=true", "pretrain.awp={}", "finetune.awp.radius=0.1",
         "finetune.averaging=0.5",
+    ),
+    "a forward that draws in Python and NumPy": (
+        "model.name=stripes_of_tests:drawing", "finetune.averaging=0.5",
     ),
 }  # fmt: skip
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training stages leave behind and learn from: averages, and the dense network's answers."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 from harprune.pipeline import learning, stages
 from harprune.pipeline.recipe_text import read_recipe
-from harprune.pipeline.run import Run
 from harprune.pipeline.stages import run_until
 from harprune.pipeline.workshop import load_network, open_workshop
 from harprune.reporting.records import STAGES, read_run
@@ -19,9 +20,9 @@ from harprune.training.splits import to_float
 
 def state(folder, *settings, last="finetune"):
     """Tensors and values of the last stage of a run of the tiny recipe with `settings`."""
-    with Run(folder, read_recipe("tiny.toml", settings)) as run:
-        run_until(open_workshop(run), last)
-        return checkpoint.load(run.network(last))
+    with open_workshop(read_recipe("tiny.toml", settings), folder) as shop:
+        run_until(shop, last)
+        return checkpoint.load(shop.run.network(last))
 
 
 def same(one: dict, other: dict) -> bool:
@@ -61,8 +62,7 @@ def test_the_selected_epoch_of_each_stage_is_marked(finished, here):
 
 def test_the_teacher_is_the_dense_network_in_eval_mode(finished, here):
     for settings in ((), ("execution.twin=false",), ("execution.attack_precision=bf16",)):
-        with Run(here / f"run{settings}", read_recipe("tiny.toml", settings)) as run:
-            shop = open_workshop(run)
+        with open_workshop(read_recipe("tiny.toml", settings), here / f"run{settings}") as shop:
             stages.pretrain(shop)
             x = torch.rand(7, 1, 8, 8)
             wanted = load_network(shop, "pretrain").eval()(x)
@@ -100,8 +100,7 @@ def test_the_warm_up_of_awp_is_plain_finetuning(finished, here):
 
 def test_a_network_is_connected_if_any_image_reaches_its_logits(finished, here):
     """One validation image meets dead units alone: the run goes on."""
-    with Run(here / "run2", read_recipe("tiny.toml")) as run:
-        shop = open_workshop(run)
+    with open_workshop(read_recipe("tiny.toml"), here / "run2") as shop:
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.ReLU(), nn.Linear(1, 4))
         x = to_float(shop.materials.validation.images).flatten(1)
         with torch.no_grad():
@@ -123,8 +122,8 @@ def test_a_method_may_report_what_it_likes():
 
 
 def said(here, folder, *settings, last="prune"):
-    with Run(here / folder, read_recipe("tiny.toml", settings)) as run:
-        stages.run_until(open_workshop(run), last)
+    with open_workshop(read_recipe("tiny.toml", settings), here / folder) as shop:
+        stages.run_until(shop, last)
     return (here / folder / "log.txt").read_text()
 
 
@@ -201,3 +200,14 @@ def test_logits_cut_off_from_the_image_are_warned_of(finished, here):
     cut_off = said(here, "a", *settings)
     assert warning in cut_off and "budget.exclude" in cut_off
     assert warning not in said(here, "b", *settings, "budget.exclude=['linear']")
+
+
+@pytest.mark.parametrize("cost", ["parameters", "multiply-adds"])
+@pytest.mark.parametrize("name", ["uniform", "erk", "lamp"])
+def test_the_allocations_beside_an_audit_are_what_they_would_keep(here, cost, name):
+    settings = ("pretrain.epochs=0", "prune.epochs=0", "method.name=magnitude")
+    said(here, "run", *settings, f"budget.cost={cost}", f"budget.allocation={name}")
+    audit = json.loads((here / "run" / "audit.json").read_text())
+    kept = {layer: count["kept"] / count["total"] for layer, count in audit["layers"].items()}
+    assert audit["allocations"][name] == kept
+    assert audit["spent"] > 0.98 * audit["budget"]

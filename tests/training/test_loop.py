@@ -2,7 +2,9 @@
 """The one loop: what it trains, at which rate, with which random numbers; and exact resumes."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
@@ -30,6 +32,17 @@ def network(*, norm: bool = True):
         nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4) if norm else nn.Identity(), nn.ReLU(),
         nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 3),
     )  # fmt: skip
+
+
+class Drawing(nn.Module):
+    """Noise from Python's and NumPy's generators, in front of a network."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x + random.random() * np.random.rand())
 
 
 def batches():
@@ -264,10 +277,12 @@ def start(kind):
         method = HARP(gamma=0.1)
         method.attach(model, Budget(0.3))
         return model, sgd(method.trainable(model)), adversarial()
+    if kind == "drawing":
+        model = Drawing(model)
     return model, sgd(model.parameters()), adversarial()
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adamw", "masked", "free"])
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "masked", "free", "drawing"])
 @pytest.mark.parametrize("last", range(EPOCHS * BATCHES))
 def test_a_resume_at_any_step_is_bit_identical(kind, last, tmp_path):
     settings = {"schedule": one_cycle, "seed": 4}
