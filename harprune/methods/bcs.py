@@ -53,7 +53,6 @@ class BCS(Method):
     """
 
     noise: float = 1e-7
-    _budget: Budget = field(init=False, repr=False)
     _seed: int = field(init=False, repr=False)
 
     def __post_init__(self):

@@ -94,7 +94,6 @@ class FlyingBird(Method):
     updates: int = 75
     until: float = 1.0
     adaptive: bool = False
-    _budget: Budget = field(init=False, repr=False)
     _seed: int = field(init=False, repr=False)
     _total: int = field(init=False, repr=False, default=0)
     _epochs: int = field(init=False, repr=False, default=0)

@@ -59,7 +59,6 @@ class TwinRep(Method):
     uses_allocation = False
     prune_at: float = 0.1
     inherit: bool = False
-    _budget: Budget = field(init=False, repr=False)
     _epochs: int = field(init=False, repr=False, default=0)
     _pruned: bool = field(init=False, repr=False, default=False)
 
