@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Generator, Tensor
 
-from harprune.training.augmentation import Augmentation
+from harprune.training.augmentation import CropFlip
 from harprune.training.splits import Split, mixed_seed, to_float
 
 # Keeps the stream of the order apart from that of the augmentation.
@@ -40,7 +40,7 @@ class Batches:
         batch_size: int,
         *,
         seed: int,
-        augment: Augmentation | None = None,
+        augment: CropFlip | None = None,
         shuffle: bool = True,
         drop_last: bool = False,
         device: torch.device | str | None = None,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from harprune.training.augmentation import crop_flip
+from harprune.training.augmentation import CropFlip
 from harprune.training.data import Batches, Split, from_arrays, to_float
 from harprune.training.folders import ImageFiles
 
@@ -76,13 +76,13 @@ def test_the_order_depends_on_seed_and_epoch_and_nothing_else():
 
 def test_the_global_generator_is_left_alone():
     split, state = textured(), torch.get_rng_state()
-    list(Batches(split, 5, seed=0, augment=crop_flip(2)).epoch(0))
+    list(Batches(split, 5, seed=0, augment=CropFlip(2)).epoch(0))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 5])
 def test_a_resumed_epoch_equals_the_rest_of_a_whole_one(start):
-    batches = Batches(textured(), 5, seed=4, augment=crop_flip(2))
+    batches = Batches(textured(), 5, seed=4, augment=CropFlip(2))
     whole = list(batches.epoch(7))
     assert same(batches.epoch(7, start), whole[start:])
     assert not same(batches.epoch(8), whole)
@@ -90,7 +90,7 @@ def test_a_resumed_epoch_equals_the_rest_of_a_whole_one(start):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_one_after_another_are_the_batch_of_one_process(world):
-    options = {"seed": 4, "augment": crop_flip(2)}
+    options = {"seed": 4, "augment": CropFlip(2)}
     alone = Batches(textured(), 6, **options).epoch(2)
     ranks = [Batches(textured(), 6, **options, rank=r, world=world).epoch(2) for r in range(world)]
     for whole, *parts in zip(alone, *ranks, strict=True):
@@ -102,7 +102,7 @@ def test_ranks_one_after_another_are_the_batch_of_one_process(world):
 
 def test_augmentation_differs_between_batches_and_epochs():
     same_image = textured(1).subset(torch.zeros(64, dtype=torch.int64))
-    batches = Batches(same_image, 32, seed=0, augment=crop_flip(2))
+    batches = Batches(same_image, 32, seed=0, augment=CropFlip(2))
     a, b = (x for x, _ in batches.epoch(0))
     c, _ = (x for x, _ in batches.epoch(1))
     assert not torch.equal(a, b)
@@ -146,7 +146,7 @@ def image_files(tmp_path):
 def test_image_files_give_the_batches_of_the_decoded_tensor(image_files):
     labels = torch.arange(len(image_files))
     lazy, resident = Split(image_files, labels), Split(image_files.decoded(), labels)
-    options = {"seed": 1, "augment": crop_flip(1)}
+    options = {"seed": 1, "augment": CropFlip(1)}
     for start in (0, 2):
         epochs = [Batches(split, 4, **options).epoch(3, start) for split in (lazy, resident)]
         assert same(*epochs)
@@ -170,7 +170,7 @@ def test_to_float_maps_bytes_onto_the_unit_interval_exactly():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_sees_the_batches_of_the_cpu():
-    options = {"seed": 1, "augment": crop_flip(2)}
+    options = {"seed": 1, "augment": CropFlip(2)}
     here, there = (
         Batches(textured(), 5, **options, device=device).epoch(1) for device in ("cpu", "cuda")
     )
