@@ -75,7 +75,6 @@ def batches(
         section.batch_size,
         seed=seed,
         augment=augmentation(recipe.data.augmentation, recipe.data.name, split.shape[-1]),
-        drop_last=True,
         device=engine.device,
         rank=engine.global_rank if shared else 0,
         world=engine.world_size if shared else 1,

@@ -33,19 +33,6 @@ def read_cifar_binary(path: Path, *, records: int, label_bytes: int) -> Arrays:
     return images, data[:, label_bytes - 1].astype(np.int64)
 
 
-def read_cifar_matlab(path: Path, *, records: int, label_key: str) -> Arrays:
-    """One file of CIFAR's Matlab version: `data` (N, 3072) and a column of labels."""
-    content = _read_matlab(path, ("data", label_key))
-    images, labels = content["data"], content[label_key].reshape(-1)
-    expected = (records, math.prod(CIFAR_SHAPE))
-    if images.shape != expected or images.dtype != np.uint8 or len(labels) != records:
-        raise ValueError(
-            f"{path} holds data {images.dtype} {images.shape} and {len(labels)} labels, "
-            f"expected uint8 {expected}"
-        )
-    return images.reshape(-1, *CIFAR_SHAPE), labels.astype(np.int64)
-
-
 def read_svhn(path: Path) -> Arrays:
     """SVHN's cropped digits: `X` (32, 32, 3, N) and `y`, in which 10 stands for the digit 0."""
     content = _read_matlab(path, ("X", "y"))

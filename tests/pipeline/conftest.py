@@ -13,7 +13,7 @@ from harprune.cli import main
 
 DATA_SET = """
 import torch
-from harprune.training.data import Dataset, from_arrays
+from harprune.training.splits import Dataset, from_arrays
 
 def images():
     generator = torch.Generator().manual_seed(0)
