@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from harprune.user_code import first_line
+
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 CIFAR_SHAPE = (3, 32, 32)
@@ -57,7 +59,7 @@ def _read_matlab(path: Path, keys: tuple[str, ...]) -> dict[str, NDArray]:
     except Exception as error:
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is not a readable Matlab file "
-            f"({_line(error)}); get it again"
+            f"({first_line(error)}); get it again"
         ) from error
     missing = [key for key in keys if not isinstance(content.get(key), np.ndarray)]
     if missing:
@@ -104,10 +106,5 @@ def _read_bytes(path: Path) -> bytes:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is not a complete gzip file "
-            f"({_line(error)}); get it again"
+            f"({first_line(error)}); get it again"
         ) from error
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
