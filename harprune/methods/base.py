@@ -33,13 +33,12 @@ class Limit:
 
     density: float
     prices: Prices
-    unit: str = "multiply-adds"
 
     def __post_init__(self):
         if not 0.0 < self.density <= 1.0:
             raise ValueError(
-                f"the limit {self.density:g} on {self.unit} must lie in (0, 1]; it is a fraction "
-                "of what the dense network costs"
+                f"the limit {self.density:g} must lie in (0, 1]; it is a fraction of "
+                "what the dense network costs"
             )
 
 
