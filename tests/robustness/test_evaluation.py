@@ -114,7 +114,7 @@ def test_images_may_be_anything_indexable_and_a_subset(run, images, labels):
             return images[index]
 
     index = subset(labels, 20, 3)
-    result = run(x=Lazy(), index=index, num_classes=5, device="cpu", threat=THREAT)
+    result = run(x=Lazy(), index=index, num_classes=5, threat=THREAT)
     assert np.array_equal(result.outcomes["index"], index.numpy())
     assert np.array_equal(result.outcomes["labels"], labels[index].numpy())
     assert result.size == 20 and result.threat == repr(THREAT)
