@@ -7,7 +7,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,56 +25,41 @@ class _Unwritten(OSError):
         self.errno, self.reason = number, reason
 
 
-class replacing:
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
     """A context that yields a temporary path and moves it over `path` when the block succeeds.
 
     Raises:
         OSError: the file cannot be written; what stood at `path` stands there still.
     """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    def __enter__(self) -> Path:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-            os.close(handle)
-        except OSError as error:
-            raise self._fault(error) from None
-        self.temporary = Path(name)
-        return self.temporary
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            if error is None:
-                self._commit()
-        except OSError as fault:
-            error = fault
-        finally:
-            self.temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise self._fault(error) from None
-
-    def _fault(self, error: OSError) -> OSError:
-        # Its own words would name the temporary file, as those of a file within this one do.
-        reason = error.reason if isinstance(error, _Unwritten) else str(error.strerror or error)
-        way = (
-            "allow writing there, or name another place"
-            if error.errno in _FORBIDDEN
-            else "make room and give the same command again"
-        )
-        return _Unwritten(
-            error.errno,
-            reason,
-            f"{self.path} could not be written ({reason}); what was there before is intact: {way}",
-        )
-
-    def _commit(self) -> None:
-        with open(self.temporary, "rb+") as file:
+    path, temporary = Path(path), None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        os.close(handle)
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(self.temporary, 0o644)  # mkstemp makes it private; a run is for others to read
-        os.replace(self.temporary, self.path)
+        os.chmod(temporary, 0o644)  # mkstemp makes it private; a run is for others to read
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _unwritten(path, error) from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _unwritten(path: Path, error: OSError) -> OSError:
+    # Its own words would name the temporary file, as those of a file within this one do.
+    reason = error.reason if isinstance(error, _Unwritten) else str(error.strerror or error)
+    way = (
+        "allow writing there, or name another place"
+        if error.errno in _FORBIDDEN
+        else "make room and give the same command again"
+    )
+    text = f"{path} could not be written ({reason}); what was there before is intact: {way}"
+    return _Unwritten(error.errno, reason, text)
 
 
 def require_writable(path: str | Path) -> None:

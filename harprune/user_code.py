@@ -93,6 +93,11 @@ def in_a_line(error: Exception | str) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, at most 160 characters, or its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
 def accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the `offered` arguments that the function's signature takes."""
     parameters = inspect.signature(function).parameters

@@ -33,12 +33,10 @@ class Shrinkage:
     Attributes:
         filters: of each convolution and linear layer.
         weights: that are not zero, of each.
-        nodes: of the graph.
     """
 
     filters: Mapping[str, tuple[int, int]]
     weights: Mapping[str, tuple[int, int]]
-    nodes: tuple[int, int]
 
     @property
     def channels_removed(self) -> int:
@@ -383,5 +381,4 @@ def _shrinkage(network: Network, smaller: Network) -> Shrinkage:
     return Shrinkage(
         both(lambda one, n: one.patterns[n].filters if n in one.patterns else 0),
         both(lambda one, n: len(one.values.get(n, ()))),
-        (len(network.graph.nodes), len(smaller.graph.nodes)),
     )

@@ -192,15 +192,6 @@ def _ordered(key: np.ndarray, many: int, offsets: np.ndarray, dtype, *, reaches:
     return List(starts, offsets, order, 1, np.empty(len(order), dtype), reaches)
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Input positions (top + i stride, left + j stride), and the first of its lists' filters."""
-
-    top: int
-    left: int
-    first: int
-
-
 def transposed_list(
     node: Convolution,
     pattern: Pattern,
@@ -208,7 +199,7 @@ def transposed_list(
     memory: Strides,
     dtype,
     largest: int = 0,
-) -> tuple[List, list[Phase]]:
+) -> List:
     """The list of the gradient to the input over the map of the output's gradient.
 
     Where a phase has `largest` positions or fewer, it may be by what weights reach of it.
@@ -229,13 +220,9 @@ def transposed_list(
     offset_of_place = np.broadcast_to(
         ups[:, None] * memory.row + acrosses * memory.column, (channels, ky, kx)
     ).ravel()
-    phases = [Phase(y, x, (y * sx + x) * shape.channels) for y in range(sy) for x in range(sx)]
-    phases = [p for p in phases if p.top < shape.height and p.left < shape.width]
     many = sy * sx * shape.channels
     if pattern.index is None and node.groups == 1 and channels % QUAD == 0:
-        return _transposed_quads(
-            pattern, memory, key_of_place, offset_of_place, many, dtype
-        ), phases
+        return _transposed_quads(pattern, memory, key_of_place, offset_of_place, many, dtype)
     filters, places = pattern.filter_and_place
     key = key_of_place[places]
     if node.groups > 1:
@@ -248,7 +235,7 @@ def transposed_list(
     if reach is not None:
         key, many = key * REACHES + reach[places], many * REACHES
     offsets = offset_of_place[places] + filters * np.int64(memory.plane)
-    return _ordered(key, many, offsets, dtype, reaches=reach is not None), phases
+    return _ordered(key, many, offsets, dtype, reaches=reach is not None)
 
 
 def _quads(table: np.ndarray, order: np.ndarray, dtype) -> List:

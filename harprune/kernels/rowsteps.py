@@ -61,10 +61,6 @@ class Map:
     at: int = -1
 
     @property
-    def memory(self) -> "Map":
-        return self
-
-    @property
     def packed(self) -> bool:
         return self.pitch < self.lanes
 

@@ -111,11 +111,8 @@ class Executable:
         if name not in lists:
             node, pattern, read = self._nodes[name], self.patterns[name], step.read.buffer
             kernels, shape = self.plan.kernels, self.plan.graph.shapes[node.sources[0]]
-            given = (node, pattern, shape, read.strides, kernels.dtype, kernels.tile)
-            if step.transposed:
-                lists[name], _ = transposed_list(*given)
-            else:
-                lists[name] = forward_list(*given)
+            make = transposed_list if step.transposed else forward_list
+            lists[name] = make(node, pattern, shape, read.strides, kernels.dtype, kernels.tile)
         return lists[name]
 
     # Steps ----------------------------------------------------------------------------------

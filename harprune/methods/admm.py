@@ -48,7 +48,6 @@ class ADMM(Method):
     rho: float = 1e-3
     growth: float = 1.3
     updates: int = 10
-    _budget: Budget = field(init=False, repr=False)
     _counts: dict[str, int] = field(init=False, repr=False)
     _epochs: int = field(init=False, repr=False, default=0)
     _weight: float = field(init=False, repr=False, default=0.0)

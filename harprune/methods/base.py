@@ -33,13 +33,12 @@ class Limit:
 
     density: float
     prices: Prices
-    unit: str = "multiply-adds"
 
     def __post_init__(self):
         if not 0.0 < self.density <= 1.0:
             raise ValueError(
-                f"the limit {self.density:g} on {self.unit} must lie in (0, 1]; it is a fraction "
-                "of what the dense network costs"
+                f"the limit {self.density:g} must lie in (0, 1]; it is a fraction of "
+                "what the dense network costs"
             )
 
 
@@ -173,6 +172,8 @@ class Method(ABC):
     in `state_dict`.
     """
 
+    _budget: Budget
+
     uses_allocation: ClassVar[bool] = True
     """Whether the budget's allocation plays a part; not where one ranking of all layers decides."""
 
@@ -269,6 +270,36 @@ class Method(ABC):
 
     def load_state_dict(self, state: dict) -> None:
         """Take back what `state_dict` gave."""
+
+
+class Scored(Method):
+    """A `LearnedMask` on each layer, at the density that the allocation gives it."""
+
+    @abstractmethod
+    def score(self, layer: Layer, magnitude: Tensor) -> Tensor:
+        """The first scores of a layer, in the shape of `magnitude`."""
+
+    def attach(self, model: nn.Module, budget: Budget) -> None:
+        self._budget = budget
+        densities = given_densities(model, budget)
+        install_scores(budget.layers(model), densities, budget.granularity, self.score)
+
+    def settle(self, model: nn.Module) -> None:
+        settle_scores(model, self._budget)
+
+
+class Ranked(Method):
+    """One ranking of all layers by the `_scores`, as `settle_ranking` takes them, of `observe`."""
+
+    _scores: dict[str, Tensor]
+
+    uses_allocation = False
+
+    def attach(self, model: nn.Module, budget: Budget) -> None:
+        self._budget = budget
+
+    def settle(self, model: nn.Module) -> None:
+        settle_ranking(model, self._budget, self._scores)
 
 
 def install_scores(

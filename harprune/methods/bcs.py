@@ -20,25 +20,20 @@ from torch import Tensor, nn
 from harprune.methods.base import Budget, Method, generator, given_counts, parameter_group
 from harprune.sparsity import masks
 from harprune.sparsity.granularity import Granularity
-from harprune.sparsity.masks import Mask
+from harprune.sparsity.masks import KeptMask
 from harprune.sparsity.selection import top_among
 
 _AWAKE = 1e-12
 
 
-class SignedMask(Mask):
+class SignedMask(KeptMask):
     """theta -> sign * theta where active, else 0."""
 
     sign: Tensor
-    kept: Tensor
 
     def __init__(self, sign: Tensor, kept: Tensor):
-        super().__init__()
+        super().__init__(kept)
         self.register_buffer("sign", sign)
-        self.register_buffer("kept", kept)
-
-    def mask(self) -> Tensor:
-        return self.kept
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.sign * self.kept
@@ -53,7 +48,6 @@ class BCS(Method):
     """
 
     noise: float = 1e-7
-    _budget: Budget = field(init=False, repr=False)
     _seed: int = field(init=False, repr=False)
 
     def __post_init__(self):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from harprune.methods.base import Budget, Method, generator, given_counts, parameter_group
 from harprune.sparsity import masks
 from harprune.sparsity.layers import Layer
-from harprune.sparsity.masks import FixedMask, Mask
+from harprune.sparsity.masks import KeptMask
 from harprune.sparsity.selection import top_among
 
 _LEAST = 0.005  # where the cosine ends
@@ -42,18 +42,10 @@ class Growth(Enum):
     GRADIENT = "gradient"
 
 
-class WatchedMask(Mask):
+class WatchedMask(KeptMask):
     """A mask that keeps the loss's last gradient to *all* weights, pruned ones included."""
 
-    kept: Tensor
-
-    def __init__(self, kept: Tensor):
-        super().__init__()
-        self.register_buffer("kept", kept)
-        self.gradient: Tensor | None = None
-
-    def mask(self) -> Tensor:
-        return self.kept
+    gradient: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         product = super().forward(weight)
@@ -63,15 +55,6 @@ class WatchedMask(Mask):
 
     def _see(self, gradient: Tensor) -> None:
         self.gradient = gradient.detach()
-
-
-def _masked(model: nn.Module) -> dict[str, tuple[Layer, FixedMask | WatchedMask]]:
-    """The pruned layers by name; their masks are watched where gradients say what grows."""
-    return {
-        name: (layer, mask)
-        for name, (layer, mask) in masks.installed(model).items()
-        if isinstance(mask, FixedMask | WatchedMask)
-    }
 
 
 @dataclass(eq=False)
@@ -94,7 +77,6 @@ class FlyingBird(Method):
     updates: int = 75
     until: float = 1.0
     adaptive: bool = False
-    _budget: Budget = field(init=False, repr=False)
     _seed: int = field(init=False, repr=False)
     _total: int = field(init=False, repr=False, default=0)
     _epochs: int = field(init=False, repr=False, default=0)
@@ -144,7 +126,7 @@ class FlyingBird(Method):
         done = step + 1
         if not self._due(done):
             return
-        for number, (layer, mask) in enumerate(_masked(model).values()):
+        for number, (layer, mask) in enumerate(masks.of_kind(model, KeptMask).values()):
             kept = int(mask.kept.sum())
             dropped, grown = self._exchange(kept, self._rate(done))
             magnitude = self._budget.granularity.magnitude(layer, layer.parameter).abs()
@@ -186,9 +168,7 @@ class FlyingBird(Method):
             return False
         return sum(rose(after, before) for before, after in pairwise(recent)) >= _PATIENCE / 2
 
-    def _promise(
-        self, layer: Layer, mask: FixedMask | WatchedMask, step: int, number: int
-    ) -> Tensor:
+    def _promise(self, layer: Layer, mask: KeptMask, step: int, number: int) -> Tensor:
         """What each unit promises were it to grow."""
         if not isinstance(mask, WatchedMask):
             shape, device = mask.kept.shape, mask.kept.device
@@ -204,12 +184,12 @@ class FlyingBird(Method):
 
     def _excess(self, model: nn.Module) -> int:
         """Units that `settle` will take away."""
-        counts, parts = self._counts(model), _masked(model)
+        counts, parts = self._counts(model), masks.of_kind(model, KeptMask)
         return sum(max(int(m.kept.sum()) - counts[n], 0) for n, (_, m) in parts.items())
 
     def _counts(self, model: nn.Module) -> dict[str, int]:
         """Units that each layer keeps in the end."""
-        parts = _masked(model)
+        parts = masks.of_kind(model, KeptMask)
         counts = {name: int(mask.kept.sum()) for name, (_, mask) in parts.items()}
         if not self.adaptive:
             return counts
@@ -229,7 +209,7 @@ class FlyingBird(Method):
 
     @torch.no_grad()
     def settle(self, model: nn.Module) -> None:
-        parts, counts = _masked(model), self._counts(model)
+        parts, counts = masks.of_kind(model, KeptMask), self._counts(model)
         for number, (name, (layer, mask)) in enumerate(parts.items()):
             magnitude = self._budget.granularity.magnitude(layer, layer.parameter).abs()
             kept = top_among(magnitude, mask.kept, min(counts[name], int(mask.kept.sum())))

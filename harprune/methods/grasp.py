@@ -7,24 +7,17 @@ weights that hinder the flow go first, however large they are.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harprune.methods.base import (
-    Budget,
-    Method,
-    Sample,
-    differentiable,
-    gradients,
-    settle_ranking,
-)
+from harprune.methods.base import Ranked, Sample, differentiable, gradients
 
 
 @dataclass(eq=False)
-class GraSP(Method):
+class GraSP(Ranked):
     """Gradient signal preservation at the weights as they are.
 
     Attributes:
@@ -33,12 +26,9 @@ class GraSP(Method):
         adversarial: score on attacked images.
     """
 
-    uses_allocation = False
     batches: int = 1
     temperature: float = 200.0
     adversarial: bool = False
-    _budget: Budget = field(init=False, repr=False)
-    _scores: dict[str, Tensor] = field(init=False, repr=False)
 
     @property
     def sample(self) -> Sample:
@@ -50,9 +40,6 @@ class GraSP(Method):
             raise ValueError(
                 f"temperature {self.temperature:g} must be above 0; the paper's is 200"
             )
-
-    def attach(self, model: nn.Module, budget: Budget) -> None:
-        self._budget = budget
 
     def observe(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         layers = self._budget.layers(model)
@@ -74,6 +61,3 @@ class GraSP(Method):
                     total += w.detach() * product
         grain = self._budget.granularity
         self._scores = {n: grain.total(layer, s) for (n, layer), s in zip(layers.items(), scores)}
-
-    def settle(self, model: nn.Module) -> None:
-        settle_ranking(model, self._budget, self._scores)

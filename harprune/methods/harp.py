@@ -71,7 +71,6 @@ class HARP(Method):
     train_batch_norm: bool = False
     decay_scores: bool = False
     decay_densities: bool = False
-    _budget: Budget = field(init=False, repr=False)
     _cost: Cost = field(init=False, repr=False)
     _overrun: Cost = field(init=False, repr=False)
     _steps: int = field(init=False, repr=False, default=1)

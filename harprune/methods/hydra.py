@@ -1,26 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """HYDRA (Sehwag et al., NeurIPS 2020): learn which connections stay, at given densities."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from harprune.methods.base import (
-    Budget,
-    Method,
+    Scored,
     batch_norm_parameters,
-    given_densities,
-    install_scores,
     parameter_group,
     scaled_magnitude,
     score_group,
-    settle_scores,
 )
 from harprune.sparsity import masks
+from harprune.sparsity.layers import Layer
 
 
 @dataclass(eq=False)
-class HYDRA(Method):
+class HYDRA(Scored):
     """Straight-through scores under the robust loss; the allocation sets each layer's density.
 
     Attributes:
@@ -30,20 +27,13 @@ class HYDRA(Method):
 
     train_batch_norm: bool = False
     decay_scores: bool = False
-    _budget: Budget = field(init=False, repr=False)
 
     @property
     def trains_scores(self) -> bool:
         return True
 
-    def attach(self, model: nn.Module, budget: Budget) -> None:
-        self._budget = budget
-        install_scores(
-            budget.layers(model),
-            given_densities(model, budget),
-            budget.granularity,
-            scaled_magnitude,
-        )
+    def score(self, layer: Layer, magnitude: Tensor) -> Tensor:
+        return scaled_magnitude(layer, magnitude)
 
     def trainable(self, model: nn.Module) -> list[dict]:
         groups = [score_group(model, decay=self.decay_scores)]
@@ -54,6 +44,3 @@ class HYDRA(Method):
     def metrics(self, model: nn.Module) -> dict:
         densities = masks.densities(model)
         return {"densities": {name: float(value) for name, value in densities.items()}}
-
-    def settle(self, model: nn.Module) -> None:
-        settle_scores(model, self._budget)

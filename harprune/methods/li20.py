@@ -24,7 +24,6 @@ class Li20(Method):
 
     uses_allocation = False
     rewind: bool = True
-    _budget: Budget = field(init=False, repr=False)
     _start: dict[str, Tensor] = field(init=False, repr=False)
 
     def attach(self, model: nn.Module, budget: Budget) -> None:

@@ -14,7 +14,7 @@ emptied.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import expm1, log
 from typing import Any
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from harprune.methods.base import Budget, Method, Sample, differentiable, settle_ranking
+from harprune.methods.base import Budget, Ranked, Sample, differentiable
 from harprune.sparsity.layers import Layer
 
 _OPEN = log(expm1(1.0))  # softplus(_OPEN) = 1: the mask that changes nothing
 
 
 @dataclass(eq=False)
-class MAD(Method):
+class MAD(Ranked):
     """Adversarial saliency of a trained network; nothing is trained but the soft masks.
 
     Attributes:
@@ -40,12 +40,9 @@ class MAD(Method):
         mask_rate: their learning rate.
     """
 
-    uses_allocation = False
     batches: int | None = None
     mask_steps: int = 20
     mask_rate: float = 0.1
-    _budget: Budget = field(init=False, repr=False)
-    _scores: dict[str, Tensor] = field(init=False, repr=False)
 
     @property
     def sample(self) -> Sample:
@@ -66,9 +63,6 @@ class MAD(Method):
                     f"mad has no K-FAC factors for {name}; exclude it: linear layers and 2-d "
                     "convolutions in one group have them"
                 )
-
-    def attach(self, model: nn.Module, budget: Budget) -> None:
-        self._budget = budget
 
     def observe(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         layers = self._budget.layers(model)
@@ -98,9 +92,6 @@ class MAD(Method):
             for level in levels.values():
                 level.data.clamp_(max=_OPEN)
         return {n: (w - w * F.softplus(levels[n])).detach() for n, w in weights.items()}
-
-    def settle(self, model: nn.Module) -> None:
-        settle_ranking(model, self._budget, self._scores)
 
 
 def _saliencies(

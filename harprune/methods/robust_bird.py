@@ -37,7 +37,6 @@ class RobustBird(Method):
     uses_allocation = False
     tolerance: float = 0.08
     window: int = 5
-    _budget: Budget = field(init=False, repr=False)
     _seen: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self):

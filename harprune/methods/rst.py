@@ -8,44 +8,35 @@ c = sqrt(2 / fan_in), batch norm neither scales nor shifts, scores start at rand
 what the pruning stage leaves (finetune.epochs = 0); finetuning it is the paper's "inherited" form.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import sqrt
 
 import torch
 from torch import Tensor, nn
 
-from harprune.methods.base import (
-    Budget,
-    Method,
-    given_densities,
-    install_scores,
-    score_group,
-    settle_scores,
-)
+from harprune.methods.base import Budget, Scored, score_group
 from harprune.sparsity.layers import Layer
 
 
 @dataclass(eq=False)
-class RST(Method):
+class RST(Scored):
     """Scores alone are learned; the network's own weights are replaced by random ones."""
-
-    _budget: Budget = field(init=False, repr=False)
 
     @property
     def trains_scores(self) -> bool:
         return True
 
     def attach(self, model: nn.Module, budget: Budget) -> None:
-        self._budget = budget
         _randomise(model, budget.layers(model))
-        densities = given_densities(model, budget)
-        install_scores(budget.layers(model), densities, budget.granularity, _random_scores)
+        super().attach(model, budget)
+
+    def score(self, layer: Layer, magnitude: Tensor) -> Tensor:
+        """Uniform in +-1 / sqrt(fan_in), as Kaiming's rule has it for a = sqrt(5)."""
+        drawn = 2.0 * torch.rand(magnitude.shape) - 1.0
+        return drawn.to(magnitude) / sqrt(layer.fan_in)
 
     def trainable(self, model: nn.Module) -> list[dict]:
         return [score_group(model, decay=True)]
-
-    def settle(self, model: nn.Module) -> None:
-        settle_scores(model, self._budget)
 
 
 @torch.no_grad()
@@ -60,9 +51,3 @@ def _randomise(model: nn.Module, layers: dict[str, Layer]) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.reset_parameters()  # scale 1, shift 0
-
-
-def _random_scores(layer: Layer, magnitude: Tensor) -> Tensor:
-    """Uniform in +-1 / sqrt(fan_in), as Kaiming's rule has it for a = sqrt(5)."""
-    drawn = 2.0 * torch.rand(magnitude.shape) - 1.0
-    return drawn.to(magnitude) / sqrt(layer.fan_in)

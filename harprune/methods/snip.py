@@ -6,24 +6,17 @@ and the highest of the whole network stay. Shown adversarial images, it asks the
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harprune.methods.base import (
-    Budget,
-    Method,
-    Sample,
-    differentiable,
-    gradients,
-    settle_ranking,
-)
+from harprune.methods.base import Ranked, Sample, differentiable, gradients
 
 
 @dataclass(eq=False)
-class SNIP(Method):
+class SNIP(Ranked):
     """Connection sensitivity at the weights as they are.
 
     Attributes:
@@ -31,11 +24,8 @@ class SNIP(Method):
         adversarial: score on attacked images.
     """
 
-    uses_allocation = False
     batches: int = 1
     adversarial: bool = False
-    _budget: Budget = field(init=False, repr=False)
-    _scores: dict[str, Tensor] = field(init=False, repr=False)
 
     @property
     def sample(self) -> Sample:
@@ -43,9 +33,6 @@ class SNIP(Method):
 
     def __post_init__(self):
         _ = self.sample  # refuses a wrong number of batches
-
-    def attach(self, model: nn.Module, budget: Budget) -> None:
-        self._budget = budget
 
     def observe(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         layers = self._budget.layers(model)
@@ -60,6 +47,3 @@ class SNIP(Method):
             name: grain.total(layer, total * layer.parameter.detach()).abs()
             for (name, layer), total in zip(layers.items(), sums)
         }
-
-    def settle(self, model: nn.Module) -> None:
-        settle_ranking(model, self._budget, self._scores)

@@ -8,26 +8,19 @@ left scores high. Pruned in rounds, at density^(k / rounds) after round k, no la
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from harprune.methods.base import (
-    Budget,
-    Method,
-    Sample,
-    differentiable,
-    gradients,
-    settle_ranking,
-)
+from harprune.methods.base import Ranked, Sample, differentiable, gradients
 from harprune.sparsity.allocation import global_top
 from harprune.sparsity.layers import Layer
 from harprune.sparsity.selection import keep_top
 
 
 @dataclass(eq=False)
-class SynFlow(Method):
+class SynFlow(Ranked):
     """Synaptic flow, pruned iteratively.
 
     One image is asked for, and only its shape is used.
@@ -36,10 +29,7 @@ class SynFlow(Method):
         rounds: times the scores are computed anew.
     """
 
-    uses_allocation = False
     rounds: int = 100
-    _budget: Budget = field(init=False, repr=False)
-    _scores: dict[str, Tensor] = field(init=False, repr=False)
 
     @property
     def sample(self) -> Sample:
@@ -48,9 +38,6 @@ class SynFlow(Method):
     def __post_init__(self):
         if self.rounds < 1:
             raise ValueError(f"rounds = {self.rounds} must be at least 1; the paper's are 100")
-
-    def attach(self, model: nn.Module, budget: Budget) -> None:
-        self._budget = budget
 
     def observe(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         paths = _paths_of(model)
@@ -74,9 +61,6 @@ class SynFlow(Method):
             name: grain.total(layer, layer.parameter.detach() * slope)
             for (name, layer), slope in zip(layers.items(), slopes)
         }
-
-    def settle(self, model: nn.Module) -> None:
-        settle_ranking(model, self._budget, self._scores)
 
 
 @torch.no_grad()

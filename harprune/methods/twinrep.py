@@ -18,25 +18,18 @@ from harprune.methods.base import Budget, Method, best_of_all, parameter_group
 from harprune.sparsity import masks
 from harprune.sparsity.granularity import Granularity
 from harprune.sparsity.layers import Layer
-from harprune.sparsity.masks import Mask
+from harprune.sparsity.masks import KeptMask
 
 
-class Factors(Mask):
+class Factors(KeptMask):
     """w -> w * a * m for single weights, A w m along the axis of the units for others."""
 
-    kept: Tensor
-
     def __init__(self, layer: Layer, grain: Granularity):
-        super().__init__()
-        shape = grain.score_shape(layer)
+        device = layer.parameter.device
+        super().__init__(torch.ones(grain.score_shape(layer), dtype=torch.bool, device=device))
         self.axis = None if grain is Granularity.WEIGHT else _axis_of(layer, grain)
         size = layer.shape if self.axis is None else (layer.shape[self.axis],) * 2
-        device = layer.parameter.device
         self.factor = nn.Parameter(torch.empty(size).to(layer.parameter))
-        self.register_buffer("kept", torch.ones(shape, dtype=torch.bool, device=device))
-
-    def mask(self) -> Tensor:
-        return self.kept
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.axis is None:
@@ -59,7 +52,6 @@ class TwinRep(Method):
     uses_allocation = False
     prune_at: float = 0.1
     inherit: bool = False
-    _budget: Budget = field(init=False, repr=False)
     _epochs: int = field(init=False, repr=False, default=0)
     _pruned: bool = field(init=False, repr=False, default=False)
 

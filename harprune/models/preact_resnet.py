@@ -58,8 +58,3 @@ def _stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
         PreActBlock(in_channels, channels, stride), PreActBlock(channels, channels, 1)
     )
-
-
-def preact_resnet18(num_classes: int, *, in_channels: int = 3, width: int = 64) -> PreActResNet:
-    """Pre-activation ResNet-18 for small images."""
-    return PreActResNet(num_classes, in_channels=in_channels, width=width)

@@ -2,11 +2,12 @@
 """Small robust networks that others publish, with their module names, so that their checkpoints
 load directly.
 
-- `trades_small_cnn`: the MNIST network of TRADES (Zhang et al., ICML 2019) and of its leaderboard.
+- `trades_small_cnn`: the MNIST network of TRADES (Zhang et al., ICML 2019) and of its leaderboard,
+  its SmallCNN.
 - `resnet2b`: a residual network without batch norm for CIFAR-10, from the neural network
   verification competition.
-- `cnn_a` (also known as `cifar_wide`) and `cifar_base`: sequential CIFAR-10 networks of the
-  verification literature.
+- `cnn_a` (also known as `cifar_wide`) and `cifar_base`, half as wide: sequential CIFAR-10 networks
+  of the verification literature.
 """
 
 from collections import OrderedDict
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 
 
 class TradesSmallCNN(nn.Module):
-    """Four unpadded 3x3 convolutions, two max-pools, three linear layers; for 28 x 28 images."""
+    """Four unpadded 3x3 convolutions, two max-pools, three linear layers; for 28 x 28 images.
+
+    312,202 parameters at 10 classes and one channel.
+    """
 
     def __init__(self, num_classes: int, *, in_channels: int = 1, width: int = 32):
         super().__init__()
@@ -68,7 +72,10 @@ class PlainBlock(nn.Module):
 
 
 class ResNet2B(nn.Module):
-    """A strided convolution, two residual blocks, two linear layers; for 32 x 32 images."""
+    """A strided convolution, two residual blocks, two linear layers; for 32 x 32 images.
+
+    112,006 parameters at 10 classes.
+    """
 
     def __init__(self, num_classes: int, *, in_channels: int = 3, width: int = 8):
         super().__init__()
@@ -87,18 +94,8 @@ class ResNet2B(nn.Module):
         return self.linear2(self.relu(self.linear1(x)))
 
 
-def trades_small_cnn(num_classes: int, *, in_channels: int = 1, width: int = 32) -> TradesSmallCNN:
-    """TRADES' SmallCNN for MNIST, 312,202 parameters at 10 classes and one channel."""
-    return TradesSmallCNN(num_classes, in_channels=in_channels, width=width)
-
-
-def resnet2b(num_classes: int, *, in_channels: int = 3, width: int = 8) -> ResNet2B:
-    """ResNet-2B, 112,006 parameters at 10 classes."""
-    return ResNet2B(num_classes, in_channels=in_channels, width=width)
-
-
 def cnn_a(num_classes: int, *, in_channels: int = 3, width: int = 16) -> nn.Sequential:
-    """CNN-A, 214,918 parameters at 10 classes; for 32 x 32 images."""
+    """CNN-A, 214,918 parameters at 10 classes (105,966 at width 8); for 32 x 32 images."""
     return nn.Sequential(
         nn.Conv2d(in_channels, width, 4, 2, 1),
         nn.ReLU(),
@@ -109,8 +106,3 @@ def cnn_a(num_classes: int, *, in_channels: int = 3, width: int = 16) -> nn.Sequ
         nn.ReLU(),
         nn.Linear(100, num_classes),
     )
-
-
-def cifar_base(num_classes: int, *, in_channels: int = 3, width: int = 8) -> nn.Sequential:
-    """CNN-A at half its width, 105,966 parameters at 10 classes."""
-    return cnn_a(num_classes, in_channels=in_channels, width=width)

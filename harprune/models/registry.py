@@ -6,6 +6,7 @@ import fnmatch
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -13,42 +14,38 @@ from torch import nn
 
 from harprune.arguments import require_text, require_whole
 from harprune.models.normalised import Normalised
-from harprune.models.preact_resnet import preact_resnet18
-from harprune.models.published import cifar_base, cnn_a, resnet2b, trades_small_cnn
-from harprune.models.resnet import (
-    resnet18,
-    resnet18_imagenet,
-    resnet18_strided,
-    resnet34,
-    resnet34_imagenet,
-    resnet50,
-    resnet50_imagenet,
-)
-from harprune.models.small import small_cnn
-from harprune.models.vgg import vgg16_bn
-from harprune.models.wideresnet import wrn28_4, wrn28_10, wrn34_10
+from harprune.models.preact_resnet import PreActResNet
+from harprune.models.published import ResNet2B, TradesSmallCNN, cnn_a
+from harprune.models.resnet import BasicBlock, Bottleneck, ResNet, imagenet_resnet
+from harprune.models.small import SmallCNN
+from harprune.models.vgg import VGG
+from harprune.models.wideresnet import WideResNet
 from harprune.user_code import accepted, called, current_directory_importable, user_function
 
+DEPTHS_18, DEPTHS_34_50 = (2, 2, 2, 2), (3, 4, 6, 3)
+
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "cifar_base": cifar_base,
+    "cifar_base": partial(cnn_a, width=8),
     "cifar_wide": cnn_a,
     "cnn_a": cnn_a,
-    "preact_resnet18": preact_resnet18,
-    "resnet18": resnet18,
-    "resnet18_imagenet": resnet18_imagenet,
-    "resnet18_strided": resnet18_strided,
-    "resnet2b": resnet2b,
-    "resnet34": resnet34,
-    "resnet34_imagenet": resnet34_imagenet,
-    "resnet50": resnet50,
-    "resnet50_imagenet": resnet50_imagenet,
-    "small_cnn": small_cnn,
-    "trades_small_cnn": trades_small_cnn,
-    "vgg16_bn": vgg16_bn,
-    "wrn28_10": wrn28_10,
-    "wrn28_4": wrn28_4,
-    "wrn34_10": wrn34_10,
+    "preact_resnet18": PreActResNet,
+    "resnet18": partial(ResNet, BasicBlock, DEPTHS_18),
+    "resnet18_imagenet": partial(imagenet_resnet, BasicBlock, DEPTHS_18),
+    # The weights of resnet18 at a quarter of its operations.
+    "resnet18_strided": partial(ResNet, BasicBlock, DEPTHS_18, stem=(3, 2, False)),
+    "resnet2b": ResNet2B,
+    "resnet34": partial(ResNet, BasicBlock, DEPTHS_34_50),
+    "resnet34_imagenet": partial(imagenet_resnet, BasicBlock, DEPTHS_34_50),
+    "resnet50": partial(ResNet, Bottleneck, DEPTHS_34_50),
+    "resnet50_imagenet": partial(imagenet_resnet, Bottleneck, DEPTHS_34_50),
+    "small_cnn": SmallCNN,
+    "trades_small_cnn": TradesSmallCNN,
+    "vgg16_bn": VGG,
+    "wrn28_10": partial(WideResNet, 28, width=160),
+    "wrn28_4": partial(WideResNet, 28, width=64),
+    "wrn34_10": partial(WideResNet, 34, width=160),
 }
+"""Called with the number of classes, `in_channels=` and, where it is another one, `width=`."""
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -65,20 +65,23 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential
     )
 
 
+Block = type[BasicBlock] | type[Bottleneck]
+
+
 class ResNet(nn.Module):
     """Stem, four stages of residual blocks, global average pool, linear layer.
 
-    `stem` is (kernel size, stride, whether a 3x3 max-pool of stride 2 follows); `width` the first
-    stage's channels.
+    `stem` is (kernel size, stride, whether a 3x3 max-pool of stride 2 follows), by default that for
+    small images; `width` the first stage's channels.
     """
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: Block,
         depths: tuple[int, int, int, int],
         num_classes: int,
         *,
-        stem: tuple[int, int, bool],
+        stem: tuple[int, int, bool] = (3, 1, False),
         in_channels: int = 3,
         width: int = 64,
     ):
@@ -104,63 +107,23 @@ class ResNet(nn.Module):
         return self.linear(self.flatten(self.pool(x)))
 
 
-def _stage(
-    block: type[BasicBlock] | type[Bottleneck],
-    in_channels: int,
-    channels: int,
-    depth: int,
-    stride: int,
-) -> nn.Sequential:
+def _stage(block: Block, in_channels: int, channels: int, depth: int, stride: int) -> nn.Sequential:
     blocks: list[nn.Module] = [block(in_channels, channels, stride)]
     blocks += [block(block.expansion * channels, channels, 1) for _ in range(depth - 1)]
     return nn.Sequential(*blocks)
 
 
-SMALL_IMAGES = (3, 1, False)
-SMALL_IMAGES_STRIDED = (3, 2, False)
-IMAGENET = (7, 2, True)
-DEPTHS_18 = (2, 2, 2, 2)
-DEPTHS_34_50 = (3, 4, 6, 3)
+def imagenet_resnet(
+    block: Block, depths: tuple[int, int, int, int], num_classes: int, **shape: int
+) -> ResNet:
+    """A `ResNet` with the stem of ImageNet, which starts as torchvision's networks do."""
+    network = ResNet(block, depths, num_classes, stem=(7, 2, True), **shape)
+    he_normal(network)
+    return network
 
 
-def resnet18(num_classes: int, **shape: int) -> ResNet:
-    """ResNet-18 for small images; 11,164,352 prunable weights for RGB images and 10 classes."""
-    return ResNet(BasicBlock, DEPTHS_18, num_classes, stem=SMALL_IMAGES, **shape)
-
-
-def resnet18_strided(num_classes: int, **shape: int) -> ResNet:
-    """ResNet-18 whose 3x3 stem has stride 2: the same weights at a quarter of the operations."""
-    return ResNet(BasicBlock, DEPTHS_18, num_classes, stem=SMALL_IMAGES_STRIDED, **shape)
-
-
-def resnet34(num_classes: int, **shape: int) -> ResNet:
-    """ResNet-34 for small images."""
-    return ResNet(BasicBlock, DEPTHS_34_50, num_classes, stem=SMALL_IMAGES, **shape)
-
-
-def resnet50(num_classes: int, **shape: int) -> ResNet:
-    """ResNet-50 for small images."""
-    return ResNet(Bottleneck, DEPTHS_34_50, num_classes, stem=SMALL_IMAGES, **shape)
-
-
-def resnet18_imagenet(num_classes: int, **shape: int) -> ResNet:
-    """ResNet-18 with the 7x7 stem of ImageNet."""
-    return _he_normal(ResNet(BasicBlock, DEPTHS_18, num_classes, stem=IMAGENET, **shape))
-
-
-def resnet34_imagenet(num_classes: int, **shape: int) -> ResNet:
-    """ResNet-34 with the 7x7 stem of ImageNet."""
-    return _he_normal(ResNet(BasicBlock, DEPTHS_34_50, num_classes, stem=IMAGENET, **shape))
-
-
-def resnet50_imagenet(num_classes: int, **shape: int) -> ResNet:
-    """ResNet-50 with the 7x7 stem of ImageNet; 25,502,912 prunable weights for 1000 classes."""
-    return _he_normal(ResNet(Bottleneck, DEPTHS_34_50, num_classes, stem=IMAGENET, **shape))
-
-
-def _he_normal(network: ResNet) -> ResNet:
-    """He's normal initialisation of the convolutions, as torchvision's ImageNet networks have."""
+def he_normal(network: nn.Module) -> None:
+    """He's normal initialisation of the convolutions."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return network

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from harprune.models import scored
 from harprune.models.normalised import Normalised
 from harprune.models.registry import require_module
+from harprune.user_code import first_line
 
 # Where training programs put the state dict among other things.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")
@@ -199,7 +200,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         size = path.stat().st_size
         raise ValueError(
-            f"{path}: not a complete safetensors file of {size} bytes ({_line(error)})"
+            f"{path}: not a complete safetensors file of {size} bytes ({first_line(error)})"
         ) from error
     # A run keeps masks and more beside its network.
     network = {n.removeprefix(OF_A_RUN): t for n, t in tensors.items() if n.startswith(OF_A_RUN)}
@@ -216,7 +217,7 @@ def _require_sound(path: Path) -> None:
             hollow = (i.filename for i in archive.infolist() if i.external_attr & 16)
             name = archive.testzip() or next(hollow, None)
     except Exception as error:  # a damaged archive makes zipfile raise almost anything
-        raise ValueError(f"{path} is damaged ({_line(error)}); get it again") from None
+        raise ValueError(f"{path} is damaged ({first_line(error)}); get it again") from None
     if name is not None:
         raise ValueError(f"{path} is damaged ({name} fails its checksum); get it again")
 
@@ -238,7 +239,8 @@ def _read_torch(path: Path) -> object:
     except Exception as error:  # a damaged pickle makes torch raise almost anything
         size = path.stat().st_size
         raise ValueError(
-            f"{path}: not a complete PyTorch file of {size} bytes ({_line(error)}); get it again"
+            f"{path}: not a complete PyTorch file of {size} bytes ({first_line(error)}); get it "
+            "again"
         ) from error
 
 
@@ -359,8 +361,3 @@ def _values(tensor: Tensor) -> str:
     if tensor.numel() > SHOWN:
         return f"a tensor of shape {list(tensor.shape)}"
     return f"[{', '.join(f'{value:.6g}' for value in tensor.flatten().tolist())}]"
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]

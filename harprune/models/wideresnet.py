@@ -7,6 +7,8 @@ pre-activation stages of 16 x factor, 32 x factor and 64 x factor channels. No d
 
 from torch import Tensor, nn
 
+from harprune.models.resnet import he_normal
+
 STEM = 16
 
 
@@ -33,12 +35,13 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Stem, three stages of (depth - 4) / 6 blocks, BN-ReLU, global average pool, linear."""
+    """Stem, three stages of (depth - 4) / 6 blocks, BN-ReLU, global average pool, linear.
+
+    `width` is the first stage's channels, the factor times the stem's.
+    """
 
     def __init__(self, depth: int, num_classes: int, *, in_channels: int = 3, width: int):
         super().__init__()
-        if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"depth {depth} of a WRN must be 6 n + 4, for example 28 or 34")
         blocks = (depth - 4) // 6
         self.conv1 = nn.Conv2d(in_channels, STEM, 3, 1, 1, bias=False)
         self.block1 = _stage(STEM, width, blocks, 1)
@@ -50,6 +53,7 @@ class WideResNet(nn.Module):
         self.flatten = nn.Flatten()
         self.linear = nn.Linear(4 * width, num_classes)
         nn.init.zeros_(self.linear.bias)
+        he_normal(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> logits (N, K)."""
@@ -61,27 +65,3 @@ def _stage(in_channels: int, channels: int, depth: int, stride: int) -> nn.Seque
     stage = nn.Sequential(WideBlock(in_channels, channels, stride))
     stage.extend(WideBlock(channels, channels, 1) for _ in range(depth - 1))
     return stage
-
-
-def _wide_resnet(depth: int, num_classes: int, in_channels: int, width: int) -> WideResNet:
-    """The family starts from He's normal initialisation of its convolutions."""
-    network = WideResNet(depth, num_classes, in_channels=in_channels, width=width)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return network
-
-
-def wrn28_4(num_classes: int, *, in_channels: int = 3, width: int = 64) -> WideResNet:
-    """WRN-28-4; `width` is the first stage's channels, four times the stem's."""
-    return _wide_resnet(28, num_classes, in_channels, width)
-
-
-def wrn28_10(num_classes: int, *, in_channels: int = 3, width: int = 160) -> WideResNet:
-    """WRN-28-10."""
-    return _wide_resnet(28, num_classes, in_channels, width)
-
-
-def wrn34_10(num_classes: int, *, in_channels: int = 3, width: int = 160) -> WideResNet:
-    """WRN-34-10."""
-    return _wide_resnet(34, num_classes, in_channels, width)

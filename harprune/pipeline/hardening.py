@@ -44,15 +44,10 @@ def twin(recipe: Recipe, model: nn.Module, dtype: torch.dtype | None = None) -> 
     return execution.twin(model, dtype=dtype, execution=backend)
 
 
-@dataclass(frozen=True)
-class OnTwin:
-    """An attack on the model's twin: the same function, cheaper. `repr` stays the attack's."""
+class _Wrapped:
+    """An attack run in another way; its record and its price stay its own."""
 
     attack: attacks.Attack
-    twin: Twin
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return self.attack(self.twin.current(), x, y)
 
     def __repr__(self) -> str:
         return repr(self.attack)
@@ -62,8 +57,19 @@ class OnTwin:
         return self.attack.passes
 
 
-@dataclass(eq=False)
-class Once:
+@dataclass(frozen=True, repr=False)
+class OnTwin(_Wrapped):
+    """An attack on the model's twin: the same function, cheaper."""
+
+    attack: attacks.Attack
+    twin: Twin
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return self.attack(self.twin.current(), x, y)
+
+
+@dataclass(eq=False, repr=False)
+class Once(_Wrapped):
     """An attack that is run once a batch: a second pass meets the same adversarial images."""
 
     attack: attacks.Attack
@@ -73,13 +79,6 @@ class Once:
         if self._batch is None or self._batch[0] is not x:
             self._batch = x, self.attack(model, x, y)
         return self._batch[1]
-
-    def __repr__(self) -> str:
-        return repr(self.attack)
-
-    @property
-    def passes(self) -> int:
-        return self.attack.passes
 
 
 _OF_LOSSES = {"trades": objectives.TRADES_ATTACK, "mart": objectives.MART_ATTACK}
@@ -184,12 +183,17 @@ def perturbation(recipe: Recipe, section: recipes.WeightTraining) -> AWP | None:
     """
     if section.awp is None:
         return None
-    if (section.objective or recipe.objective).name == "free":
-        raise ValueError(
-            "objective.name = 'free' moves its images in every pass, and awp needs a second pass "
-            "over the same; choose another objective"
-        )
+    require_second_pass(section.objective or recipe.objective, "awp")
     return AWP(section.awp.radius, section.awp.warm_up)
+
+
+def require_second_pass(section: recipes.Objective, name: str) -> None:
+    """Raises ValueError for a loss that meets no images twice, which `name` needs."""
+    if section.name == "free":
+        raise ValueError(
+            f"objective.name = 'free' moves its images in every pass, and {name} needs a second "
+            "pass over the same; choose another objective"
+        )
 
 
 def attack(name: str, bound: Threat, *, seed: int = 0, batch_size: int = 250) -> attacks.Attack:

@@ -31,6 +31,7 @@ from harprune.pipeline.source import find_source
 from harprune.pipeline.timing import circumstances, interleaved, seconds, summary
 from harprune.reporting.plots import BLACK, BLUE, PALE
 from harprune.reporting.tables import ABSENT, Table
+from harprune.user_code import first_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -328,13 +329,9 @@ def _candidates(
             made.run(files.example.numpy())
         except Exception as error:  # a package that is missing, a compiler that is
             if runtimes is not None or name == OWN:
-                raise ValueError(f"runtime {name} cannot run here ({_first_line(error)})") from None
+                raise ValueError(f"runtime {name} cannot run here ({first_line(error)})") from None
             continue
         yield name, made
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 # Processes ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from lightning_fabric import Fabric
 
 from harprune.pipeline import recipe as recipes
 from harprune.pipeline.recipe import Recipe
-from harprune.training.augmentation import crop_flip, default_augmentation, padding_of
+from harprune.training.augmentation import augmentation
 from harprune.training.batches import Batches
 from harprune.training.splits import Split
 
@@ -70,17 +70,11 @@ def batches(
     shared: bool = True,
 ) -> Batches:
     """The training batches of a stage, shared among the processes or whole for each of them."""
-    augment, side = None, split.shape[-1]
-    if recipe.data.augmentation == "default":
-        augment = default_augmentation(recipe.data.name, side)
-    elif recipe.data.augmentation == "crop_flip":
-        augment = crop_flip(padding_of(side))
     return Batches(
         split,
         section.batch_size,
         seed=seed,
-        augment=augment,
-        drop_last=True,
+        augment=augmentation(recipe.data.augmentation, recipe.data.name, split.shape[-1]),
         device=engine.device,
         rank=engine.global_rank if shared else 0,
         world=engine.world_size if shared else 1,

@@ -30,6 +30,7 @@ from harprune.methods.snip import SNIP
 from harprune.methods.synflow import SynFlow
 from harprune.methods.twinrep import TwinRep
 from harprune.pipeline.faults import rule_of, value_of
+from harprune.pipeline.hardening import require_second_pass
 from harprune.pipeline.recipe import Recipe
 from harprune.robustness.evaluation import device_of
 from harprune.sparsity import allocation, costs
@@ -163,11 +164,7 @@ def sharpness(recipe: Recipe) -> S2AP | None:
             f"method.name = {recipe.method.name!r}: s2ap perturbs scores, and this method trains "
             "none; leave it out"
         )
-    if (recipe.prune.objective or recipe.objective).name == "free":
-        raise ValueError(
-            "objective.name = 'free' moves its images in every pass, and s2ap needs a second pass "
-            "over the same; choose another objective"
-        )
+    require_second_pass(recipe.prune.objective or recipe.objective, "s2ap")
     return _made(S2AP, _given(recipe, S2AP))
 
 

@@ -34,7 +34,7 @@ class Data(Section):
     module:function."""
     folder: str | None = None
     """Where the files lie; $HARPRUNE_DATA or the user's cache when absent (see `harprune data`)."""
-    image_size: int | None = None
+    image_size: int | None = Field(default=None, ge=1, le=1024)
     """Side in pixels, 1 to 1024, to which the images of a folder are scaled and cropped."""
     validation: float | int = Field(default=0.1, gt=0)
     """Share (below 1) or number of training images held out to select epochs on."""
@@ -46,15 +46,6 @@ class Data(Section):
     @classmethod
     def _as_known(cls, name: str) -> str:
         return name if ":" in name else name.lower().replace("-", "_")
-
-    @field_validator("image_size")
-    @classmethod
-    def _side(cls, size: int | None) -> int | None:
-        from harprune.training.folders import require_size
-
-        if size is not None:
-            require_size(size)
-        return size
 
 
 class Model(Section):

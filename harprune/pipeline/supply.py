@@ -184,14 +184,14 @@ def load_network_weights(model: nn.Module, path: str, density: float | None = No
         load_weights(model, path, density=density)
 
 
-def load_strictly(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
-    """The network in a run's own file into `model`, strictly; all tensors of the file.
+def load_strictly(model: nn.Module, path: str | Path) -> None:
+    """The network in a run's own file into `model`, strictly.
 
     Raises:
         ValueError: a damaged file, or another network's.
     """
-    tensors, _ = checkpoint.load(path)
-    there = {name: tuple(t.shape) for name, t in checkpoint.unpack("model", tensors).items()}
+    state = checkpoint.unpack("model", checkpoint.load(path)[0])
+    there = {name: tuple(t.shape) for name, t in state.items()}
     here = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     differing = sorted(n for n in there.keys() | here.keys() if there.get(n) != here.get(n))
     if differing:
@@ -201,5 +201,4 @@ def load_strictly(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
             f"{there.get(first, 'absent')} in the file and {here.get(first, 'absent')} in the "
             "model; name the network, width, normalisation and data set it was trained with"
         )
-    model.load_state_dict(checkpoint.unpack("model", tensors))
-    return tensors
+    model.load_state_dict(state)

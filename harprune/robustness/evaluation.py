@@ -44,7 +44,6 @@ def evaluate(
     index: Tensor | Sequence[int] | None = None,
     folder: str | Path | None = None,
     num_classes: int | None = None,
-    device: torch.device | str | None = None,
     progress: Progress | None = None,
     checks: bool = True,
     threat: Threat | None = None,
@@ -65,7 +64,6 @@ def evaluate(
         folder: outcomes are kept here after each batch and each part of AutoAttack, and an
             interrupted evaluation goes on.
         num_classes: checked against labels and logits.
-        device: where batches go; the model's when None.
         threat: what every x_adv must keep to; also sets the norm of the sanity checks.
         function: computes the same as `model` at less cost; attacks run on it, but every verdict
             is the model's own, and a check compares the two.
@@ -79,7 +77,7 @@ def evaluate(
     index = torch.arange(len(labels)) if index is None else torch.as_tensor(index).long().cpu()
     if not len(index) or batch_size < 1:
         raise ValueError(f"{len(index)} images in batches of {batch_size}: both must be at least 1")
-    device = torch.device(device) if device is not None else device_of(model)
+    device = device_of(model)
     data = ChosenImages(images, labels.cpu().long()[index], index, batch_size, device, num_classes)
     attacked = model if function is None else function
     report = progress or (lambda done, total, text: None)

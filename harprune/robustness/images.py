@@ -48,8 +48,8 @@ class ChosenImages:
         return x.to(self.device), self.labels[rows].to(self.device)
 
 
-def subset(labels: Tensor, size: int | None, seed: int | None) -> Tensor:
-    """Sorted positions (m,) of at most `size` images: drawn by `seed`, or the first ones for None.
+def subset(labels: Tensor, size: int | None, seed: int) -> Tensor:
+    """Sorted positions (m,) of at most `size` images: drawn by `seed`.
 
     All images when `size` is None. Raises ValueError for a size below 1.
     """
@@ -57,7 +57,5 @@ def subset(labels: Tensor, size: int | None, seed: int | None) -> Tensor:
         raise ValueError(f"size = {size} must be at least 1, or None for all images")
     if size is None or size >= len(labels):
         return torch.arange(len(labels))
-    if seed is None:
-        return torch.arange(size)
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(len(labels), generator=generator)[:size].sort().values

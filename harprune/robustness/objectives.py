@@ -222,8 +222,6 @@ class Free:
     passes = 1
 
     def __post_init__(self) -> None:
-        if self.replays < 1:
-            raise ValueError(f"replays = {self.replays} must be at least 1; the papers take 4 or 8")
         self._noise: Tensor | None = None
 
     __repr__ = record

@@ -5,7 +5,6 @@ Images lie in [0, 1] and `epsilon` is in that unit; the allowed set is a norm ba
 clean image, cut by the box of valid pixels. Every function takes batches of any image shape.
 """
 
-import difflib
 import math
 from dataclasses import dataclass
 from numbers import Real
@@ -149,15 +148,9 @@ def parse_epsilon(value: str | float) -> float:
 
 
 def make_threat(norm: str, epsilon: str | float) -> Threat:
-    """The threat model of a norm's name ("linf" or "l2") and a radius as `parse_epsilon` reads it.
+    """The threat model of a norm's name in `NORMS` and a radius as `parse_epsilon` reads it.
 
     Raises:
-        ValueError: the norm is unknown (the nearest known one is named) or the radius is wrong.
+        ValueError: the radius is wrong.
     """
-    kind = NORMS.get(norm.lower())
-    if kind is None:
-        near = difflib.get_close_matches(norm.lower(), NORMS, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"norm {norm!r} is unknown; choose among {', '.join(NORMS)} (did you mean {near}?)"
-        )
-    return kind(parse_epsilon(epsilon))
+    return NORMS[norm](parse_epsilon(epsilon))

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harprune.files import to_json, write
 from harprune.sparsity.selection import keep_top
 
 Allocation = Callable[[Mapping[str, Tensor], float], dict[str, float]]
@@ -81,13 +80,9 @@ def lamp_scores(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Explicit:
-    """Densities that somebody chose, by layer name, scaled in proportion to the global density.
-
-    `scale=False` takes them as they are.
-    """
+    """Densities that somebody chose, by layer name, scaled in proportion to the global density."""
 
     densities: Mapping[str, float]
-    scale: bool = True
 
     def __call__(self, weights: Mapping[str, Tensor], density: float) -> dict[str, float]:
         """Raises ValueError where the names are not the model's."""
@@ -101,11 +96,11 @@ class Explicit:
         for name, value in chosen.items():
             if not 0.0 < value <= 1.0:
                 raise ValueError(f"allocation: density {value:g} of {name} must lie in (0, 1]")
-        return _scaled_to(chosen, _sizes(weights), density) if self.scale else chosen
+        return _scaled_to(chosen, _sizes(weights), density)
 
 
 def read_allocation(path: str | Path) -> Explicit:
-    """An allocation from a JSON file `{layer: density}`, as `write_allocation` writes it."""
+    """An allocation from a JSON file `{layer: density}`."""
     try:
         content = json.loads(Path(path).read_text())
         if not all(type(value) in (int, float) for value in content.values()):
@@ -116,11 +111,6 @@ def read_allocation(path: str | Path) -> Explicit:
             f"{path} is not an allocation ({error}); expected JSON of the form "
             '{"layer name": density}'
         ) from None
-
-
-def write_allocation(path: str | Path, densities: Mapping[str, float]) -> None:
-    """Write `{layer: density}` as JSON, atomically."""
-    write(path, to_json(dict(densities)))
 
 
 @dataclass(frozen=True)

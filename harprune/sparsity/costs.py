@@ -71,12 +71,7 @@ def mixed_prices(
     Args:
         example: as for `multiply_add_prices`.
         share: weight of the multiply-adds in [0, 1]; the rest weighs parameters.
-
-    Raises:
-        ValueError: share outside [0, 1].
     """
-    if not 0.0 <= share <= 1.0:
-        raise ValueError(f"multiply-add share {share:g} must lie in [0, 1]")
     work = multiply_add_prices(model, layers, example)
     mean = sum(layers[n].size * work[n] for n in layers) / sum(
         layer.size for layer in layers.values()

@@ -35,19 +35,23 @@ class Mask(nn.Module, ABC):
 Kind = TypeVar("Kind", bound=Mask)
 
 
-class FixedMask(Mask):
-    """A mask that no longer changes: `kept` is boolean, one entry per unit."""
+class KeptMask(Mask):
+    """A mask that is held: `kept` is boolean, one entry per unit."""
 
     kept: Tensor
 
     def __init__(self, kept: Tensor):
         super().__init__()
         if kept.dtype != torch.bool:
-            raise ValueError(f"a fixed mask must be boolean, not {kept.dtype}; compare with zero")
+            raise ValueError(f"a mask must be boolean, not {kept.dtype}; compare with zero")
         self.register_buffer("kept", kept)
 
     def mask(self) -> Tensor:
         return self.kept
+
+
+class FixedMask(KeptMask):
+    """A mask that no longer changes."""
 
 
 class OpenMask(Mask):
@@ -143,9 +147,8 @@ def densities(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def freeze(model: nn.Module, counts: Mapping[str, int]) -> None:
     """Replace each `LearnedMask` by the `FixedMask` of its `counts[name]` best units."""
-    for name, (layer, mask) in installed(model).items():
-        if isinstance(mask, LearnedMask):
-            fix(layer, keep_top(mask.scores, counts[name]).bool())
+    for name, (layer, mask) in of_kind(model, LearnedMask).items():
+        fix(layer, keep_top(mask.scores, counts[name]).bool())
 
 
 @torch.no_grad()
@@ -164,8 +167,8 @@ def compact(model: nn.Module) -> None:
 
     Gradients and optimiser states then cost what is kept. `expand` undoes it.
     """
-    for layer, mask in installed(model).values():
-        if isinstance(mask, FixedMask) and mask.kept.shape == layer.shape:
+    for layer, mask in of_kind(model, FixedMask).values():
+        if mask.kept.shape == layer.shape:
             values = KeptWeights(mask.kept)
             _exchange(layer.places, values, values.right_inverse(layer.parameter))
 
@@ -196,11 +199,7 @@ def _exchange(places, parametrization: nn.Module, values: Tensor) -> None:
 
 def kept_masks(model: nn.Module) -> dict[str, Tensor]:
     """The boolean masks of all layers under a `FixedMask`."""
-    return {
-        name: mask.kept
-        for name, (_, mask) in installed(model).items()
-        if isinstance(mask, FixedMask)
-    }
+    return {name: mask.kept for name, (_, mask) in of_kind(model, FixedMask).items()}
 
 
 @torch.no_grad()

@@ -18,22 +18,15 @@ SETTLING = 16
 class Average(AveragedModel):
     """A copy of a network, `module`, whose weights are averages of those after each step so far.
 
-    After t steps a weight is sum_s decay^(t - s) w_s / sum_s decay^(t - s): the plain mean at first
-    and, once t exceeds some 1 / (1 - decay), the usual exponential one. Weights from before the
-    first step do not count, so a short stage does not drag its start along.
+    After t steps a weight is sum_s decay^(t - s) w_s / sum_s decay^(t - s), decay in [0, 1): the
+    plain mean at first and, once t exceeds some 1 / (1 - decay), the usual exponential one. Weights
+    from before the first step do not count, so a short stage does not drag its start along.
 
     Buffers are those of the last step, until `settle` gives batch norm the statistics of the
     averaged network: at a high learning rate the mean of the steps' own is far from them.
-
-    Raises:
-        ValueError: decay outside [0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(
-                f"averaging = {decay:g} must lie in [0, 1); 0.999 averages some 1,000 steps"
-            )
         super().__init__(model, multi_avg_fn=self._move)
         self.decay = decay
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Generator, Tensor
 
-from harprune.training.augmentation import Augmentation
+from harprune.training.augmentation import CropFlip
 from harprune.training.splits import Split, mixed_seed, to_float
 
 # Keeps the stream of the order apart from that of the augmentation.
@@ -18,7 +18,7 @@ ORDER, AUGMENT = 0, 1
 
 
 class Batches:
-    """The batches of a split, epoch by epoch: x float32 in [0, 1], y int64, both on `device`.
+    """The full batches of a split, epoch by epoch: x float32 in [0, 1], y int64, on `device`.
 
     The order depends on (seed, epoch) alone, the augmentation on (seed, epoch, batch): a resume at
     any batch is exact. Of `world` processes each takes its consecutive rows of every batch, so that
@@ -28,10 +28,9 @@ class Batches:
     Args:
         batch_size: images of a batch over all processes, a multiple of `world`.
         augment: random numbers and their use, see `augmentation`; None leaves images as they are.
-        drop_last: leave out a last batch that is not full.
 
     Raises:
-        ValueError: no batch would come out, or one too small for its processes.
+        ValueError: no batch would come out, or none that the processes can share.
     """
 
     def __init__(
@@ -40,9 +39,7 @@ class Batches:
         batch_size: int,
         *,
         seed: int,
-        augment: Augmentation | None = None,
-        shuffle: bool = True,
-        drop_last: bool = False,
+        augment: CropFlip | None = None,
         device: torch.device | str | None = None,
         rank: int = 0,
         world: int = 1,
@@ -54,8 +51,6 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.augment = augment
-        self.shuffle = shuffle
-        self.drop_last = drop_last
         self.rank = rank
         self.world = world
         self._check()
@@ -70,20 +65,13 @@ class Batches:
             )
         if len(self) == 0:
             raise ValueError(
-                f"{len(self.labels)} images give no batch of {self.batch_size}; "
-                "use a smaller batch_size or drop_last=False"
-            )
-        last = len(self.labels) - (len(self) - 1) * self.batch_size
-        if last < self.world:
-            raise ValueError(
-                f"the last batch holds {last} images for {self.world} processes; use drop_last "
-                "or another batch_size"
+                f"{len(self.labels)} images give no batch of {self.batch_size}; use a smaller "
+                "batch_size"
             )
 
     def __len__(self) -> int:
         """Batches of one epoch."""
-        full, rest = divmod(len(self.labels), self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
+        return len(self.labels) // self.batch_size
 
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches (x, y) of epoch `number` from batch `start` on."""
@@ -95,8 +83,6 @@ class Batches:
         return _one_ahead(cut, range(start, len(self)))
 
     def _order(self, epoch: int) -> Tensor:
-        if not self.shuffle:
-            return torch.arange(len(self.labels))
         return torch.randperm(len(self.labels), generator=self._generator(ORDER, epoch))
 
     def _generator(self, *stream: int) -> Generator:

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets by name: found in their official files, read, checked.
-
-The parts that every user of data needs are here by name; each lives in a file of its own: `splits`,
-`batches`, `augmentation`, `folders`, `formats`, `download`.
-"""
+"""Data sets by name: found in their official files, read, checked."""
 
 from __future__ import annotations
 
@@ -20,12 +16,10 @@ from torch import Tensor
 
 from harprune.arguments import require_text
 from harprune.training import download as downloads
-from harprune.training.batches import Batches
 from harprune.training.folders import ImageFiles, list_classes, list_images, short_side
 from harprune.training.formats import (
     Arrays,
     read_cifar_binary,
-    read_cifar_matlab,
     read_idx_pair,
     read_svhn,
 )
@@ -36,21 +30,8 @@ from harprune.training.splits import (
     from_arrays,
     require_labels,
     split_validation,
-    to_float,
 )
 from harprune.user_code import accepted, called, current_directory_importable, user_function
-
-__all__ = [
-    "Batches",
-    "Dataset",
-    "Split",
-    "data_folder",
-    "from_arrays",
-    "list_datasets",
-    "load_dataset",
-    "split_validation",
-    "to_float",
-]
 
 
 @dataclass(frozen=True)
@@ -83,12 +64,9 @@ def _concatenated(parts: Sequence[Arrays]) -> Arrays:
     return np.concatenate(images), np.concatenate(labels)
 
 
-def _cifar_layout(
-    subfolder: str,
-    train: tuple[str, ...],
-    test: str,
-    read: Callable[..., Arrays],
-) -> Layout:
+def _cifar_layout(subfolder: str, train: tuple[str, ...], test: str, *, label_bytes: int) -> Layout:
+    read = partial(read_cifar_binary, label_bytes=label_bytes)
+
     def read_all(folder: Path) -> tuple[Arrays, Arrays]:
         parts = [read(folder / file, records=50_000 // len(train)) for file in train]
         return _concatenated(parts), read(folder / test, records=10_000)
@@ -135,42 +113,22 @@ DIGITS = "0 1 2 3 4 5 6 7 8 9"
 
 MNIST_FOLDERS = ("MNIST/raw", "mnist/raw", "mnist", "MNIST")
 FASHION_FOLDERS = ("FashionMNIST/raw", "fashion_mnist", "fashion-mnist", "FashionMNIST")
-FIVE = tuple(f"data_batch_{k}" for k in range(1, 6))
 
 SOURCES: dict[str, Source] = {
     "cifar10": Source(
         (
             _cifar_layout(
                 "cifar-10-batches-bin",
-                tuple(f"{name}.bin" for name in FIVE),
+                tuple(f"data_batch_{k}.bin" for k in range(1, 6)),
                 "test_batch.bin",
-                partial(read_cifar_binary, label_bytes=1),
-            ),
-            _cifar_layout(
-                "cifar-10-batches-mat",
-                tuple(f"{name}.mat" for name in FIVE),
-                "test_batch.mat",
-                partial(read_cifar_matlab, label_key="labels"),
+                label_bytes=1,
             ),
         ),
         tuple(CIFAR10_CLASSES.split()),
         pickled="cifar-10-batches-py",
     ),
     "cifar100": Source(
-        (
-            _cifar_layout(
-                "cifar-100-binary",
-                ("train.bin",),
-                "test.bin",
-                partial(read_cifar_binary, label_bytes=2),
-            ),
-            _cifar_layout(
-                "cifar-100-matlab",
-                ("train.mat",),
-                "test.mat",
-                partial(read_cifar_matlab, label_key="fine_labels"),
-            ),
-        ),
+        (_cifar_layout("cifar-100-binary", ("train.bin",), "test.bin", label_bytes=2),),
         tuple(CIFAR100_CLASSES.split()),
         pickled="cifar-100-python",
     ),

@@ -20,23 +20,22 @@ LARGEST = 1024
 """Most pixels along a side: a batch of 128 such images takes 1.6 GB as floats, its network more."""
 
 
-def require_size(size: int) -> None:
-    """Raises ValueError for a side of images, in pixels, outside 1..LARGEST."""
-    if not 1 <= size <= LARGEST:
-        raise ValueError(
-            f"image_size = {size} must lie in 1..{LARGEST}; give a size to which images are scaled"
-        )
-
-
 class ImageFiles:
     """Image files that are decoded when asked for: `files[indices]` is uint8 (n, 3, size, size).
 
     Each image's short side is scaled to `size`, then the centre is cut out; greyscale images become
     three channels. Decoding runs in a pool of threads.
+
+    Raises:
+        ValueError: a size outside 1..LARGEST.
     """
 
     def __init__(self, paths: Sequence[Path], size: int):
-        require_size(size)
+        if not 1 <= size <= LARGEST:
+            raise ValueError(
+                f"image_size = {size} must lie in 1..{LARGEST}; give a size to which images are "
+                "scaled"
+            )
         self.paths = list(paths)
         self.size = size
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from harprune.user_code import first_line
+
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 CIFAR_SHAPE = (3, 32, 32)
@@ -31,19 +33,6 @@ def read_cifar_binary(path: Path, *, records: int, label_bytes: int) -> Arrays:
     data = np.fromfile(path, dtype=np.uint8).reshape(records, record)
     images = np.ascontiguousarray(data[:, label_bytes:]).reshape(records, *CIFAR_SHAPE)
     return images, data[:, label_bytes - 1].astype(np.int64)
-
-
-def read_cifar_matlab(path: Path, *, records: int, label_key: str) -> Arrays:
-    """One file of CIFAR's Matlab version: `data` (N, 3072) and a column of labels."""
-    content = _read_matlab(path, ("data", label_key))
-    images, labels = content["data"], content[label_key].reshape(-1)
-    expected = (records, math.prod(CIFAR_SHAPE))
-    if images.shape != expected or images.dtype != np.uint8 or len(labels) != records:
-        raise ValueError(
-            f"{path} holds data {images.dtype} {images.shape} and {len(labels)} labels, "
-            f"expected uint8 {expected}"
-        )
-    return images.reshape(-1, *CIFAR_SHAPE), labels.astype(np.int64)
 
 
 def read_svhn(path: Path) -> Arrays:
@@ -70,7 +59,7 @@ def _read_matlab(path: Path, keys: tuple[str, ...]) -> dict[str, NDArray]:
     except Exception as error:
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is not a readable Matlab file "
-            f"({_line(error)}); get it again"
+            f"({first_line(error)}); get it again"
         ) from error
     missing = [key for key in keys if not isinstance(content.get(key), np.ndarray)]
     if missing:
@@ -117,10 +106,5 @@ def _read_bytes(path: Path) -> bytes:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is not a complete gzip file "
-            f"({_line(error)}); get it again"
+            f"({first_line(error)}); get it again"
         ) from error
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

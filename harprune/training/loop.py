@@ -10,11 +10,11 @@ the weights stay equal; batch norm counts with each process's own rows, and befo
 its running statistics are those of rank 0. The noise of an attack is each rank's own.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import islice
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from lightning_fabric import Fabric
@@ -24,18 +24,11 @@ from torch.optim import Optimizer
 
 from harprune.randomness import seed_generators
 from harprune.training.averaging import SETTLING, Average
+from harprune.training.batches import Batches
 from harprune.training.schedules import Schedule
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 _SEED_STRIDE = 1_000_003  # a prime, so that the seeds of different stages and steps do not meet
-
-
-class BatchSource(Protocol):
-    """Batches by epoch: the same (epoch, index) always gives the same batch."""
-
-    def __len__(self) -> int: ...
-
-    def epoch(self, number: int, start: int = 0) -> Iterable[tuple[Tensor, Tensor]]: ...
 
 
 class Diverged(ValueError):
@@ -44,7 +37,7 @@ class Diverged(ValueError):
 
 def fit(
     model: nn.Module,
-    batches: BatchSource,
+    batches: Batches,
     *,
     loss: Loss,
     optimiser: Optimizer,

@@ -46,13 +46,11 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def make_schedule(name: str, *, epochs: int, offset: bool = False) -> Schedule:
-    """The schedule called `name`; `offset` asks for the parity form of the cosine.
+    """The schedule of that name in `SCHEDULES`; `offset` asks for the parity form of the cosine.
 
     Raises:
-        ValueError: an unknown name, or `offset` with anything but the cosine.
+        ValueError: `offset` with anything but the cosine.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"schedule {name!r} is unknown; choose one of {', '.join(SCHEDULES)}")
     if not offset:
         return SCHEDULES[name]
     if name != "cosine":

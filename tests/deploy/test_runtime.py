@@ -32,7 +32,8 @@ from harprune.sparsity.allocation import lamp
 from harprune.sparsity.layers import prunable_layers, weights
 from harprune.sparsity.masks import FixedMask
 from harprune.sparsity.selection import keep_top
-from harprune.training.data import Batches, load_dataset
+from harprune.training.data import load_dataset
+from harprune.training.splits import to_float
 from tests.oracles import numpy_graph
 
 from .networks import Branching, deployed, drawn, normalised, pruned
@@ -310,8 +311,7 @@ def test_real_images_get_the_logits_of_the_masked_model(data_root, checkpoint_ro
         weight = layers[name].parameter.detach()
         kept = keep_top(weight, round(density * weight.numel()))
         masks.install(layers[name], FixedMask(kept.bool()))
-    split = load_dataset("cifar10", data_root).test
-    x = next(iter(Batches(split, 1000, seed=0, shuffle=False).epoch(0)))[0].numpy()
+    x = to_float(load_dataset("cifar10", data_root).test.images[:1000]).numpy()
     with torch.no_grad():
         logits = model(torch.from_numpy(x)).numpy()
     for threads in (1, 2):

@@ -41,7 +41,7 @@ def scores_of(model):
 def train(model, *, loss, nearby, epochs=1):
     fit(
         model,
-        Batches(from_arrays(X, Y), 8, seed=0, shuffle=False),
+        Batches(from_arrays(X, Y), 8, seed=0),
         loss=loss,
         optimiser=torch.optim.SGD(scores_of(model), lr=RATE),
         schedule=constant,

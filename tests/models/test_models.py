@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from harprune.models import Normalised, create_model, list_models
+from harprune.models import create_model, list_models
+from harprune.models.normalised import Normalised
 
 # Networks whose first linear layer fixes the size of their images.
 FIXED_SIZE = {

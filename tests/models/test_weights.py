@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from harprune.models import create_model, load_weights, read_checkpoint
-from harprune.training.data import Batches, load_dataset
+from harprune.models import create_model, load_weights
+from harprune.models.weights import read_checkpoint
+from harprune.training.data import load_dataset
+from harprune.training.splits import to_float
 
 
 def narrow(name="resnet18", num_classes=10, *, seed=0, **arguments):
@@ -266,8 +268,8 @@ def test_published_checkpoints_reach_their_clean_accuracy(file, folders, test_sp
     model.eval()
     correct = 0
     with torch.no_grad():
-        for x, y in Batches(split, 500, seed=0, shuffle=False).epoch(0):
-            correct += int((model(x).argmax(1) == y).sum())
+        for x, y in zip(split.images.split(500), split.labels.split(500)):
+            correct += int((model(to_float(x)).argmax(1) == y).sum())
     # The figures are percentages of all 10,000 test images, so this is equality of counts.
     expected = (entry.get("measured") or entry["published"])["clean"]
     assert correct == round(100 * expected)

@@ -16,7 +16,7 @@ import random
 
 import numpy
 import torch
-from harprune.training.data import Dataset, from_arrays
+from harprune.training.splits import Dataset, from_arrays
 
 def images():
     generator = torch.Generator().manual_seed(0)

@@ -31,12 +31,11 @@ from harprune.methods.harp import HARP
 from harprune.robustness.attacks import FGSM, PGD, no_start
 from harprune.robustness.objectives import PGDAT, Free
 from harprune.robustness.threat import L2, Linf
-from harprune.training.augmentation import crop_flip
+from harprune.training.augmentation import CropFlip
 from harprune.training.batches import Batches
-from harprune.training.data import Dataset
 from harprune.training.loop import fit
 from harprune.training.schedules import cosine
-from harprune.training.splits import from_arrays
+from harprune.training.splits import Dataset, from_arrays
 
 def stripes():
     generator = torch.Generator().manual_seed(0)
@@ -74,7 +73,7 @@ def train(kind, fabric):
         parameters, penalty = method.trainable(model), method.penalty
     x, y = stripes()
     batches = Batches(
-        from_arrays(x, y), 12, seed=3, augment=crop_flip(1), drop_last=True,
+        from_arrays(x, y), 12, seed=3, augment=CropFlip(1),
         rank=fabric.global_rank, world=fabric.world_size,
     )
     fit(

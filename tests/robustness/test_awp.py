@@ -40,7 +40,7 @@ def weights_of(model):
 def train(model, nearby):
     fit(
         model,
-        Batches(from_arrays(X, Y), 8, seed=0, shuffle=False),
+        Batches(from_arrays(X, Y), 8, seed=0),
         loss=loss,
         optimiser=torch.optim.SGD(model.parameters(), lr=RATE),
         schedule=constant,

@@ -288,8 +288,3 @@ def test_free_grows_with_the_batch_and_refuses_another_shape(model, batch):
 def test_reprs_are_records():
     assert repr(Free(Linf(0.5), replays=8)) == "Free(threat=Linf(epsilon=0.5), replays=8)"
     assert not any(" at 0x" in repr(objective) for objective in OBJECTIVES)
-
-
-def test_wrong_settings_are_refused():
-    with pytest.raises(ValueError, match="replays"):
-        Free(THREAT, replays=0)

@@ -121,8 +121,5 @@ def test_a_radius_in_the_unit_of_bytes_is_refused_for_linf_only():
 
 
 def test_norms_are_known_by_name():
-    assert make_threat("L2", "1/2") == L2(0.5)
-    assert make_threat("Linf", 0.1) == Linf(0.1)
-    for typo, meant in (("lnif", "linf"), ("l_2", "l2"), ("inf", "linf")):
-        with pytest.raises(ValueError, match=f"did you mean {meant}"):
-            make_threat(typo, 0.1)
+    assert make_threat("l2", "1/2") == L2(0.5)
+    assert make_threat("linf", 0.1) == Linf(0.1)

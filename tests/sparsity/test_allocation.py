@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Allocations against naive oracles; apportionment against its definition."""
 
+import json
 from math import floor
 
 import pytest
@@ -18,7 +19,6 @@ from harprune.sparsity.allocation import (
     lamp,
     read_allocation,
     uniform,
-    write_allocation,
 )
 from tests.oracles.naive_allocation import naive_erk, naive_global, naive_igq, naive_lamp
 
@@ -77,7 +77,7 @@ def test_global_magnitude_may_empty_a_layer_and_says_so_with_a_zero(weights):
 
 def test_explicit_densities_go_through_a_file(tmp_path, weights):
     path = tmp_path / "densities.json"
-    write_allocation(path, erk(weights, 0.2))
+    path.write_text(json.dumps(erk(weights, 0.2)))
     assert read_allocation(path)(weights, 0.2) == pytest.approx(erk(weights, 0.2))
 
 

@@ -4,11 +4,7 @@
 import pytest
 import torch
 
-from harprune.training.augmentation import (
-    Crop,
-    crop_flip,
-    default_augmentation,
-)
+from harprune.training.augmentation import CropFlip, augmentation
 
 
 def seeded(seed=0):
@@ -32,23 +28,15 @@ def one_by_one(x, draws, padding):
 def test_crop_flip_equals_the_loop(padding, dtype):
     torch.manual_seed(0)
     x = (torch.rand(50, 3, 9, 12) * 255).to(dtype)
-    augment = crop_flip(padding)
+    augment = CropFlip(padding)
     draws = augment.draw(len(x), seeded())
-    out = augment(x, seeded())
+    out = augment.apply(x, draws)
     assert out.dtype == dtype
     assert torch.equal(out, one_by_one(x, draws, padding))
 
 
-def test_crop_never_flips_and_equals_the_loop():
-    torch.manual_seed(0)
-    x = torch.rand(50, 1, 8, 8)
-    draws = Crop(2).draw(50, seeded())
-    assert not draws[:, 2].any()
-    assert torch.equal(Crop(2)(x, seeded()), one_by_one(x, draws, 2))
-
-
 def test_draws_are_uniform():
-    draws = crop_flip(2).draw(50_000, seeded())
+    draws = CropFlip(2).draw(50_000, seeded())
     for column, values in ((0, 5), (1, 5), (2, 2)):
         shares = draws[:, column].bincount(minlength=values) / len(draws)
         # Five standard deviations of a share of 1/5 or 1/2.
@@ -59,15 +47,22 @@ def test_the_input_and_the_global_generator_are_left_alone():
     torch.manual_seed(3)
     x = torch.rand(4, 3, 8, 8)
     before, state = x.clone(), torch.get_rng_state()
-    crop_flip()(x, seeded())
+    augment = CropFlip(2)
+    augment.apply(x, augment.draw(len(x), seeded()))
     assert torch.equal(x, before)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_defaults():
-    with pytest.raises(ValueError, match="padding is -1"):
-        Crop(-1)
-    assert default_augmentation("cifar10", 32) == crop_flip(4)
-    assert default_augmentation("folder", 224) == crop_flip(28)
-    assert default_augmentation("svhn", 32) is None
-    assert default_augmentation("digits", 8) is None
+@pytest.mark.parametrize(
+    ("name", "dataset", "side", "expected"),
+    [
+        ("default", "cifar10", 32, CropFlip(4)),
+        ("default", "folder", 224, CropFlip(28)),
+        ("default", "svhn", 32, None),
+        ("default", "digits", 8, None),
+        ("crop_flip", "digits", 7, CropFlip(1)),
+        ("none", "cifar10", 32, None),
+    ],
+)
+def test_a_recipe_names_what_its_images_get(name, dataset, side, expected):
+    assert augmentation(name, dataset, side) == expected

@@ -154,9 +154,3 @@ def test_kept_weights_average_as_masked_weights_do():
     for name, value in first.items():
         assert torch.allclose(value, second[name], rtol=1e-10, atol=1e-12), name
     assert torch.equal(first["0.weight"] != 0, kept["0.weight"])
-
-
-@pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
-def test_a_decay_outside_its_interval_is_refused(decay):
-    with pytest.raises(ValueError, match=r"averaging = .* must lie in \[0, 1\)"):
-        Average(network(), decay)

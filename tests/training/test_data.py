@@ -17,17 +17,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from harprune.training import data, folders
-from harprune.training.data import (
-    Dataset,
-    Split,
-    data_folder,
-    from_arrays,
-    list_datasets,
-    load_dataset,
-    split_validation,
-)
+from harprune.training.data import data_folder, list_datasets, load_dataset
 from harprune.training.folders import ImageFiles
-from harprune.training.splits import as_split
+from harprune.training.splits import Dataset, Split, as_split, from_arrays, split_validation
 
 
 @pytest.fixture
@@ -248,32 +240,6 @@ def test_cifar100_binary_takes_the_fine_label(tmp_path, rng):
     assert (len(dataset.train), dataset.num_classes) == (50_000, 100)
     assert (dataset.classes[11], dataset.classes[99]) == ("boy", "worm")
     assert list(dataset.classes) == sorted(set(dataset.classes))
-
-
-@pytest.mark.parametrize(
-    ("name", "folder", "files", "key", "label"),
-    [
-        ("cifar100", "cifar-100-matlab", {"train": 50_000, "test": 10_000}, "fine_labels", 99),
-        (
-            "cifar10",
-            "cifar-10-batches-mat",
-            {**{f"data_batch_{k}": 10_000 for k in range(1, 6)}, "test_batch": 10_000},
-            "labels",
-            7,
-        ),
-    ],
-)
-def test_cifar_matlab(name, folder, files, key, label, tmp_path, rng):
-    (tmp_path / folder).mkdir()
-    first = rng.integers(0, 256, 3072, dtype=np.uint8)
-    for file, records in files.items():
-        pixels, labels = np.zeros((records, 3072), np.uint8), np.zeros((records, 1), np.uint8)
-        pixels[0], labels[0] = first, label
-        savemat(tmp_path / folder / f"{file}.mat", {"data": pixels, key: labels})
-    dataset = load_dataset(name, tmp_path)
-    assert (len(dataset.train), len(dataset.test)) == (50_000, 10_000)
-    assert np.array_equal(dataset.test.images[0], first.reshape(3, 32, 32))
-    assert dataset.train.labels[:2].tolist() == [label, 0]
 
 
 def test_a_truncated_cifar_file_is_named_with_both_sizes(tmp_path, rng):
@@ -564,7 +530,7 @@ def test_the_environment_names_the_folder(tmp_path, monkeypatch, rng):
 
 MODULE = """
 import torch
-from harprune.training.data import Dataset, from_arrays
+from harprune.training.splits import Dataset, from_arrays
 
 def stripes(folder=None, image_size=4):
     split = from_arrays(torch.zeros(2, 1, image_size, image_size), [0, 1])

@@ -73,8 +73,3 @@ def test_the_offset_is_a_form_of_the_cosine_alone():
     assert [schedule(p) for p in PROGRESS] == [offset_cosine(p, epochs=20) for p in PROGRESS]
     with pytest.raises(ValueError, match=r"cosine_offset.*'steps'"):
         make_schedule("steps", epochs=20, offset=True)
-
-
-def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'linear' is unknown.*one_cycle"):
-        make_schedule("linear", epochs=5)
