@@ -5,14 +5,15 @@
     python bench/deploy.py --arch resnet18 --density 0.01 --allocation erk --batch 1 --rounds 20
 
 Networks have random weights, pruned by magnitude; what a runtime takes does not depend on what
-they have learned. Each is shrunk, and all runtimes get the shrunk one. `ratio` is to the fastest
-of the others in the same round, `reference` names it. Networks whose mask cuts the logits off from
-the image are named and skipped: nothing about them is worth a time.
+they have learned. Each is shrunk, and all runtimes get the shrunk one. In the JSON rows `ratio` is
+to the fastest of the others in the same round, and `reference` names it. Networks whose mask cuts
+the logits off from the image are named and skipped: nothing about them is worth a time.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -20,20 +21,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.attack import network
-from bench.measuring import table, write_rows
+from bench.measuring import write_rows
 from harprune.deploy.network import Network
 from harprune.deploy.shrink import shrink
 from harprune.files import write
 from harprune.pipeline import latency
 from harprune.pipeline.latency import OWN, RUNTIMES
 from harprune.reporting.plots import BLUE, GREY, ORANGE, PURPLE, picture, require_picture
+from harprune.reporting.tables import format_density
 from harprune.sparsity.audit import audit, connected
 from harprune.sparsity.execution import require_kernels
 from harprune.sparsity.extraction import extract
 from harprune.sparsity.layers import prunable_layers
 
-COLUMNS = ("arch", "density", "allocation", "runtime", "batch", "milliseconds", "min", "max")
-COLUMNS += ("images_per_second", "ratio", "file_bytes", "start_seconds", "peak_bytes", "reference")
 _COLOURS = {"uniform": GREY, "erk": ORANGE, "lamp": PURPLE, None: BLUE}
 
 
@@ -58,6 +58,14 @@ def rows(options: argparse.Namespace) -> Iterator[dict]:
                     processes=not options.no_processes,
                 ):
                     yield same | row
+
+
+def name_of(row: dict) -> str:
+    """The network of a row, in words."""
+    how = f", {row['allocation']}" if row["allocation"] else ""
+    width = "" if row["width"] is None else f" of width {row['width']}"
+    kept = format_density(row["density"])
+    return f"{row['arch']}{width}, {kept}{how}: {row['kept']:,} weights"
 
 
 def draw(found: Sequence[dict]):
@@ -115,11 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     require_kernels()
     if options.plot is not None:
         require_picture(options.plot)
-    for row in rows(options):
-        found.append(row)
-        write_rows(options.json, found)
-        print(*table([row], COLUMNS)[1:], file=sys.stderr)
-    print(*table(found, COLUMNS), sep="\n")
+    for name, own in groupby(rows(options), key=name_of):
+        start = len(found)
+        for row in own:
+            found.append(row)
+            write_rows(options.json, found)
+        print(name, *latency.lines(found[start:]), "", sep="\n", flush=True)
     if options.plot is not None:
         write(options.plot, picture(options.plot, draw, found))
 

@@ -56,9 +56,9 @@ pruned() { # arch density configuration [settings...] -- the run of a pruned net
         stages "$runs/$name" attack report -- "${settings[@]}" &&
         record "$runs/$name" "$networks/$name"
 }
-record() { # run copy -- what tables are made of: all but the networks
+record() { # run copy -- what tables are made of, and the log: all but networks and report
     rm -rf "$2" && mkdir "$2"
-    tar -C "$1" -c log.txt recipe.json environment.json inputs.json metrics.jsonl audit.json attack | tar -C "$2" -x
+    (cd "$1" && tar -c --exclude='*.safetensors' --exclude=report -- *) | tar -C "$2" -x
 }
 export -f stages pruned record
 

@@ -8,7 +8,11 @@
 #   bench/headline_check.sh --out    # keep it; bench/headline.sh does this once
 set -eu
 cd "$(dirname "$0")/.."
-harprune="${HARPRUNE:-harprune}" what="${1:---against}" network=results/headline/resnet18-harp-0.01
+harprune="${HARPRUNE:-harprune}" what="${1:---against}" name=resnet18-harp-0.01
 
-"$harprune" evaluate --model "$network.hpn" --data cifar10 --attack none "$what" "$network-check/clean"
-"$harprune" evaluate --model "$network.hpn" --data cifar10 --size 200 "$what" "$network-check/attacked"
+evaluated() { # kept [options...]
+    "$harprune" evaluate --model "results/headline/$name.hpn" --data cifar10 --set "name=$name" \
+        "${@:2}" "$what" "results/headline/$1"
+}
+evaluated "$name-clean" --attack none # as bench/headline_clean.py keeps it
+evaluated "$name-check" --size 200

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,8 @@ from harprune.reporting.comparison_report import write_comparison
 T = TypeVar("T", float, str)
 _PAUSE = 0.5
 """Seconds between two looks at what is going on."""
+_DENSE_ATTACKED = "attack/dense/evaluation.json"
+"""What a cell's folder holds once the dense network was attacked there."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Cell:
         # A report may also be of an unfinished run.
         last = ["attack/finetuned/evaluation.json", "report/report.json"]
         if self.recipe.attack.dense:
-            last.append("attack/dense/evaluation.json")
+            last.append(_DENSE_ATTACKED)
         files = ["dense.safetensors"] if self.until == "pretrain" else last
         return all((self.folder / file).exists() for file in files)
 
@@ -80,6 +83,9 @@ def cells_of(
     methods: Sequence[str] = (),
 ) -> list[Cell]:
     """The cells of the grid in a file, dense networks first, each with its checked recipe.
+
+    A dense network is attacked once: in the cell of the grid whose folder in `out` says that it
+    was, else in the first one here that starts from it.
 
     Args:
         overrides: `section.key=value` for all cells.
@@ -116,27 +122,31 @@ def cells_of(
         for seed in grid.seeds:
             name = f"dense-seed{seed}"
             add(name, DENSE, _over(shared, {"name": name, "seed": seed}), "pretrain")
-    first = given.attack.dense
-    for seed in grid.seeds:
-        dense = None if given.model.weights else out / f"dense-seed{seed}"
-        # A dense network is attacked once, in the first cell that starts from it.
-        first = first if dense is None else given.attack.dense
+    dense_of = {s: None if given.model.weights else out / f"dense-seed{s}" for s in grid.seeds}
+    attacked_in: dict[Path | None, str] = {}
+    for seed, density, label in product(grid.seeds, grid.densities, grid.methods):
+        name = _cell_name(label, density, seed)
+        if (out / name / _DENSE_ATTACKED).exists():
+            attacked_in.setdefault(dense_of[seed], name)
+    for seed, dense in dense_of.items():
         for density in densities:
             for label in methods:
                 own = overridden(_over(content, grid.methods[label]), overrides)
                 anew = make_recipe(own, source=f"{path}, {label}").pretrain.epochs == 0
-                name = f"{_file_name(label)}-{density:g}-seed{seed}"
+                name = _cell_name(label, density, seed)
+                if not anew:
+                    attacked_in.setdefault(dense, name)
                 point = {"name": name, "seed": seed, "budget": {"density": density}}
-                point["attack"] = {"dense": first and not anew}
-                if given.attack.dense and (anew or not first):
-                    point["attack"] = {"dense": False, "dense_size": None}
+                attacks = given.attack.dense and attacked_in.get(dense) == name
+                point["attack"] = {"dense": attacks}
+                if given.attack.dense and not attacks:
+                    point["attack"]["dense_size"] = None
                 if anew:
                     point["model"] = {"weights": None}
                 elif dense is not None:
                     point["model"] = {"weights": str(dense / "dense.safetensors")}
                 needs = None if dense is None or anew else dense.name
                 add(name, label, _over(own, point), "report", needs)
-                first = first and anew
     return list(made.values())
 
 
@@ -170,8 +180,9 @@ def _require_free_axes(overrides: Sequence[str]) -> None:
             raise ValueError(f"--set {text!r}: the grid says this for each cell; change it there")
 
 
-def _file_name(label: str) -> str:
-    return "".join(c if c.isalnum() or c in "+._" else "-" for c in label)
+def _cell_name(label: str, density: float, seed: int) -> str:
+    plain = "".join(c if c.isalnum() or c in "+._" else "-" for c in label)
+    return f"{plain}-{density:g}-seed{seed}"
 
 
 def compare(
@@ -199,15 +210,15 @@ def compare(
     """
     if jobs < 1:
         raise ValueError(f"jobs = {jobs} must be at least 1")
-    grid, all_cells = read_grid(path), cells_of(path, out, overrides)
+    grid = read_grid(path)
     cells = cells_of(path, out, overrides, densities, methods)
-    for cell in (*cells, *all_cells):
+    for cell in (*cells, *cells_of(path, out, overrides)):
         _require_same_recipe(cell)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     failed = _run_all(cells, jobs, Console(out / "log.txt"), out / "times.jsonl")
     # Of a part of the grid as of the whole: what was finished before stands in the table as well.
-    points = [cell for cell in all_cells if cell.until == "report"]
+    points = [cell for cell in cells_of(path, out, overrides) if cell.until == "report"]
     done = [cell for cell in points if cell.finished and cell.name not in failed]
     if not done:
         name, why = next(iter(failed.items()), ("all of them", "see their logs"))

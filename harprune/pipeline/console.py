@@ -115,6 +115,13 @@ class Console:
             bar.close()
 
 
+def roughly(seconds: float) -> str:
+    """`2 minutes`, `7 hours`, `4 days`, for what more digits would say too exactly."""
+    units = {"days": 86_400, "hours": 3_600, "minutes": 60}
+    unit = next((u for u, size in units.items() if seconds >= 2 * size), "minutes")
+    return f"{seconds / units[unit]:.0f} {unit}"
+
+
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -10,6 +10,7 @@ from harprune.arguments import require_whole
 from harprune.pipeline import hardening
 from harprune.pipeline.console import Console
 from harprune.robustness import evaluation
+from harprune.robustness.autoattack import SQUARE_QUERIES, AutoAttack
 from harprune.robustness.images import subset
 from harprune.robustness.record import Evaluation
 from harprune.robustness.threat import Threat
@@ -28,6 +29,27 @@ def chosen(labels: Tensor, size: int | None, seed: int, console: Console) -> Ten
     if size is not None and size > len(labels):
         console.say(f"note: there are {len(labels)} test images, not {size}; all are taken")
     return subset(labels, size, seed)
+
+
+def expected_passes(
+    attacks: Sequence[str], threat: Threat, *, clean: float, robust: float
+) -> float:
+    """About how many forward + backward passes `attacks` spend on a test image, in the mean.
+
+    An attack goes against images that are right before it; AutoAttack's parts go against those
+    that still stand, and after the first of them these are about the ones that PGD leaves.
+
+    Args:
+        attacks: as `hardening.attack` knows them.
+        clean, robust: share of images that are right before an attack, and under PGD.
+    """
+    passes = 0.0
+    for attack in (hardening.attack(name, threat) for name in attacks):
+        if isinstance(attack, AutoAttack):  # a forward pass alone is a third of both
+            passes += robust * (attack.passes + SQUARE_QUERIES / 3)
+        else:
+            passes += clean * attack.passes
+    return passes
 
 
 def judge(

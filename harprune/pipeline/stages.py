@@ -5,6 +5,7 @@ A stage whose network exists is done, so an interrupted run goes on by the same 
 The validation split selects epochs; the attack stage alone sees test images.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -18,10 +19,11 @@ from harprune.files import to_json, write
 from harprune.methods.base import Budget, Method, given_densities
 from harprune.modes import eval_mode
 from harprune.pipeline import hardening, machinery, pruning
-from harprune.pipeline.judging import chosen, judge
+from harprune.pipeline.console import roughly
+from harprune.pipeline.judging import chosen, expected_passes, judge
 from harprune.pipeline.learning import learn, learn_weights, under_attack
 from harprune.pipeline.outlook import outlook
-from harprune.pipeline.validation import BATCH, guesses, percent, validate
+from harprune.pipeline.validation import BATCH, guesses, percent, validate, validation_passes
 from harprune.pipeline.workshop import Workshop, load_network
 from harprune.randomness import python_generators_kept, seed_generators
 from harprune.reporting.report import write_report
@@ -34,6 +36,9 @@ from harprune.sparsity.execution import Execution
 from harprune.sparsity.layers import prunable_layers
 from harprune.training import checkpoint
 from harprune.training.splits import to_float
+
+_LONG = 120.0
+"""Seconds from which on what an attack will take is worth a line."""
 
 
 def run_until(shop: Workshop, last: str = "report") -> dict:
@@ -57,8 +62,7 @@ def pretrain(shop: Workshop) -> None:
     history: list[dict] = []
     if not shop.materials.given and shop.recipe.pretrain.epochs:
         history = learn_weights(shop, "pretrain", model, prunable_layers(model))
-    clean, robust = validate(shop, model, hardening.twin(shop.recipe, model))
-    shop.console.say(f"dense network: {percent(clean, robust)} on validation images")
+    clean, robust = _validated(shop, model, "dense")
     if shop.materials.given and guesses(clean, shop.classes):
         shop.warn(
             "pretrain",
@@ -99,8 +103,7 @@ def prune(shop: Workshop) -> None:
     shop.console.say(f"pruned: {counts.kept} of {counts.total} {counts.denominator} kept")
     _alarm(shop, model, counts)
     _write_audit(shop, counts, budget)
-    clean, robust = validate(shop, model, hardening.twin(shop.recipe, model))
-    shop.console.say(f"pruned network: {percent(clean, robust)} on validation images")
+    clean, robust = _validated(shop, model, "pruned")
     tensors |= checkpoint.pack("model", model.state_dict())
     _finish(shop, "prune", tensors, history, clean, robust)
 
@@ -122,8 +125,7 @@ def finetune(shop: Workshop) -> None:
     masks.bake(model)
     counts = budget.audit(model)
     _write_audit(shop, counts, budget)
-    clean, robust = validate(shop, model, hardening.twin(shop.recipe, model))
-    shop.console.say(f"finetuned network: {percent(clean, robust)} on validation images")
+    clean, robust = _validated(shop, model, "finetuned")
     tensors = checkpoint.pack("model", model.state_dict()) | checkpoint.pack("mask", kept)
     _finish(shop, "finetune", tensors, history, clean, robust)
 
@@ -250,6 +252,33 @@ def _learned_beside(shop: Workshop) -> str | None:
             "learned from some of these; keep the seed and data.validation of its run",
         )
     return theirs
+
+
+def _validated(shop: Workshop, model: nn.Module, name: str) -> tuple[float, float]:
+    """Clean and PGD accuracy on validation images, said; and what the attack will take, if long."""
+    began = time.monotonic()
+    clean, robust = validate(shop, model, hardening.twin(shop.recipe, model))
+    pace = (time.monotonic() - began) / validation_passes(shop)
+    shop.console.say(f"{name} network: {percent(clean, robust)} on validation images")
+    section, bound = shop.recipe.attack, hardening.threat(shop.recipe)
+    images = _attacked_images(shop, name)
+    passes = expected_passes(section.attacks, bound, clean=clean, robust=robust)
+    if images and (seconds := images * passes * pace) >= _LONG:
+        key = "attack.dense_size" if name == "dense" else "attack.size"
+        shop.console.say(
+            f"note: the attack on the {name} network, {images:,} test images, will take about "
+            f"{roughly(seconds)}; {key} can make it fewer"
+        )
+    return clean, robust
+
+
+def _attacked_images(shop: Workshop, name: str) -> int:
+    """How many test images the attack stage will take for a network."""
+    section, test = shop.recipe.attack, shop.materials.test
+    if test is None or name == "pruned" or (name == "dense" and not section.dense):
+        return 0
+    size = min(section.size or len(test), len(test))
+    return min(section.dense_size or size, size) if name == "dense" else size
 
 
 def _finish(

@@ -31,12 +31,19 @@ def overfitting(shop: Workshop, model: nn.Module, fast: Twin | None) -> tuple[fl
     return seen - unseen, loss
 
 
+def validation_passes(shop: Workshop) -> int:
+    """Forward + backward passes of single images that `validate` takes."""
+    return _passes(shop, shop.materials.validation)
+
+
 def overfitting_passes(shop: Workshop) -> int:
     """Forward + backward passes of single images that `overfitting` takes."""
-    section, materials = shop.recipe.validation, shop.materials
-    splits = (materials.train, materials.validation)
-    images = sum(len(subset(s.labels, section.size, shop.recipe.seed)) for s in splits)
-    return section.steps * images
+    return _passes(shop, shop.materials.train) + _passes(shop, shop.materials.validation)
+
+
+def _passes(shop: Workshop, split: Split) -> int:
+    section = shop.recipe.validation
+    return section.steps * len(subset(split.labels, section.size, shop.recipe.seed))
 
 
 def _judge(

@@ -76,10 +76,8 @@ def _pictures(out: Path, comparison: Mapping[str, Any]) -> Iterator[tuple[str, P
     """What there is to see, by the section that shows it."""
     title = comparison["title"]
     picture = to_svg(comparison_plots.points_by_row, comparison["rows"])
-    yield (
-        "result",
-        Plot(out.with_suffix(".svg").name, f"{title}: clean and robust accuracy", picture),
-    )
+    drawn = "clean and robust" if _is_known(AUTOATTACK, comparison) else "clean"
+    yield "result", Plot(out.with_suffix(".svg").name, f"{title}: {drawn} accuracy", picture)
     rows = [row for row in comparison["rows"] if row["density"] < 1.0]
     if len({row["density"] for row in rows}) > 1:
         baseline = comparison["baseline"]
@@ -98,9 +96,14 @@ def _document(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Do
     protocol = "; ".join(
         f"{key}: {flatten(value)}" for key, value in comparison["protocol"].items()
     )
+    robust = (
+        "AutoAttack is the robust accuracy"
+        if _is_known(AUTOATTACK, comparison)
+        else "none is AutoAttack's, so none is a robust accuracy"
+    )
     explained = (
         f"Protocol: {protocol}. Test accuracy in %, mean ± sample standard deviation over seeds; "
-        "AutoAttack is the robust accuracy."
+        f"{robust}."
     )
     return Document(
         title=comparison["title"],
@@ -170,9 +173,13 @@ def _difference_section(comparison: Mapping[str, Any]) -> Section:
     return Section(f"Against {name}", table, text=text if table else text + none)
 
 
+def _is_known(name: str, comparison: Mapping[str, Any]) -> bool:
+    """Whether the accuracy `name` has a figure in some row."""
+    return any(name in row["measures"] for row in comparison["rows"])
+
+
 def _rows_table(comparison: Mapping[str, Any]) -> Table:
-    named = ("clean", AUTOATTACK, *(n for row in comparison["rows"] for n in row["measures"]))
-    known = measure_order(dict.fromkeys(named))
+    known = measure_order(name for row in comparison["rows"] for name in row["measures"])
     measures = [name for name in known if name != WORST_CASE]
     rows = tuple(
         (
@@ -272,6 +279,7 @@ def _pooled_table(comparison: Mapping[str, Any]) -> Table:
         if pair["measure"] == AUTOATTACK and pair["difference"] > 0:
             point = pair["configuration"], pair["budget"]
             higher[point] = higher.get(point, 0) + 1
+    header = ("configuration", "budget", "clean", "AutoAttack", "seeds with more AutoAttack")
     rows = tuple(
         (
             configuration,
@@ -283,8 +291,9 @@ def _pooled_table(comparison: Mapping[str, Any]) -> Table:
         )
         for (configuration, budget), known in found.items()
     )
-    header = ("configuration", "budget", "clean", "AutoAttack", "seeds with more AutoAttack")
-    return Table(header, rows)
+    # Without AutoAttack there is nothing in the last two columns.
+    columns = len(header) if any(AUTOATTACK in known for known in found.values()) else 3
+    return Table(header[:columns], tuple(row[:columns] for row in rows))
 
 
 def _warnings_table(warnings: Sequence[Mapping[str, Any]]) -> Table:

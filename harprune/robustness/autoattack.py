@@ -34,6 +34,9 @@ FLAGS = {
 }
 """The reference's warnings, by a part of their text, and what they are called here."""
 
+SQUARE_QUERIES = 5000
+"""Forward passes that Square spends on an image that survives."""
+
 SQUARE_TOLERANCE = 0.002
 """The accuracy that Square may take from the gradient attacks before the reference warns."""
 
@@ -103,7 +106,7 @@ class AutoAttack:
     def passes(self) -> int:
         """Forward + backward passes per image that survives, at most, with 10 classes or more.
 
-        Square's 5000 forward passes come on top.
+        Square's `SQUARE_QUERIES` forward passes come on top.
         """
         one_run, targets = 101, 9
         standard = one_run + targets * one_run + targets * 100

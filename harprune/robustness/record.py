@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -147,20 +147,20 @@ def paired(a: Evaluation, b: Evaluation, name: str = WORST_CASE) -> PairedDiffer
     """How `b` differs from `a` under `name`: "clean", an attack, or "worst case".
 
     Raises:
-        ValueError: the two are not of the same images, or one lacks the attack.
+        ValueError: the two are not of the same images, or give them other labels; one lacks the
+            attack.
     """
     for each in (a, b):
         if not isinstance(each, Evaluation):
             raise ValueError(f"{each!r} is no evaluation; give what harprune.evaluate returned")
-    for key in ("index", "labels"):
-        if not np.array_equal(a.outcomes[key], b.outcomes[key]):
-            raise ValueError(
-                f"{a.model} ({a.size} images) and {b.model} ({b.size} images) differ in {key}; "
-                "evaluate both on the same subset"
-            )
     first, second = ({**each.outcomes, name: each.outcome(name)} for each in (a, b))
-    # Of the same images there is one.
-    return cast(PairedDifference, paired_difference(first, second, name))
+    found = paired_difference(first, second, name)
+    if found is None or not a.size == b.size == found.size:
+        raise ValueError(
+            f"{a.model} ({a.size} images) and {b.model} ({b.size} images) were not evaluated on "
+            "the same images; evaluate both on the same subset"
+        )
+    return found
 
 
 def differing(a: Evaluation, b: Evaluation) -> dict[str, int]:

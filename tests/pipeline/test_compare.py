@@ -138,13 +138,18 @@ def test_a_part_of_a_grid_is_the_same_cells(grid, command, here):
     assert refused == f"--density of {grid} has no 0.25; choose among 0.3, 0.2"
     refused = command("compare", grid, "--out", "out", "--method", "two").refusal
     assert refused == f"--method of {grid} has no 'two'; choose among one"
-    assert command("compare", grid, "--out", "out", "--density", 0.3).code == 0
+    assert command("compare", grid, "--out", "out", "--density", 0.2).code == 0
     before = files(Path("out"))
-    assert {path.split("/")[0] for path in before} == {"dense-seed0", "one-0.3-seed0"}
+    assert {path.split("/")[0] for path in before} == {"dense-seed0", "one-0.2-seed0"}
     assert command("compare", grid, "--out", "out").code == 0
     after = files(Path("out"))
     assert before.items() < after.items()
-    assert {path.split("/")[0] for path in after.keys() - before.keys()} == {"one-0.2-seed0"}
+    assert {path.split("/")[0] for path in after.keys() - before.keys()} == {"one-0.3-seed0"}
+    assert list(Path("out").glob("*/attack/dense")) == [Path("out/one-0.2-seed0/attack/dense")]
+    rows = json.loads(Path("out/comparison.json").read_text())["rows"]
+    assert [(row["configuration"], row["density"]) for row in rows] == [
+        ("dense", 1.0), ("one", 0.3), ("one", 0.2)
+    ]  # fmt: skip
 
 
 def test_a_part_of_a_grid_may_be_some_of_its_methods(grid, here):
@@ -178,6 +183,20 @@ def test_on_how_many_images_the_dense_network_is_attacked_is_said_where_it_is(gr
     (last.folder / "report").mkdir()
     (last.folder / "report/report.json").touch()
     compare._require_same_recipe(last)
+
+
+def test_a_dense_network_that_one_part_attacked_is_not_attacked_by_the_next(grid, here):
+    held = here / "out/one-shot-0.2-seed0/attack/dense/evaluation.json"
+    held.parent.mkdir(parents=True)
+    held.touch()
+    for densities, first in (
+        ((), "harp-0.3-seed1"),
+        ((0.3,), "harp-0.3-seed1"),
+        ((0.2,), "harp-0.2-seed1"),
+    ):
+        cells = cells_of(grid, here / "out", densities=densities)
+        attacked = {c.name for c in cells if c.until == "report" and c.recipe.attack.dense}
+        assert attacked == {first} | {c.name for c in cells if c.folder in held.parents}
 
 
 def test_a_cell_is_finished_when_its_dense_network_is_attacked_too(grid, here):

@@ -117,7 +117,11 @@ def test_the_benchmark_of_densities_runs(capsys, tmp_path):
     deploy.main([*few.split(), "--no-processes", "--runtime", "harprune", "torch", *files])
     rows = json.loads((tmp_path / "a.json").read_text())
     assert [row["runtime"] for row in rows] == ["harprune", "torch"]
-    assert capsys.readouterr().out.split()[: len(deploy.COLUMNS)] == list(deploy.COLUMNS)
+    network, batch, *table = capsys.readouterr().out.splitlines()
+    assert (
+        network == f"resnet18 of width 4, 30 % kept (70 % sparse), erk: {rows[0]['kept']:,} weights"
+    )
+    assert [batch, *table] == [*latency.lines(rows), ""]
     ElementTree.parse(tmp_path / "a.svg")
 
 

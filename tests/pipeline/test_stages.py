@@ -8,10 +8,13 @@ import torch
 from torch import nn
 
 from harprune.pipeline import learning, stages
+from harprune.pipeline.console import roughly
+from harprune.pipeline.judging import expected_passes
 from harprune.pipeline.recipe_text import read_recipe
 from harprune.pipeline.stages import run_until
 from harprune.pipeline.workshop import load_network, open_workshop
 from harprune.reporting.records import STAGES, read_run
+from harprune.robustness.threat import Linf
 from harprune.sparsity.audit import audit
 from harprune.sparsity.layers import prunable_layers
 from harprune.training import checkpoint
@@ -58,6 +61,34 @@ def test_the_selected_epoch_of_each_stage_is_marked(finished, here):
         )
         history = checkpoint.load(finished / f"{name}.safetensors")[1]["history"]
         assert history[selected.epoch]["selected"]
+
+
+def test_what_an_attack_will_take_is_said_where_it_is_long(finished, here, monkeypatch):
+    settings = (f"model.weights={finished / 'dense.safetensors'}", "attack.dense_size=8")
+    state(here / "short", *settings)
+    assert "will take" not in (here / "short" / "log.txt").read_text()
+    monkeypatch.setattr(stages, "_LONG", 0.0)
+    state(here / "long", *settings)
+    said = (here / "long" / "log.txt").read_text()
+    dense, finetuned = [line for line in said.splitlines() if "will take about" in line]
+    assert "attack on the dense network, 8 test images, will take about 0 minutes; " in dense
+    assert "attack on the finetuned network, 16 test images, will take" in finetuned
+    assert dense.endswith("; attack.dense_size can make it fewer")
+    assert finetuned.endswith("; attack.size can make it fewer")
+
+
+def test_attacks_go_against_what_is_right_and_the_parts_of_autoattack_against_what_stands():
+    attacks = ("pgd-20", "autoattack")
+    passes = expected_passes(attacks, Linf(8 / 255), clean=0.8, robust=0.5)
+    assert passes == pytest.approx(0.8 * 20 + 0.5 * (1910 + 5000 / 3))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(130, "2 minutes"), (7_000, "117 minutes"), (7_300, "2 hours"), (400_000, "5 days")],
+)
+def test_long_times_are_said_in_words(seconds, said):
+    assert roughly(seconds) == said
 
 
 def test_the_teacher_is_the_dense_network_in_eval_mode(finished, here):

@@ -463,11 +463,26 @@ def test_links_hold_where_a_name_has_spaces(make_run, tmp_path):
 
 
 def test_an_attack_not_run_everywhere_is_said(make_run, tmp_path):
-    runs = [make_run("a"), make_run("b", seed=1, attacks=("pgd-20",))]
+    runs = [make_run("a"), make_run("b", method="hydra", attacks=("pgd-20",))]
     out = tmp_path / "c.md"
     comparison = write_comparison(runs, out, title="t", note="", command="c")
-    assert "autoattack" not in comparison["rows"][1]["measures"]
-    assert "not run" in out.read_text()
+    assert "autoattack" not in comparison["rows"][-1]["measures"]
+    assert "| AutoAttack |" in out.read_text() and "not run" in out.read_text()
+
+
+def test_an_attack_without_a_figure_has_no_column(make_run, tmp_path):
+    runs = [
+        make_run(f"{method}-{seed}", method=method, seed=seed, attacks=("pgd-20",))
+        for method in ("harp", "hydra")
+        for seed in (0, 1)
+    ]
+    out = tmp_path / "c.md"
+    write_comparison(runs, out, title="t", note="", command="c", baseline="harp")
+    text = out.read_text()
+    assert "over seeds; none is AutoAttack's, so none is a robust accuracy." in text
+    assert "![t: clean accuracy](c.svg)" in text
+    assert "| configuration | budget | seeds | clean | pgd-20 | weights kept / total |" in text
+    assert "| configuration | budget | clean |\n" in text
 
 
 def test_failed_checks_of_any_run_are_shown(make_run, tmp_path):

@@ -481,7 +481,7 @@ def test_pairs_count_disagreements(run, make_network):
         assert result.interval[0] <= result.difference <= result.interval[1]
     assert paired(first, second, "clean").p_value < 0.01
     assert paired(first, first, "clean").p_value == 1
-    with pytest.raises(ValueError, match="differ in index"):
+    with pytest.raises(ValueError, match="not evaluated on the same images"):
         paired(first, run(index=torch.arange(20)), "clean")
     with pytest.raises(ValueError, match="choose among clean, fgsm"):
         paired(first, second, "square")
