@@ -12,6 +12,8 @@ import pytest
 from harprune.reporting.comparison import compare_runs
 from harprune.reporting.comparison_report import write_comparison
 
+from .conftest import LAYERS
+
 
 @pytest.fixture
 def six_runs(make_run):
@@ -446,6 +448,26 @@ def test_a_baseline_named_by_its_method_stands_in_every_panel(make_run, tmp_path
         write_comparison(runs, out, title="t", note="", command="c", baseline=baseline)
         drawn = (tmp_path / f"{name}-density.svg").read_text()
         assert ("<!-- hydra -->" in drawn) is (baseline is not None)  # in the legend
+
+
+def test_a_layer_that_one_run_alone_prunes_is_drawn(make_run, tmp_path):
+    """Others leave it whole, which is not 0 % kept."""
+    fewer = {name: shape for name, shape in LAYERS.items() if name != "stem"}
+    runs = [make_run("a", layers=fewer), make_run("b", method="hydra")]
+    for name, compared in (("some", runs), ("all", runs[1:])):
+        write_comparison(compared, tmp_path / f"{name}.md", title="t", note="", command="c")
+        drawn = (tmp_path / f"{name}-strategies.svg").read_text()
+        layers = re.findall(r"<!-- (stem|block.0.conv|fc) -->", drawn)
+        assert layers == list(LAYERS) and "<!-- 0 -->" not in drawn
+        assert ("hatched: not pruned" in drawn) is (name == "some")
+
+
+def test_a_narrow_plot_is_as_high_below_a_long_legend(make_run, tmp_path):
+    runs = [make_run(str(density), density=density) for density in (0.05, 0.1)]
+    write_comparison(runs, tmp_path / "c.md", title="t", note="", command="c", baseline="harp")
+    drawn = (tmp_path / "c-density.svg").read_text()
+    panel = re.search(r'id="patch_2">\s*<path d="M \S+ (\S+) \nL \S+ \S+ \nL \S+ (\S+) ', drawn)
+    assert float(panel[1]) - float(panel[2]) > 100  # points
 
 
 def test_the_legend_names_only_attacks_that_were_run(make_run, tmp_path):

@@ -314,6 +314,46 @@ def test_a_layer_that_keeps_nothing_is_drawn(make_run):
     assert "<!-- nothing kept -->" in drawn  # matplotlib notes each text beside its outlines
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("a" * 48, "a" * 48), ("stage1." + "b" * 80 + ".2.conv", "stage1.")]
+)
+def test_long_names_leave_room_for_the_densities(make_run, name, said):
+    """Where labels take all of a figure matplotlib warns, and here warnings are errors."""
+    folder = make_run(layers={name: (8, 8), "fc": (10, 64)})
+    write_report(folder)
+    drawn = (folder / "report/plots/density.svg").read_text()
+    (label,) = re.findall(r"<!-- (.{48}) -->", drawn)
+    assert label.startswith(said) and label.endswith(name[-10:])
+
+
+def test_of_many_layers_some_are_named(make_run):
+    folder = make_run(layers={f"layer-{n}": (8, 8) for n in range(250)})
+    write_report(folder)
+    drawn = (folder / "report/plots/density.svg").read_text()
+    named = re.findall(r"<!-- layer-(\d+) -->", drawn)
+    assert named == [str(n) for n in range(0, 250, 3)]
+
+
+@pytest.mark.parametrize(
+    ("density", "labels"),
+    [(0.1, ["10", "20", "50", "100"]), (1e-5, ["0.001", "0.01", "0.1", "1", "10", "100"])],
+)
+def test_a_long_logarithmic_axis_has_fewer_labels(make_run, density, labels):
+    folder = make_run(until="prune")
+    shrink = iter([1.0, 0.5, 2 * density, density])
+
+    def learned(line: dict) -> dict:
+        return line | ({"density": next(shrink)} if line["stage"] == "prune" else {})
+
+    rewrite(folder / "metrics.jsonl", learned)
+    recipe = json.loads((folder / "recipe.json").read_text())
+    recipe["budget"]["density"] = density
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    write_report(folder)
+    drawn = (folder / "report/plots/prune.svg").read_text()
+    assert set(re.findall(r"<!-- ([\d.]+) % -->", drawn)) <= set(labels)
+
+
 def test_plots_are_well_formed_and_undated(make_run):
     folder = make_run()
     write_report(folder)
