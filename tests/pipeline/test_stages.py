@@ -59,6 +59,13 @@ def test_the_selected_epoch_of_each_stage_is_marked(finished, here):
         assert history[selected.epoch]["selected"]
 
 
+def test_the_accuracies_of_each_network_that_goes_on_are_kept(finished):
+    for stage, name in STAGES.items():
+        values = checkpoint.load(finished / f"{name}.safetensors")[1]
+        left = read_run(finished).left[stage]
+        assert (left.clean, left.robust) == (values["clean"], values["robust"])
+
+
 def test_the_teacher_is_the_dense_network_in_eval_mode(finished, here):
     for settings in ((), ("execution.twin=false",), ("execution.attack_precision=bf16",)):
         with Run(here / f"run{settings}", read_recipe("tiny.toml", settings)) as run:

@@ -12,6 +12,7 @@ import pytest
 
 from harprune.intervals import paired_interval
 from harprune.reporting.report import write_report
+from harprune.reporting.tables import ABSENT
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -274,9 +275,26 @@ def test_the_selected_epoch_is_shown_and_not_the_last(make_run):
     assert (stages["prune"]["selected"], stages["finetune"]["selected"]) == (1, None)
     text = (folder / "report/report.md").read_text()
     # After two of four epochs, and passes of all; where nothing is marked it is the last epoch.
-    assert cells(text, "prune")[2:] == ["4", "2", "65.00", "35.00", "4,000"]
-    assert cells(text, "finetune")[2:5] == ["4", "–", "90.00"]  # noqa: RUF001
+    assert cells(text, "prune")[2:] == ["4", "2", ABSENT, ABSENT, "4,000"]
+    assert cells(text, "before the cut to the budget")[4:6] == ["65.00", "35.00"]
+    assert cells(text, "finetune")[2:5] == ["4", ABSENT, "90.00"]
     assert "<!-- selected epoch -->" in (folder / "report/plots/validation.svg").read_text()
+
+
+def test_the_accuracies_of_a_stage_are_those_of_the_network_that_goes_on(make_run):
+    folder = make_run(until="prune")
+    left = {"prune": {"clean": 0.1, "robust": 0.05}, "finetune": {"clean": 1.0, "robust": 1.0}}
+    (folder / "validation.json").write_text(json.dumps(left))
+    stages = write_report(folder)["stages"]
+    text = (folder / "report/report.md").read_text()
+    assert cells(text, "prune")[4:6] == ["10.00", "5.00"]
+    assert cells(text, "before the cut to the budget")[4:6] == ["90.00", "50.00"]
+    assert stages["finetune"]["left"] is None  # of a stage that is to be made again
+    (folder / "metrics.jsonl").unlink()
+    write_report(folder)
+    text = (folder / "report/report.md").read_text()
+    assert cells(text, "prune")[4:6] == ["10.00", "5.00"]
+    assert "| before the cut to the budget |" not in text
 
 
 def test_a_method_without_gamma_is_reported(make_run):
