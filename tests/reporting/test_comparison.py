@@ -4,7 +4,7 @@
 import json
 import re
 import shutil
-from statistics import mean
+from statistics import mean, stdev
 
 import numpy as np
 import pytest
@@ -540,13 +540,35 @@ def test_seeds_are_pooled_against_the_baseline(six_runs, tmp_path):
     for name, row in pooled.items():
         each = [pair["difference"] for pair in found["paired"] if pair["measure"] == name]
         assert row["difference"] == pytest.approx(mean(each))
+        assert row["spread"] == pytest.approx(stdev(each))
         assert row["seeds"] == [0, 1, 2]
         low, high = row["interval"]
         assert low < row["difference"] < high
     higher = sum(
         pair["difference"] > 0 for pair in found["paired"] if pair["measure"] == "autoattack"
     )
-    assert f"| {higher} of 3 |" in out.read_text()
+    text = out.read_text()
+    assert f" | ± {100 * pooled['autoattack']['spread']:.2f} | {higher} of 3 |" in text
+    assert "of the 4 here 0.2 miss the true difference on average. The tests" in text
+
+
+def test_a_seed_alone_says_nothing_of_others(make_run, tmp_path):
+    """One configuration has two seeds, the other one."""
+    runs = [make_run("a"), make_run("b", method="hydra"), make_run("c", method="hydra", seed=1)]
+    out = tmp_path / "c.md"
+    found = write_comparison(runs, out, title="t", note="", command="c", baseline="dense")
+    spreads = {row["configuration"]: row["spread"] is None for row in found["pooled"]}
+    assert spreads == {"harp + erk": True, "hydra + erk": False}
+    write_comparison(runs[:2], out, title="t", note="", command="c", baseline="dense")
+    assert "of the 4 here 0.2 miss the true difference on average.\n" in out.read_text()
+
+
+def test_of_many_runs_to_come_some_are_named(make_run, tmp_path):
+    given = {"title": "t", "note": "", "command": "c", "to_come": [f"run-{n}" for n in range(7)]}
+    write_comparison([make_run()], tmp_path / "c.md", **given, failed={"bad": "it broke"})
+    named = ", ".join(f"run-{n}" for n in range(5))
+    rows = f"| bad | it broke |\n| {named} and 2 more | not run yet |\n"
+    assert rows in (tmp_path / "c.md").read_text()
 
 
 def test_a_command_that_makes_the_runs_stands_alone(six_runs, tmp_path):
