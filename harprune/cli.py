@@ -2,6 +2,7 @@
 """The command line. Heavy imports stay inside the commands, so that `--help` answers at once."""
 
 import errno
+import inspect
 import os
 import sys
 from dataclasses import asdict
@@ -629,6 +630,12 @@ def doctor(as_json: Json = False) -> None:
     else:
         width = max(map(len, findings))
         typer.echo("\n".join(f"{name:<{width}}  {value}" for name, value in findings.items()))
+
+
+# Below the first paragraph of a docstring typer would keep its line breaks, at any width.
+for _each in (*app.registered_commands, *bench.registered_commands):
+    _paragraphs = (inspect.getdoc(_each.callback) or "").split("\n\n")
+    _each.help = "\n\n".join(" ".join(lines.split()) for lines in _paragraphs)
 
 
 def _run(
