@@ -392,6 +392,7 @@ def bench_deploy(
     """Time a network on the sparse kernels and on other runtimes; all must agree first."""
     from harprune.files import write
     from harprune.pipeline import latency
+    from harprune.pipeline.console import Console
     from harprune.reporting.plots import picture, require_picture
 
     if plot is not None:
@@ -405,6 +406,7 @@ def bench_deploy(
             rounds=rounds,
             threads=threads,
             processes=processes,
+            console=Console(),
         )
     )
     if plot is not None:

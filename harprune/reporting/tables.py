@@ -122,6 +122,11 @@ def format_kept(kept: int, total: int) -> str:
     return f"{kept:,} / {total:,}"
 
 
+def counted(count: int, what: str) -> str:
+    """1, "image" -> `1 image`; 2 -> `2 images`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def flatten(value: Any) -> str:
     """A nested value of environment.json as one phrase."""
     if isinstance(value, Mapping):
