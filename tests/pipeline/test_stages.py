@@ -185,7 +185,7 @@ def test_a_stage_that_goes_wrong_is_warned_of_once():
     grown = doubts(0.1, 13.0, 14.0, 15.0, clean=0.9)
     assert grown == [[], [], ["the loss has grown from 0.1 to 14"], []]
     assert doubts(2.0, 13.0, 14.0, 15.0, clean=0.31) == [[], [], [], []]
-    guessed = ["clean accuracy, 30.0% at best, is still what guessing gives"]
+    guessed = ["clean accuracy, 30.0 % at best, is still what guessing gives"]
     assert doubts(1.0, 1.0, 1.0, 1.0, clean=0.3) == [[], guessed, [], []]
 
 
