@@ -2,6 +2,7 @@
 """The command line. Heavy imports stay inside the commands, so that `--help` answers at once."""
 
 import errno
+import inspect
 import os
 import sys
 from dataclasses import asdict
@@ -391,6 +392,7 @@ def bench_deploy(
     """Time a network on the sparse kernels and on other runtimes; all must agree first."""
     from harprune.files import write
     from harprune.pipeline import latency
+    from harprune.pipeline.console import Console
     from harprune.reporting.plots import picture, require_picture
 
     if plot is not None:
@@ -404,6 +406,7 @@ def bench_deploy(
             rounds=rounds,
             threads=threads,
             processes=processes,
+            console=Console(),
         )
     )
     if plot is not None:
@@ -629,6 +632,12 @@ def doctor(as_json: Json = False) -> None:
     else:
         width = max(map(len, findings))
         typer.echo("\n".join(f"{name:<{width}}  {value}" for name, value in findings.items()))
+
+
+# Below the first paragraph of a docstring typer would keep its line breaks, at any width.
+for _each in (*app.registered_commands, *bench.registered_commands):
+    _paragraphs = (inspect.getdoc(_each.callback) or "").split("\n\n")
+    _each.help = "\n\n".join(" ".join(lines.split()) for lines in _paragraphs)
 
 
 def _run(

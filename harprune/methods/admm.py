@@ -119,8 +119,8 @@ class ADMM(Method):
         if left >= (1.0 - _CUT) * whole:
             return None
         return (
-            f"{1.0 - left / whole:.0%} of the squared norm of the weights are cut away: training "
-            "has not drawn them to the pruned network; raise method.rho or prune longer"
+            f"{100 * (1.0 - left / whole):.0f} % of the squared norm of the weights are cut away: "
+            "training has not drawn them to the pruned network; raise method.rho or prune longer"
         )
 
     @torch.no_grad()

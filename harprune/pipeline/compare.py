@@ -202,7 +202,8 @@ def compare(
         densities, methods: as in `cells_of`.
         jobs: processes at work at a time; each takes `execution.threads` of the recipe.
 
-    Returns the comparison, with `failed`: why a cell is missing, by its name.
+    Returns the comparison, with `failed`: why a cell is missing, by its name, and `to_come`: the
+    names of those that were not run yet.
 
     Raises:
         ValueError: see `cells_of`; a cell's folder holds a run of another recipe; or no cell was
@@ -223,7 +224,8 @@ def compare(
     if not done:
         name, why = next(iter(failed.items()), ("all of them", "see their logs"))
         raise ValueError(f"no cell was finished; the first, {name}: {why}")
-    baseline = grid.baseline if grid.baseline in {cell.label for cell in done} else None
+    measured = grid.baseline in {cell.label for cell in done}
+    known = {cell.name for cell in done} | failed.keys()
     seconds = _seconds(out / "times.jsonl")
     return write_comparison(
         [cell.folder for cell in done],
@@ -232,11 +234,13 @@ def compare(
         note=grid.note,
         command=command,
         makes_runs=True,
-        baseline=baseline,
+        baseline=grid.baseline if measured else None,
+        awaited=None if measured else grid.baseline,
         labels=[cell.label for cell in done],
         seconds=[seconds.get(cell.name) for cell in done],
         complete=completed,
         failed=failed,
+        to_come=[cell.name for cell in points if cell.name not in known],
     )
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-_REDRAW = 0.1  # seconds: as often as rich draws a bar
+_REDRAW = 0.1  # seconds between two drawings of a bar, at least
 
 
 class Bar:
     """Progress of one piece of work; `update(done, text)` as often as you like.
 
-    Into a terminal it draws a bar. Into a file it prints a plain line at most every
-    `every` seconds. The first line that can say how much time is left goes to `note` as well.
+    Into a terminal it draws a bar. Into a file, or where TERM is dumb, it prints a plain line at
+    most every `every` seconds. The first line that can say how much time is left goes to `note` as
+    well.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Bar:
         self._began = self._printed = time.monotonic()
         self._first: int | None = None
         self._note: Callable[[str], None] | None = note
-        self._plain = not console.is_terminal
+        self._plain = not _draws(console)
         self._console = console
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -42,7 +43,8 @@ class Bar:
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[text]}", markup=False),
         )
-        self._progress = Progress(*columns, console=console, transient=True)
+        # Drawn by `update` alone: a thread that draws would take time from what is being timed.
+        self._progress = Progress(*columns, console=console, transient=True, auto_refresh=False)
         self._task = self._progress.add_task(title, total=total, text="")
         if not self._plain:
             self._progress.start()
@@ -63,8 +65,9 @@ class Bar:
         left = self.left(done)
         line = f"{self._title} {done}/{self._total}{left}{text and f', {text}'}"
         if not self._plain:
-            self._printed = now
-            self._progress.update(self._task, completed=done, text=text)
+            drawn = now - self._printed >= _REDRAW
+            self._printed = now if drawn else self._printed
+            self._progress.update(self._task, completed=done, text=text, refresh=drawn)
         elif now - self._printed >= self._every:
             self._printed = now
             self._console.print(line, markup=False)
@@ -92,7 +95,9 @@ class Console:
     """Says things to the terminal (standard error) and, in a run, to its log file."""
 
     def __init__(self, log: Path | None = None, *, quiet: bool = False):
-        self._rich = RichConsole(file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
+        self._rich = RichConsole(
+            file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True, emoji=False
+        )
         self._log = log
 
     def say(self, text: str) -> None:
@@ -113,6 +118,11 @@ class Console:
             yield bar
         finally:
             bar.close()
+
+
+def _draws(console: RichConsole) -> bool:
+    """Whether a bar can be drawn; FORCE_COLOR, which rich believes, makes no terminal of a file."""
+    return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
 
 
 def roughly(seconds: float) -> str:

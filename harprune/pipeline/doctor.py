@@ -10,6 +10,7 @@ import torch
 from harprune.kernels import native
 from harprune.models.registry import list_models
 from harprune.pipeline.pruning import METHODS, PLUG_INS
+from harprune.reporting.tables import counted
 from harprune.training.data import data_folder, list_datasets
 
 _REQUIRED = ("numpy", "safetensors", "lightning-fabric", "pyautoattack", "scikit-learn")
@@ -30,7 +31,8 @@ def diagnose() -> dict[str, str]:
         "harprune": _installed("harprune") or "run from its source, not installed",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        "cpu": f"{counted(os.cpu_count() or 1, 'core')}, "
+        f"{counted(torch.get_num_threads(), 'thread')}, "
         f"{torch.backends.cpu.get_cpu_capability()}",
         "kernels": _kernels(),
         "gpu": _gpu(),

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,11 +27,12 @@ from harprune.deploy.module import Module
 from harprune.deploy.network import Network
 from harprune.deploy.runtime import Engine
 from harprune.kernels import native
+from harprune.pipeline.console import Console
 from harprune.pipeline.export import export_recipe
 from harprune.pipeline.source import find_source
 from harprune.pipeline.timing import circumstances, interleaved, seconds, summary
 from harprune.reporting.plots import BLACK, BLUE, PALE
-from harprune.reporting.tables import ABSENT, Table
+from harprune.reporting.tables import ABSENT, Table, counted
 from harprune.user_code import first_line
 
 if TYPE_CHECKING:
@@ -45,10 +47,11 @@ _ROUND = 0.05
 
 @dataclass(frozen=True)
 class Candidate:
-    """A runtime with the network in it, and the file it read."""
+    """A runtime with the network in it, the file it read, and its kernels where they are ours."""
 
     run: Runner
     file: Path
+    kernels: str | None = None
 
 
 def network_of(source: str | Path) -> Network:
@@ -79,16 +82,19 @@ def rows(
     rounds: int = 10,
     threads: int = 1,
     processes: bool = True,
+    console: Console | None = None,
 ) -> Iterator[dict]:
     """A row for each number of images and runtime, with the circumstances.
 
     `milliseconds` are those of a batch, the median of the rounds between `min` and `max`; `ratio`
-    is the median of how many times as fast as `reference` it was in the same round.
+    is the median of how many times as fast as `reference` it was in the same round; `kernels` are
+    those of this package that the runtime used, None in other runtimes.
 
     Args:
         runtimes: some of `RUNTIMES`; when absent, all that are installed but for AVX2 alone.
         processes: also start one for each runtime and batch, and note the seconds from importing
             the runtime to its first answer, and the peak memory.
+        console: shows how far it is, between two measurements.
 
     Raises:
         ValueError: an unknown runtime or one that is not installed, or runtimes that differ.
@@ -102,8 +108,15 @@ def rows(
         with tempfile.TemporaryDirectory() as folder:
             files = _Files(network, Path(folder))
             made = dict(_candidates(files, runtimes, threads))
-            for batch in batches:
-                yield from _batch(made, network, batch, rounds, threads, processes)
+            total = len(batches) * len(made) * (rounds + processes)
+            with (console or Console(quiet=True)).bar("bench deploy", total) as bar:
+                done = count(1)
+                for batch in batches:
+
+                    def told(name: str, batch: int = batch) -> None:
+                        bar.update(next(done), f"batch {batch}, {name}")
+
+                    yield from _batch(made, network, batch, rounds, threads, processes, told)
     finally:
         torch.set_num_threads(before)
 
@@ -115,6 +128,7 @@ def _batch(
     rounds: int,
     threads: int,
     processes: bool,
+    told: Callable[[str], None],
 ) -> Iterator[dict]:
     random = np.random.default_rng(0)
     images = random.random((batch, *network.input_shape), np.float32)
@@ -127,7 +141,7 @@ def _batch(
         calls[name] = _repeated(candidate.run, images, repeats[name])
     taken = {
         name: [own / repeats[name] for own in round_]
-        for name, round_ in interleaved(calls, rounds).items()
+        for name, round_ in interleaved(calls, rounds, told).items()
     }
     others = [name for name in made if name not in (OWN, OWN_AVX2)] or [next(iter(made))]
     reference = min(others, key=lambda name: statistics.median(taken[name]))
@@ -136,6 +150,7 @@ def _batch(
         start = peak = None
         if processes:
             start, peak = _started(name, made[name].file, images.shape, threads)
+            told(name)
         yield {
             "runtime": name,
             "batch": batch,
@@ -152,6 +167,7 @@ def _batch(
             "peak_bytes": peak,
             "kept_weights": sum(len(v) for v in network.values.values()),
             **circumstances(),
+            "kernels": made[name].kernels,
         }
 
 
@@ -178,8 +194,8 @@ def lines(found: Sequence[Mapping]) -> list[str]:
         own = [row for row in found if row["batch"] == batch]
         first = own[0]
         said.append(
-            f"{_counted(batch, 'image')} at a time, {_counted(first['threads'], 'thread')}, median "
-            f"of {_counted(first['rounds'], 'round')}; speed in times that of {first['reference']}"
+            f"{counted(batch, 'image')} at a time, {counted(first['threads'], 'thread')}, median "
+            f"of {counted(first['rounds'], 'round')}; speed in times that of {first['reference']}"
         )
         said += [*_table(own).lines(), ""]
     return said[:-1]
@@ -202,10 +218,6 @@ def _number(value: float | None, unit: float) -> str:
         return ABSENT
     places = max(0, 2 - math.floor(math.log10(value / unit)))
     return f"{value / unit:,.{places}f}"
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def plot(found: Sequence[Mapping]) -> "Figure":
@@ -267,14 +279,17 @@ class _Files:
 
 
 def _own(files: _Files, threads: int) -> Candidate:
-    return Candidate(Engine(files.network, threads=threads), files.artifact())
+    kernels = native.best()
+    engine = Engine(files.network, threads=threads, kernels=kernels)
+    return Candidate(engine, files.artifact(), kernels and kernels.name)
 
 
 def _own_avx2(files: _Files, threads: int) -> Candidate:
     kernels = native.named("avx2")
     if kernels is None:
         raise ValueError("this processor or installation has no AVX2 kernels")
-    return Candidate(Engine(files.network, threads=threads, kernels=kernels), files.artifact())
+    engine = Engine(files.network, threads=threads, kernels=kernels)
+    return Candidate(engine, files.artifact(), kernels.name)
 
 
 def _onnxruntime(files: _Files, threads: int) -> Candidate:

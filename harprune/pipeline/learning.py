@@ -256,7 +256,7 @@ def _doubts(history: list[dict], epochs: int, classes: int) -> Iterator[str]:
         yield f"the loss has grown from {history[0]['loss']:.3g} to {history[-1]['loss']:.3g}"
     best = max(epoch["clean"] for epoch in history)
     if len(history) == ceil(epochs / 2) and guesses(best, classes):
-        yield f"clean accuracy, {best:.1%} at best, is still what guessing gives"
+        yield f"clean accuracy, {100 * best:.1f} % at best, is still what guessing gives"
 
 
 def _now(course: Course, loss: float) -> dict:

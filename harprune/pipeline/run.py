@@ -8,6 +8,7 @@
                        both are removed when it is done
     dense.safetensors  pruned.safetensors  finetuned.safetensors  audit.json
     metrics.jsonl      one line per epoch             warnings.json what stages warned of, if at all
+    validation.json    accuracies of the network that each stage left, on validation images
     scoring.json       what a method spent on images that it scored weights with, if it did
     attack/  report/
 
@@ -232,20 +233,25 @@ class Run:
         """Keep what a reader of the report must know; written when the stage finishes."""
         self._warned.setdefault(stage, []).append(text)
 
-    def _write_warnings(self, stage: str) -> None:
-        """Those of this stage in the place of what it warned of when it was made before."""
-        path = self.folder / "warnings.json"
+    def _keep(self, name: str, stage: str, value: Any) -> None:
+        """A stage's entry in a file of all stages, in the place of what it left there before."""
+        path = self.folder / name
         held = read_record(path) if path.exists() else {}
-        known = {**held, stage: self._warned.get(stage)}
-        known = {name: warnings for name, warnings in known.items() if warnings}
+        known = {key: kept for key, kept in {**held, stage: value}.items() if kept}
         if known != held:
             write(path, json.dumps(known, indent=1) + "\n")
 
     def finish(self, stage: str, tensors: Mapping, values: Mapping[str, Any]) -> None:
-        """Write a stage's warnings and its network, then drop what was kept to resume it."""
+        """Write a stage's network, then drop what was kept to resume it.
+
+        Before it go the stage's warnings, and `values["clean"]` and `values["robust"]`, the
+        network's accuracies on validation images.
+        """
         if self.leader:
             self.note_change()
-            self._write_warnings(stage)
+            self._keep("warnings.json", stage, self._warned.get(stage))
+            left = {name: values[name] for name in ("clean", "robust")}
+            self._keep("validation.json", stage, left)
             checkpoint.save(self.network(stage), tensors, values)
             self._forget(stage)
 

@@ -66,8 +66,8 @@ def pretrain(shop: Workshop) -> None:
     if shop.materials.given and guesses(clean, shop.classes):
         shop.warn(
             "pretrain",
-            f"clean accuracy {clean:.1%} is what guessing gives; are these the right weights, "
-            "classes and normalisation (model.mean, model.std)?",
+            f"clean accuracy {100 * clean:.1f} % is what guessing gives; are these the right "
+            "weights, classes and normalisation (model.mean, model.std)?",
         )
     beside = _learned_beside(shop)
     tensors = checkpoint.pack("model", model.state_dict())

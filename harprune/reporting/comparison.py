@@ -318,7 +318,10 @@ def _paired(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
 
 
 def _pooled(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
-    """The difference to the baseline over all seeds that both have."""
+    """The difference to the baseline over all seeds that both have.
+
+    `spread` is the sample standard deviation of the seeds' own differences.
+    """
     found: dict[tuple[str, float], list[Pair]] = {}
     for pair in _pairs(groups, baseline):
         found.setdefault((pair.configuration, pair.group.density), []).append(pair)
@@ -326,8 +329,11 @@ def _pooled(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
         for name in ("clean", AUTOATTACK):
             pooled = pooled_difference([pair.outcomes(name) for pair in pairs], name)
             if pooled:
-                seeds = [pair.seed for pair in pairs if pair.difference(name)]
-                yield pairs[0].point | {"measure": name, "seeds": seeds} | pooled.as_dict()
+                each = {pair.seed: pair.difference(name) for pair in pairs}
+                known = {seed: paired.difference for seed, paired in each.items() if paired}
+                measured = {"measure": name, "seeds": list(known)}
+                spread = {"spread": _statistics(list(known.values()))["spread"]}
+                yield pairs[0].point | measured | pooled.as_dict() | spread
 
 
 def _reference(groups: Sequence[Group], density: float, baseline: str) -> Group | None:

@@ -3,7 +3,7 @@
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harprune.reporting.plots import (
@@ -14,6 +14,8 @@ from harprune.reporting.plots import (
     new_figure,
     new_panels,
     positive,
+    shortened,
+    text_length,
 )
 from harprune.reporting.tables import format_budgets, format_density
 
@@ -37,7 +39,7 @@ def points_by_row(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     configurations = list(dict.fromkeys(row["configuration"] for row in pruned))
     densities = list(dict.fromkeys(row["density"] for row in pruned))
     labels = [_wrapped(name, 32) for name in configurations]
-    height = 1.1 + max(0.3, 0.1 + 0.13 * _lines(labels)) * len(configurations)
+    height = 0.9 + max(0.3, 0.1 + 0.13 * _lines(labels)) * len(configurations)
     figure, panels = new_panels(len(densities), 3.4 + 2.3 * len(densities), height, across=True)
     for axes, density in zip(panels, densities, strict=True):
         known = {row["configuration"]: row for row in pruned if row["density"] == density}
@@ -114,21 +116,33 @@ def _course(axes: "Axes", rows: Sequence[Mapping[str, Any]], name: str, **look: 
 
 
 def strategies(densities: Mapping[str, Mapping[str, float]]) -> "Figure":
-    """Fraction kept in each layer: a row of per cents for each configuration, darker where more."""
-    from matplotlib.colors import LogNorm
+    """Fraction kept in each layer: a row of per cents for each configuration, darker where more.
 
-    layers = list(next(iter(densities.values())))
-    shares = [[100 * kept.get(layer, 0.0) for layer in layers] for kept in densities.values()]
+    Args:
+        densities: of the layers that each configuration prunes; where it does not prune one that
+            another does, the place is hatched.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.patches import Rectangle
+
+    layers = _united(list(densities.values()))
+    shares = [[100 * kept.get(layer, math.nan) for layer in layers] for kept in densities.values()]
     least = min((s for row in shares for s in row if s > 0), default=1.0)
+    whole = any(math.isnan(share) for row in shares for share in row)
+    title = ["weights kept in %", *(["hatched: not pruned"] if whole else [])]
     labels = [_wrapped(name, 32) for name in densities]
     row_height = max(0.26, 0.04 + 0.13 * _lines(labels))
-    width = 0.5 + _length(labels, 8) + 0.45 * len(layers)
-    height = 0.6 + _length(layers, 7) + row_height * len(densities)
+    width = 0.5 + text_length(labels, 8) + 0.45 * len(layers)
+    height = 0.43 + 0.17 * len(title) + text_length(layers, 7) + row_height * len(densities)
     figure, axes = new_figure(max(3.0, width), height)
     bounds = LogNorm(min(least, 99.0), 100.0)
     axes.imshow([positive(row) for row in shares], aspect="auto", cmap="Blues", norm=bounds)
     for place, row in enumerate(shares):
         for layer, share in enumerate(row):
+            if math.isnan(share):
+                look = {"facecolor": "none", "edgecolor": PALE, "hatch": "////", "linewidth": 0}
+                axes.add_patch(Rectangle((layer - 0.5, place - 0.5), 1, 1, **look))
+                continue
             strong = share > 0 and bounds(share) > 0.6
             axes.text(
                 layer,
@@ -142,8 +156,20 @@ def strategies(densities: Mapping[str, Mapping[str, float]]) -> "Figure":
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
     axes.set_yticks(range(len(densities)), labels)
     axes.grid(visible=False)
-    axes.set_title("weights kept in %")
+    axes.set_title("\n".join(title))
     return figure
+
+
+def _united(members: Sequence[Iterable[str]]) -> list[str]:
+    """The names of all members in their order: one that the first lacks follows its predecessor."""
+    found: list[str] = []
+    for names in members:
+        place = 0
+        for name in names:
+            if name not in found:
+                found.insert(place, name)
+            place = found.index(name) + 1
+    return found
 
 
 def _parted(
@@ -165,11 +191,6 @@ def _lines(labels: Sequence[str]) -> int:
     return max(label.count("\n") + 1 for label in labels)
 
 
-def _length(labels: Sequence[str], size: float) -> float:
-    """About the longest line of `labels`, in inches, set in `size` points."""
-    return max(len(line) for label in labels for line in label.split("\n")) * 0.6 * size / 72
-
-
 def _percentages(row: Mapping[str, Any] | None, name: str) -> list[float]:
     """An accuracy of a row of a comparison, seed by seed."""
     measure = row["measures"].get(name) if row else None
@@ -188,7 +209,7 @@ def _legend_above(
     dense: Mapping[str, Any] | None,
     baseline: str | None = None,
 ) -> None:
-    """What the colours of the accuracies in `rows` mean, above all panels."""
+    """What the colours of the accuracies in `rows` mean, above all panels, which stay as high."""
     from matplotlib.lines import Line2D
 
     names = {"clean": "clean", "autoattack": "AutoAttack"}
@@ -202,15 +223,12 @@ def _legend_above(
         label = f"dense ({' or '.join(map(str, fewer))} images)" if fewer else "dense"
         looks += [Line2D([], [], color=BLACK, linestyle="--", linewidth=1, label=label)]
     if baseline is not None:
-        short = textwrap.shorten(baseline, 24, placeholder=" ...")
-        looks += [Line2D([], [], color=PALE, label=short)]
-    figure.legend(handles=looks, loc="outside upper left", ncols=_columns(figure, looks))
-
-
-def _columns(figure: "Figure", looks: Sequence[Any]) -> int:
-    """How many entries of a legend stand side by side: some line and its longest label each."""
-    widest = 0.45 + _length([look.get_label() for look in looks], 9)
-    return max(1, min(len(looks), int(figure.get_figwidth() / widest)))
+        looks += [Line2D([], [], color=PALE, label=shortened(baseline, 24))]
+    # In a row as many as have room: some line and the longest label each.
+    widest = 0.45 + text_length([str(look.get_label()) for look in looks], 9)
+    columns = max(1, min(len(looks), int(figure.get_figwidth() / widest)))
+    figure.set_figheight(figure.get_figheight() + 0.18 * math.ceil(len(looks) / columns))
+    figure.legend(handles=looks, loc="outside upper left", ncols=columns)
 
 
 def _density_ticks(axes: "Axes", densities: Sequence[float]) -> None:

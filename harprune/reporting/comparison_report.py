@@ -40,6 +40,8 @@ def write_comparison(
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     without_allocation: Container[str] = (),
     failed: Mapping[str, str] = MappingProxyType({}),
+    to_come: Sequence[str] = (),
+    awaited: str | None = None,
 ) -> dict[str, Any]:
     """Write `out_md`, and beside it the same as .json and plots as .svg; returns the comparison.
 
@@ -50,6 +52,8 @@ def write_comparison(
         makes_runs: it makes the runs too, so that their own commands need not be shown.
         baseline, labels, seconds, complete, without_allocation: see `compare_runs`.
         failed: runs that should be here and are not, with the reason.
+        to_come: runs that should be here and were not run yet.
+        awaited: what is to be the baseline as soon as a run of it is finished.
     """
     out = Path(out_md)
     if out.suffix != ".md":
@@ -64,6 +68,7 @@ def write_comparison(
         without_allocation=without_allocation,
     )
     comparison |= {"makes_runs": makes_runs, "failed": dict(failed)}
+    comparison |= {"to_come": list(to_come), "awaited": awaited}
     pictures = dict(_pictures(out, comparison))
     for plot in pictures.values():
         write(out.with_name(plot.path), plot.svg)
@@ -129,15 +134,17 @@ def _warned(warnings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _sections(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Iterator[Section]:
     yield Section("Result", _rows_table(comparison), pictures["result"])
-    if comparison["failed"]:
-        rows = tuple(comparison["failed"].items())
-        yield Section("Missing", Table(("run", "why"), rows, numeric=False))
+    if comparison["failed"] or comparison["to_come"]:
+        yield Section("Missing", _missing_table(comparison))
     if "density" in pictures:
         yield Section("Accuracy over density", plot=pictures["density"])
     yield Section("What it costs", _cost_table(comparison), text=_COST)
     yield Section("Where weights are kept", plot=pictures["strategies"])
     if comparison["baseline"] is not None:
         yield _difference_section(comparison)
+    elif comparison["awaited"] is not None:
+        name = comparison["awaited"]
+        yield Section(f"Against {name}", text=f"There is no finished run of {name} yet.")
     if len(comparison["warnings"]) > _FEW:
         yield Section("Warnings and failed checks", _warnings_table(comparison["warnings"]))
     script = comparison["command"]
@@ -146,6 +153,15 @@ def _sections(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> It
         commands = [e.get("command") for run in held for e in (run, *run.get("continued", []))]
         script = "\n".join([*dict.fromkeys(filter(None, commands)), script])
     yield Section("How this was made", _made_table(comparison), code=script)
+
+
+def _missing_table(comparison: Mapping[str, Any]) -> Table:
+    """A row for each run that failed, and one for all that are still to come."""
+    rows, to_come = list(comparison["failed"].items()), comparison["to_come"]
+    if to_come:
+        more = f" and {len(to_come) - _FEW} more" if len(to_come) > _FEW else ""
+        rows.append((", ".join(to_come[:_FEW]) + more, "not run yet"))
+    return Table(("run", "why"), tuple(rows), numeric=False)
 
 
 def _difference_section(comparison: Mapping[str, Any]) -> Section:
@@ -159,15 +175,18 @@ def _difference_section(comparison: Mapping[str, Any]) -> Section:
     if any(len(row["seeds"]) > 1 for row in comparison["pooled"]):
         text = (
             f"{start}, over pairs of the same image and seed: percentage points with the 95 % "
-            "interval over images, which seeds that agree do not narrow. It speaks of these "
-            "trained networks; how much another seed would change it, the spread in the result "
-            "tells. The tests of each seed are in the JSON file."
+            "interval over images, which seeds that agree do not narrow. It takes the trained "
+            "networks as given, for images are drawn and seeds are not; how much another seed "
+            "would change a difference, the sample standard deviation over seeds beside it tells. "
+            "Where the seeds disagree about its sign, it is no verdict about methods. "
+            f"{_each_alone(len(comparison['pooled']))}The tests of each seed are in the JSON file."
         )
         return Section(f"Against {name}", _pooled_table(comparison), text=text)
     text = (
         f"{start} and seed, on the same images: percentage points with the paired 95 % interval, "
-        "and the exact McNemar test."
-    )
+        "and the exact McNemar test. They take the trained networks as given: images are drawn, "
+        f"seeds are not. {_each_alone(len(comparison['paired']))}"
+    ).rstrip()
     table = _paired_table(comparison["paired"])
     none = " There is no pair measured on the same images."
     return Section(f"Against {name}", table, text=text if table else text + none)
@@ -176,6 +195,16 @@ def _difference_section(comparison: Mapping[str, Any]) -> Section:
 def _is_known(name: str, comparison: Mapping[str, Any]) -> bool:
     """Whether the accuracy `name` has a figure in some row."""
     return any(name in row["measures"] for row in comparison["rows"])
+
+
+def _each_alone(count: int) -> str:
+    """What 95 % means where a table has so many intervals."""
+    if count < 2:
+        return ""
+    return (
+        f"Each interval stands alone at 95 %: of the {count} here {count / 20:.2g} miss the true "
+        "difference on average. "
+    )
 
 
 def _rows_table(comparison: Mapping[str, Any]) -> Table:
@@ -284,16 +313,24 @@ def _pooled_table(comparison: Mapping[str, Any]) -> Table:
         (
             configuration,
             budget,
-            *(format_difference(known.get(name)) for name in ("clean", AUTOATTACK)),
+            *(cell for name in ("clean", AUTOATTACK) for cell in _over_seeds(known.get(name))),
             f"{higher.get((configuration, budget), 0)} of {len(known[AUTOATTACK]['seeds'])}"
             if AUTOATTACK in known
             else ABSENT,
         )
         for (configuration, budget), known in found.items()
     )
-    # Without AutoAttack there is nothing in the last two columns.
-    columns = len(header) if any(AUTOATTACK in known for known in found.values()) else 3
+    header = ("configuration", "budget", "clean", "over seeds", "AutoAttack", "over seeds")
+    header = (*header, "seeds with more AutoAttack")
+    # Without AutoAttack there is nothing in the last three columns.
+    columns = len(header) if any(AUTOATTACK in known for known in found.values()) else 4
     return Table(header[:columns], tuple(row[:columns] for row in rows))
+
+
+def _over_seeds(pooled: Mapping[str, Any] | None) -> tuple[str, str]:
+    """A difference with its interval, and its standard deviation over seeds."""
+    spread = pooled["spread"] if pooled else None
+    return format_difference(pooled), ABSENT if spread is None else f"± {100 * spread:.2f}"
 
 
 def _warnings_table(warnings: Sequence[Mapping[str, Any]]) -> Table:

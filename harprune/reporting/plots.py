@@ -60,6 +60,10 @@ _COUNTED = {
     "multiply-adds": "multiply-adds kept",
     "mixed": "mixed cost kept",
 }
+_MANY = 1000
+"""A logarithmic axis of less than so many times is labelled at 1, 2 and 5, one of more at 1."""
+_MOST_LABELS = 100
+"""Layers named side by side in the widest figure; of more every second, third, ... one."""
 _MODELS = {"dense": PALE, "finetuned": BLUE}
 _UNDATED: dict[str, dict] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 """The kinds of picture, by their suffix, and what keeps the date out of each."""
@@ -100,7 +104,10 @@ def density_per_layer(audit: Audit) -> "Figure":
     """Fraction kept in each layer, beside what ERK, LAMP and uniform allocation would keep."""
     names = list(audit.layers)
     places = range(len(names))
-    figure, axes = new_figure(min(13.0, max(6.4, 1.6 + 0.3 * len(names))), 3.9)
+    labels = [shortened(name, 48) for name in names]
+    size = 7.5 if len(names) < 40 else 6
+    width = min(13.0, max(6.4, 1.6 + 0.3 * len(names)))
+    figure, axes = new_figure(width, 3.2 + text_length(labels, size))
     for name, (label, colour, marker) in _ALLOCATIONS.items():
         if name in audit.allocations:
             shares = [audit.allocations[name].get(layer, math.nan) for layer in names]
@@ -115,7 +122,8 @@ def density_per_layer(audit: Audit) -> "Figure":
             empty, [0.02] * len(empty), "x", color=RED, transform=bottom, label="nothing kept"
         )
     _density_axis(axes)
-    axes.set_xticks(places, names, rotation=90, fontsize=7.5 if len(names) < 40 else 6)
+    every = math.ceil(len(names) / _MOST_LABELS)
+    axes.set_xticks(places[::every], labels[::every], rotation=90, fontsize=size)
     axes.set_ylabel("weights kept")
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: labels[i] != "this run")
@@ -137,13 +145,13 @@ def prune_course(epochs: Sequence[Epoch], budget: Mapping[str, Any]) -> "Figure"
         counted = _COUNTED[budget.get("cost", "parameters")]
         axes.set_ylabel({"gamma": "γ", "density": counted}.get(name, name))  # noqa: RUF001
         if name == "density":
-            _density_axis(axes)
             if budget.get("density") is not None:
                 label = "budget" if budget.get("multiply_adds") is None else "first of two bounds"
                 axes.axhline(
                     budget["density"], color=BLACK, linewidth=1, linestyle="--", label=label
                 )
                 axes.legend(loc="upper right")
+            _density_axis(axes)
         else:
             axes.set_ylim(bottom=0)
     met = [e.epoch + 1 for e in epochs if e.budget_met]
@@ -240,11 +248,13 @@ def new_panels(
 
 
 def _density_axis(axes: "Axes") -> None:
-    """Densities on a logarithmic axis, in per cent."""
+    """Densities on a logarithmic axis, in per cent; for axes that hold all they will."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axes.get_ylim()
+    steps = (1.0, 2.0, 5.0) if high < _MANY * low else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=steps))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -261,6 +271,19 @@ def _legend(axes: "Axes", handles: Sequence[Any] | None = None, *, columns: int)
     axes.legend(
         handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2
     )
+
+
+def text_length(labels: Sequence[str], size: float) -> float:
+    """About the longest line of `labels`, in inches, set in `size` points."""
+    return max(len(line) for label in labels for line in label.split("\n")) * 0.6 * size / 72
+
+
+def shortened(label: str, width: int) -> str:
+    """`label` in at most `width` characters: the middle of a longer one is left out."""
+    if len(label) <= width:
+        return label
+    start = (width - 3) // 2
+    return f"{label[:start]}...{label[start + 3 - width :]}"
 
 
 def positive(values: Sequence[float]) -> list[float]:

@@ -3,7 +3,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,6 +54,14 @@ class Epoch:
     densities: dict[str, float] | None = None
     budget_met: bool | None = None
     selected: bool = False
+
+
+@checked(frozen=True, config=_STRICT)
+class Validated:
+    """Accuracies of a network on the validation images."""
+
+    clean: Fraction
+    robust: Fraction
 
 
 @checked(frozen=True, config=_STRICT)
@@ -157,8 +165,10 @@ class RunRecord:
     """All that a run folder says.
 
     `began_with` is the digest of the dense network that the run was given, None of its own one;
-    `warnings` are what each stage warned of; `scoring` are the forward + backward passes of single
-    images that the method spent before it trained, 0 where an earlier version did not count them.
+    `warnings` are what each stage warned of; `left` are the accuracies of the network that a
+    finished stage left, where its version kept them; `scoring` are the forward + backward passes of
+    single images that the method spent before it trained, 0 where an earlier version did not count
+    them.
     """
 
     folder: Path
@@ -170,6 +180,7 @@ class RunRecord:
     attacked: Mapping[str, Attacked]
     began_with: str | None
     warnings: Mapping[str, tuple[str, ...]]
+    left: Mapping[str, Validated]
     scoring: int
 
     @property
@@ -227,12 +238,13 @@ def read_run(folder: str | Path) -> RunRecord:
         raise ValueError(f"{folder} is no run folder: it holds no recipe.json; see `harprune run`")
     environment, audit = folder / "environment.json", folder / "audit.json"
     inputs, warnings = folder / "inputs.json", folder / "warnings.json"
-    scoring = folder / "scoring.json"
+    validation, scoring = folder / "validation.json", folder / "scoring.json"
+    finished = frozenset(s for s, a in STAGES.items() if (folder / f"{a}.safetensors").exists())
     return RunRecord(
         folder=folder,
         recipe=_read_mapping(folder / "recipe.json"),
         environment=_read_mapping(environment) if environment.exists() else {},
-        finished=frozenset(s for s, a in STAGES.items() if (folder / f"{a}.safetensors").exists()),
+        finished=finished,
         epochs=_read_epochs(folder / "metrics.jsonl"),
         audit=_parse(Audit, _read_text(audit), str(audit)) if audit.exists() else None,
         attacked={
@@ -242,6 +254,7 @@ def read_run(folder: str | Path) -> RunRecord:
         },
         began_with=_read_mapping(inputs).get("dense network") if inputs.exists() else None,
         warnings=_read_warnings(warnings) if warnings.exists() else {},
+        left=_read_left(validation, finished) if validation.exists() else {},
         scoring=_read_scoring(scoring) if scoring.exists() else 0,
     )
 
@@ -257,6 +270,12 @@ def _read_warnings(path: Path) -> dict[str, tuple[str, ...]]:
     """By stage, in the order of stages."""
     found = _parse(dict[Stage, tuple[str, ...]], _read_text(path), str(path))
     return {stage: found[stage] for stage in STAGES if stage in found}
+
+
+def _read_left(path: Path, finished: Container[str]) -> dict[str, Validated]:
+    """Of finished stages: where a stage is made again, what it left before is of no network."""
+    found = _parse(dict[Stage, Validated], _read_text(path), str(path))
+    return {stage: left for stage, left in found.items() if stage in finished}
 
 
 def _read_scoring(path: Path) -> int:

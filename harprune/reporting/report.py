@@ -66,7 +66,7 @@ def _plots(run: RunRecord) -> dict[str, Plot]:
         course = run.of_stage("prune"), run.section("budget")
         drawn["prune"] = _plot("prune", caption, plots.prune_course, *course)
     if run.epochs:
-        caption = "Validation accuracy over epochs"
+        caption = "Validation accuracy over epochs; of pruning, before the cut to the budget"
         drawn["validation"] = _plot("validation", caption, plots.validation_course, run.epochs)
     return drawn
 
@@ -147,9 +147,10 @@ def _sections(summary: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Itera
     if "prune" in pictures:
         yield Section("How the densities were found", plot=pictures["prune"])
     text = (
-        "Accuracy on validation images in the selected epoch, whose network goes on, or in the "
-        "last one where no selection is known; passes are images sent through and back in all "
-        "epochs, and before them to score weights."
+        "Accuracy on validation images of the network that a stage leaves, or, before the cut to "
+        "the budget and where a run did not keep it, in the selected epoch, or in the last one "
+        "where no selection is known; passes are images sent through and back in all epochs, and "
+        "before them to score weights."
     )
     yield Section("Training", stages_table(summary), pictures.get("validation"), text)
     yield Section("How this was made", _made_table(summary))

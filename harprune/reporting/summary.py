@@ -2,6 +2,7 @@
 """A run reduced to the numbers of its report: plain values, from which tables are made."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from math import floor
 from typing import Any
 
@@ -58,17 +59,22 @@ def measure_order(names: Iterable[str]) -> list[str]:
 
 
 def _stage(run: RunRecord, stage: str) -> dict[str, Any]:
-    """Accuracies of the selected epoch (from 0), or of the last where none is known as that."""
+    """Accuracies of the selected epoch (from 0), or of the last where none is known as that.
+
+    `left` are those of the network that the stage left, which pruning cut to the budget after that
+    epoch; None where an earlier version did not keep them.
+    """
     epochs = run.of_stage(stage)
     last = epochs[-1] if epochs else None
     selected = next((epoch for epoch in epochs if epoch.selected), None)
-    shown = selected or last
+    shown, left = selected or last, run.left.get(stage)
     return {
         "finished": stage in run.finished,
         "epochs": len(epochs),
         "selected": selected.epoch if selected else None,
         "clean": shown.clean if shown else None,
         "robust": shown.robust if shown else None,
+        "left": asdict(left) if left else None,
         "passes": run.passes(stage) or None,
     }
 

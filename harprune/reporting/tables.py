@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of a report, and how its numbers are written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -122,6 +122,11 @@ def format_kept(kept: int, total: int) -> str:
     return f"{kept:,} / {total:,}"
 
 
+def counted(count: int, what: str) -> str:
+    """1, "image" -> `1 image`; 2 -> `2 images`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def flatten(value: Any) -> str:
     """A nested value of environment.json as one phrase."""
     if isinstance(value, Mapping):
@@ -178,23 +183,32 @@ def checks_table(summary: Mapping[str, Any]) -> Table | None:
 
 
 def stages_table(summary: Mapping[str, Any]) -> Table:
-    """How far training went, and the epoch (from 1) that was selected on validation images."""
-    rows = tuple(_stage_row(name, stage) for name, stage in summary["stages"].items())
+    """How far training went, and the epoch (from 1) that was selected on validation images.
+
+    A finished stage has the accuracies of the network that it left. Those of pruning before the
+    cut to the budget stand in a row of their own, alone where a run did not keep the others.
+    """
+    rows = tuple(row for name, stage in summary["stages"].items() for row in _stage(name, stage))
     header = ("stage", "state", "epochs", "selected", "clean %", "robust %", "passes")
     return Table(header, rows)
 
 
-def _stage_row(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
+def _stage(name: str, stage: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     unfinished = "unfinished" if stage["epochs"] else "not started"
-    return (
+    cut = name == "prune" and stage["finished"] and stage["epochs"] > 0
+    shown = stage["left"] or ({} if cut else stage)
+    yield (
         name,
         "finished" if stage["finished"] else unfinished,
         str(stage["epochs"]),
         ABSENT if stage["selected"] is None else str(stage["selected"] + 1),
-        format_percent(stage["clean"]),
-        format_percent(stage["robust"]),
+        format_percent(shown.get("clean")),
+        format_percent(shown.get("robust")),
         f"{stage['passes']:,}" if stage["passes"] is not None else ABSENT,
     )
+    if cut:
+        accuracies = format_percent(stage["clean"]), format_percent(stage["robust"])
+        yield ("before the cut to the budget", "", "", "", *accuracies, "")
 
 
 def layers_table(summary: Mapping[str, Any]) -> Table | None:

@@ -142,7 +142,8 @@ def _run_batch(
     if isinstance(attack, AutoAttack):
 
         def told(part: str, share: float) -> None:
-            report(rows.start, len(data.index), f"{row}, this batch after {part} {share:.1%}")
+            said = f"{row}, this batch after {part} {100 * share:.1f} %"
+            report(rows.start, len(data.index), said)
 
         x_adv = _in_parts(attack, attacked, x, y, right, (row, batch, rows), ledger, told)
     else:
@@ -254,7 +255,8 @@ def _summarise(
         gain = square_gain(survivors, len(outcomes["index"]))
         if gain > SQUARE_TOLERANCE:
             flags.append(
-                f"{row}: Square took another {gain:.2%}, and misleading gradients may be the cause"
+                f"{row}: Square took another {100 * gain:.2f} %, and misleading gradients may be "
+                "the cause"
             )
     worst = {**outcomes, WORST_CASE: worst_case_of(outcomes, attacks)}
     return Evaluation(

@@ -117,7 +117,7 @@ def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> Check:
         loss = cross_entropy(model(x), y).sum()
         (gradient,) = torch.autograd.grad(loss, x)
     zero = int((gradient.flatten(1) == 0).all(1).sum())
-    return Check(zero == 0, f"all zero on {zero} of {len(x)} images ({zero / len(x):.1%})")
+    return Check(zero == 0, f"all zero on {zero} of {len(x)} images ({100 * zero / len(x):.1f} %)")
 
 
 def _huge_epsilon(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Check:
@@ -152,7 +152,8 @@ def check_order(
         for weak, strong in pairs
         if outcomes[strong].mean() > outcomes[weak].mean() + ORDER_TOLERANCE
     ]
-    return {"attack order": Check(not wrong, "; ".join(wrong) or f"{len(pairs)} pairs in order")}
+    fine = f"{len(pairs)} pair{'' if len(pairs) == 1 else 's'} in order"
+    return {"attack order": Check(not wrong, "; ".join(wrong) or fine)}
 
 
 def threat_of(attacks: Mapping[str, Attack]) -> Threat | None:

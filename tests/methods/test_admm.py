@@ -95,7 +95,7 @@ def test_weights_that_were_not_drawn_are_doubted():
     method.attach(model, Budget(0.3, allocation=allocation.uniform))
     whole = sum(m.weight.square().sum() for m in (model[0], model[3]))
     left = sum(projected(m.weight, 0.3, ()).square().sum() for m in (model[0], model[3]))
-    assert method.doubt(model).startswith(f"{1 - left / whole:.0%} of the squared norm")
+    assert method.doubt(model).startswith(f"{100 * (1 - left / whole):.0f} % of the squared norm")
 
 
 def _moved_by_magnitude_alone(budget):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,17 @@ def test_every_option_has_help(command, name, monkeypatch):
     for line in options:
         text = re.split(r"<[^>]*>|SECTION\.KEY=VALUE", line)[-1].strip(" │")
         assert re.match(r"[A-Z$a-z].{8,}", text), line
+
+
+def test_help_fills_its_lines(command, monkeypatch):
+    """Wherever a line of a paragraph ends, the next word had no room."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in (["compare"], ["export"], ["prune"], ["report"], ["bench", "deploy"]):
+        text = command(*name, "--help").out.partition("╭")[0].partition("]")[2]
+        for paragraph in re.split(r"\n *\n", text)[1:]:
+            lines = [line.strip() for line in paragraph.strip().splitlines()]
+            for line, following in pairwise(lines):
+                assert len(line) + 1 + len(following.split()[0]) > 78, (name, line)
 
 
 def test_torchs_idle_threads_leave_their_cores():

@@ -132,20 +132,26 @@ def test_a_grid_runs_to_its_table_and_then_does_nothing(grid, command, here):
 
 
 def test_a_part_of_a_grid_is_the_same_cells(grid, command, here):
-    text = GRID.replace("seeds = [0, 1]", "").replace("one-shot", "unused").replace("harp]", "one]")
-    grid.write_text(text[: text.index("[methods.unused]")].replace('baseline = "unused"', ""))
+    grid.write_text(GRID.replace("seeds = [0, 1]", "").replace("harp]", "one]"))
     refused = command("compare", grid, "--out", "out", "--density", 0.25).refusal
     assert refused == f"--density of {grid} has no 0.25; choose among 0.3, 0.2"
     refused = command("compare", grid, "--out", "out", "--method", "two").refusal
-    assert refused == f"--method of {grid} has no 'two'; choose among one"
-    assert command("compare", grid, "--out", "out", "--density", 0.2).code == 0
+    assert refused == f"--method of {grid} has no 'two'; choose among one, one-shot"
+    part = ("compare", grid, "--out", "out", "--method", "one")
+    assert command(*part, "--density", 0.3).code == 0
+    table, to_come = Path("out/comparison.md"), "one-0.2-seed0, one-shot-0.2-seed0 | not run yet |"
+    assert f"## Missing\n\n| run | why |\n| :-- | :-- |\n| one-shot-0.3-seed0, {to_come}" in (
+        table.read_text()
+    )
+    assert "## Against one-shot\n\nThere is no finished run of one-shot yet.\n" in table.read_text()
     before = files(Path("out"))
-    assert {path.split("/")[0] for path in before} == {"dense-seed0", "one-0.2-seed0"}
-    assert command("compare", grid, "--out", "out").code == 0
+    assert {path.split("/")[0] for path in before} == {"dense-seed0", "one-0.3-seed0"}
+    assert command(*part).code == 0
+    assert "\n| one-shot-0.3-seed0, one-shot-0.2-seed0 | not run yet |" in table.read_text()
     after = files(Path("out"))
     assert before.items() < after.items()
-    assert {path.split("/")[0] for path in after.keys() - before.keys()} == {"one-0.3-seed0"}
-    assert list(Path("out").glob("*/attack/dense")) == [Path("out/one-0.2-seed0/attack/dense")]
+    assert {path.split("/")[0] for path in after.keys() - before.keys()} == {"one-0.2-seed0"}
+    assert list(Path("out").glob("*/attack/dense")) == [Path("out/one-0.3-seed0/attack/dense")]
     rows = json.loads(Path("out/comparison.json").read_text())["rows"]
     assert [(row["configuration"], row["density"]) for row in rows] == [
         ("dense", 1.0), ("one", 0.3), ("one", 0.2)

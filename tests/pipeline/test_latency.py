@@ -11,6 +11,7 @@ import pytest
 from bench import deploy
 from harprune.kernels import native
 from harprune.pipeline import latency
+from harprune.pipeline.console import Bar
 from harprune.reporting.tables import ABSENT
 
 
@@ -28,6 +29,7 @@ def test_a_file_is_timed_beside_other_runtimes(command, finished):
         assert row["reference"] == "torch" and row["rounds"] == 2 and row["threads"] == 1
         assert row["images_per_second"] == pytest.approx(1e3 * row["batch"] / row["milliseconds"])
     assert rows[1]["ratio"] == 1.0
+    assert rows[0]["kernels"] == native.best().name and rows[1]["kernels"] is None
     assert rows[0]["file_bytes"] == pytest.approx(Path("a.hpn").stat().st_size, rel=0.5)
     assert all(row["peak_bytes"] is None for row in rows)
     ElementTree.parse("a.svg")
@@ -84,6 +86,15 @@ def test_the_suffix_says_what_kind_of_picture(command, finished, name, start):
     assert Path(name).read_bytes().startswith(start)
 
 
+def test_it_says_how_far_it_is(command, finished, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Bar, "update", lambda bar, done, text: seen.append((done, text)))
+    few = ["--runtime", "harprune", "--runtime", "torch", "--rounds", 2, "--batch", 1, "--batch", 3]
+    assert command("bench", "deploy", finished, *few, "--no-processes").code == 0
+    turns = [f"batch {batch}, {name}" for batch in (1, 3) for name in ("harprune", "torch") * 2]
+    assert seen == list(enumerate(turns, start=1))
+
+
 def test_what_differs_or_is_unknown_is_not_timed(command, finished, monkeypatch):
     refusal = command("bench", "deploy", finished, "--runtime", "gpu").refusal
     assert "runtime 'gpu' is unknown; choose among harprune, harprune avx2" in refusal
@@ -132,5 +143,6 @@ def test_one_instruction_set_is_timed_but_only_where_asked(command, finished):
     rows = json.loads(command("bench", "deploy", finished, *few, *asked).out)
     assert [row["runtime"] for row in rows] == ["harprune", "harprune avx2", "torch"]
     assert {row["reference"] for row in rows} == {"torch"}
+    assert [row["kernels"] for row in rows] == [native.best().name, "avx2", None]
     usual = json.loads(command("bench", "deploy", finished, *few).out)
     assert "harprune avx2" not in [row["runtime"] for row in usual]

@@ -63,6 +63,13 @@ def test_the_selected_epoch_of_each_stage_is_marked(finished, here):
         assert history[selected.epoch]["selected"]
 
 
+def test_the_accuracies_of_each_network_that_goes_on_are_kept(finished):
+    for stage, name in STAGES.items():
+        values = checkpoint.load(finished / f"{name}.safetensors")[1]
+        left = read_run(finished).left[stage]
+        assert (left.clean, left.robust) == (values["clean"], values["robust"])
+
+
 def test_what_an_attack_will_take_is_said_where_it_is_long(finished, here, monkeypatch):
     settings = (f"model.weights={finished / 'dense.safetensors'}", "attack.dense_size=8")
     state(here / "short", *settings)
@@ -208,7 +215,7 @@ def test_a_stage_that_goes_wrong_is_warned_of_once():
     grown = doubts(0.1, 13.0, 14.0, 15.0, clean=0.9)
     assert grown == [[], [], ["the loss has grown from 0.1 to 14"], []]
     assert doubts(2.0, 13.0, 14.0, 15.0, clean=0.31) == [[], [], [], []]
-    guessed = ["clean accuracy, 30.0% at best, is still what guessing gives"]
+    guessed = ["clean accuracy, 30.0 % at best, is still what guessing gives"]
     assert doubts(1.0, 1.0, 1.0, 1.0, clean=0.3) == [[], guessed, [], []]
 
 

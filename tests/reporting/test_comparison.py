@@ -4,13 +4,15 @@
 import json
 import re
 import shutil
-from statistics import mean
+from statistics import mean, stdev
 
 import numpy as np
 import pytest
 
 from harprune.reporting.comparison import compare_runs
 from harprune.reporting.comparison_report import write_comparison
+
+from .conftest import LAYERS
 
 
 @pytest.fixture
@@ -448,6 +450,26 @@ def test_a_baseline_named_by_its_method_stands_in_every_panel(make_run, tmp_path
         assert ("<!-- hydra -->" in drawn) is (baseline is not None)  # in the legend
 
 
+def test_a_layer_that_one_run_alone_prunes_is_drawn(make_run, tmp_path):
+    """Others leave it whole, which is not 0 % kept."""
+    fewer = {name: shape for name, shape in LAYERS.items() if name != "stem"}
+    runs = [make_run("a", layers=fewer), make_run("b", method="hydra")]
+    for name, compared in (("some", runs), ("all", runs[1:])):
+        write_comparison(compared, tmp_path / f"{name}.md", title="t", note="", command="c")
+        drawn = (tmp_path / f"{name}-strategies.svg").read_text()
+        layers = re.findall(r"<!-- (stem|block.0.conv|fc) -->", drawn)
+        assert layers == list(LAYERS) and "<!-- 0 -->" not in drawn
+        assert ("hatched: not pruned" in drawn) is (name == "some")
+
+
+def test_a_narrow_plot_is_as_high_below_a_long_legend(make_run, tmp_path):
+    runs = [make_run(str(density), density=density) for density in (0.05, 0.1)]
+    write_comparison(runs, tmp_path / "c.md", title="t", note="", command="c", baseline="harp")
+    drawn = (tmp_path / "c-density.svg").read_text()
+    panel = re.search(r'id="patch_2">\s*<path d="M \S+ (\S+) \nL \S+ \S+ \nL \S+ (\S+) ', drawn)
+    assert float(panel[1]) - float(panel[2]) > 100  # points
+
+
 def test_the_legend_names_only_attacks_that_were_run(make_run, tmp_path):
     for name, attacks in (("with", ("autoattack",)), ("without", ("pgd-20",))):
         run = make_run(name, attacks=attacks)
@@ -533,13 +555,35 @@ def test_seeds_are_pooled_against_the_baseline(six_runs, tmp_path):
     for name, row in pooled.items():
         each = [pair["difference"] for pair in found["paired"] if pair["measure"] == name]
         assert row["difference"] == pytest.approx(mean(each))
+        assert row["spread"] == pytest.approx(stdev(each))
         assert row["seeds"] == [0, 1, 2]
         low, high = row["interval"]
         assert low < row["difference"] < high
     higher = sum(
         pair["difference"] > 0 for pair in found["paired"] if pair["measure"] == "autoattack"
     )
-    assert f"| {higher} of 3 |" in out.read_text()
+    text = out.read_text()
+    assert f" | ± {100 * pooled['autoattack']['spread']:.2f} | {higher} of 3 |" in text
+    assert "of the 4 here 0.2 miss the true difference on average. The tests" in text
+
+
+def test_a_seed_alone_says_nothing_of_others(make_run, tmp_path):
+    """One configuration has two seeds, the other one."""
+    runs = [make_run("a"), make_run("b", method="hydra"), make_run("c", method="hydra", seed=1)]
+    out = tmp_path / "c.md"
+    found = write_comparison(runs, out, title="t", note="", command="c", baseline="dense")
+    spreads = {row["configuration"]: row["spread"] is None for row in found["pooled"]}
+    assert spreads == {"harp + erk": True, "hydra + erk": False}
+    write_comparison(runs[:2], out, title="t", note="", command="c", baseline="dense")
+    assert "of the 4 here 0.2 miss the true difference on average.\n" in out.read_text()
+
+
+def test_of_many_runs_to_come_some_are_named(make_run, tmp_path):
+    given = {"title": "t", "note": "", "command": "c", "to_come": [f"run-{n}" for n in range(7)]}
+    write_comparison([make_run()], tmp_path / "c.md", **given, failed={"bad": "it broke"})
+    named = ", ".join(f"run-{n}" for n in range(5))
+    rows = f"| bad | it broke |\n| {named} and 2 more | not run yet |\n"
+    assert rows in (tmp_path / "c.md").read_text()
 
 
 def test_a_command_that_makes_the_runs_stands_alone(six_runs, tmp_path):

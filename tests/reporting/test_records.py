@@ -96,6 +96,7 @@ def swap(old: str, new: str):
         ("audit.json", lambda text: "\ufffd{", r"audit\.json is garbled"),
         ("warnings.json", swap("prune", "prone"), r"warnings\.json is garbled \(prone"),
         ("scoring.json", swap("passes", "passed"), r"scoring\.json is garbled \(passed"),
+        ("validation.json", swap("0.5", "50"), r"validation\.json is garbled \(prune\.clean"),
         ("attack/dense/evaluation.json", swap('"correct": 1', '"correct": 2'), "is not correct"),
         ("attack/dense/evaluation.json", swap('"clean"', '"natural"'), "clean: Field required"),
     ],
@@ -104,6 +105,7 @@ def test_a_garbled_file_is_named_in_one_line(make_run, name, change, reason):
     folder = make_run()
     (folder / "warnings.json").write_text('{"prune": ["2 layers are thin"]}')
     (folder / "scoring.json").write_text('{"passes": 7}')
+    (folder / "validation.json").write_text('{"prune": {"clean": 0.5, "robust": 0.2}}')
     path = folder / name
     path.write_text(change(path.read_text()))
     with pytest.raises(ValueError, match=reason) as caught:

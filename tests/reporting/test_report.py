@@ -12,6 +12,7 @@ import pytest
 
 from harprune.intervals import paired_interval
 from harprune.reporting.report import write_report
+from harprune.reporting.tables import ABSENT
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -274,9 +275,26 @@ def test_the_selected_epoch_is_shown_and_not_the_last(make_run):
     assert (stages["prune"]["selected"], stages["finetune"]["selected"]) == (1, None)
     text = (folder / "report/report.md").read_text()
     # After two of four epochs, and passes of all; where nothing is marked it is the last epoch.
-    assert cells(text, "prune")[2:] == ["4", "2", "65.00", "35.00", "4,000"]
-    assert cells(text, "finetune")[2:5] == ["4", "–", "90.00"]  # noqa: RUF001
+    assert cells(text, "prune")[2:] == ["4", "2", ABSENT, ABSENT, "4,000"]
+    assert cells(text, "before the cut to the budget")[4:6] == ["65.00", "35.00"]
+    assert cells(text, "finetune")[2:5] == ["4", ABSENT, "90.00"]
     assert "<!-- selected epoch -->" in (folder / "report/plots/validation.svg").read_text()
+
+
+def test_the_accuracies_of_a_stage_are_those_of_the_network_that_goes_on(make_run):
+    folder = make_run(until="prune")
+    left = {"prune": {"clean": 0.1, "robust": 0.05}, "finetune": {"clean": 1.0, "robust": 1.0}}
+    (folder / "validation.json").write_text(json.dumps(left))
+    stages = write_report(folder)["stages"]
+    text = (folder / "report/report.md").read_text()
+    assert cells(text, "prune")[4:6] == ["10.00", "5.00"]
+    assert cells(text, "before the cut to the budget")[4:6] == ["90.00", "50.00"]
+    assert stages["finetune"]["left"] is None  # of a stage that is to be made again
+    (folder / "metrics.jsonl").unlink()
+    write_report(folder)
+    text = (folder / "report/report.md").read_text()
+    assert cells(text, "prune")[4:6] == ["10.00", "5.00"]
+    assert "| before the cut to the budget |" not in text
 
 
 def test_a_method_without_gamma_is_reported(make_run):
@@ -312,6 +330,46 @@ def test_a_layer_that_keeps_nothing_is_drawn(make_run):
     write_report(folder)
     drawn = (folder / "report/plots/density.svg").read_text()
     assert "<!-- nothing kept -->" in drawn  # matplotlib notes each text beside its outlines
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("a" * 48, "a" * 48), ("stage1." + "b" * 80 + ".2.conv", "stage1.")]
+)
+def test_long_names_leave_room_for_the_densities(make_run, name, said):
+    """Where labels take all of a figure matplotlib warns, and here warnings are errors."""
+    folder = make_run(layers={name: (8, 8), "fc": (10, 64)})
+    write_report(folder)
+    drawn = (folder / "report/plots/density.svg").read_text()
+    (label,) = re.findall(r"<!-- (.{48}) -->", drawn)
+    assert label.startswith(said) and label.endswith(name[-10:])
+
+
+def test_of_many_layers_some_are_named(make_run):
+    folder = make_run(layers={f"layer-{n}": (8, 8) for n in range(250)})
+    write_report(folder)
+    drawn = (folder / "report/plots/density.svg").read_text()
+    named = re.findall(r"<!-- layer-(\d+) -->", drawn)
+    assert named == [str(n) for n in range(0, 250, 3)]
+
+
+@pytest.mark.parametrize(
+    ("density", "labels"),
+    [(0.1, ["10", "20", "50", "100"]), (1e-5, ["0.001", "0.01", "0.1", "1", "10", "100"])],
+)
+def test_a_long_logarithmic_axis_has_fewer_labels(make_run, density, labels):
+    folder = make_run(until="prune")
+    shrink = iter([1.0, 0.5, 2 * density, density])
+
+    def learned(line: dict) -> dict:
+        return line | ({"density": next(shrink)} if line["stage"] == "prune" else {})
+
+    rewrite(folder / "metrics.jsonl", learned)
+    recipe = json.loads((folder / "recipe.json").read_text())
+    recipe["budget"]["density"] = density
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    write_report(folder)
+    drawn = (folder / "report/plots/prune.svg").read_text()
+    assert set(re.findall(r"<!-- ([\d.]+) % -->", drawn)) <= set(labels)
 
 
 def test_plots_are_well_formed_and_undated(make_run):
