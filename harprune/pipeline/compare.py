@@ -21,6 +21,7 @@ from harprune.files import write
 from harprune.nested import differences, in_words
 from harprune.pipeline import checks
 from harprune.pipeline.console import Console
+from harprune.pipeline.derived import read_record
 from harprune.pipeline.grid import read_grid
 from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import (
@@ -31,7 +32,7 @@ from harprune.pipeline.recipe_text import (
     overridden,
     read_toml,
 )
-from harprune.pipeline.run import IN_USE, in_use, read_record
+from harprune.pipeline.run import IN_USE, in_use
 from harprune.reporting.comparison import DENSE
 from harprune.reporting.comparison_report import write_comparison
 

@@ -6,12 +6,17 @@
     inputs.json        digests of the images and, where one was given, of the dense network
     <stage>.progress   where an unfinished stage goes on, and <stage>.best its best epoch so far;
                        both are removed when it is done
-    dense.safetensors  pruned.safetensors  finetuned.safetensors  audit.json
-    metrics.jsonl      one line per epoch             warnings.json what stages warned of, if at all
-    scoring.json       what a method spent on images that it scored weights with, if it did
-    attack/  report/
+    dense.safetensors  pruned.safetensors  finetuned.safetensors
+    attack/            one folder for each network that was attacked
 
-A stage is finished when its network exists; that is all the state a run has.
+These are sources: nothing else knows what they say. What derives from them can be made anew:
+
+    metrics.jsonl      one line per epoch             warnings.json what stages warned of, if at all
+    audit.json         what is kept                   report/
+    scoring.json       what a method spent on images that it scored weights with, if it did
+
+A stage is finished when its network exists; that is all the state a run has. It has begun when it
+or a later one has left a file.
 """
 
 import fcntl
@@ -19,6 +24,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -28,8 +34,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+from torch import Tensor
+
 from harprune.files import write
 from harprune.nested import Difference, differences, in_words
+from harprune.pipeline.derived import read_record, require_known, write_derived, write_metrics
 from harprune.pipeline.recipe import Execution, Recipe
 from harprune.pipeline.recipe_text import as_toml, completed, make_recipe
 from harprune.reporting.records import STAGES
@@ -61,6 +70,11 @@ _WAYS_BACK = {
 }
 _READ_FIRST_BY = {"budget": "prune", "method": "prune"}
 """The stage that is the first to read a section which has not its name."""
+_MADE_FROM = {"prune": "pretrain", "finetune": "prune"}
+"""The stage whose network another one goes on from."""
+
+Network = tuple[dict[str, Tensor], dict[str, Any]]
+"""A network's file: its tensors, and what else is known of it."""
 
 
 class Run:
@@ -110,7 +124,9 @@ class Run:
     def _adopt(self, source: str, command: str) -> None:
         resolved = self.recipe.model_dump(mode="json")
         record = self.folder / "recipe.json"
-        if record.exists() and begun_in(self.folder):
+        if begun_in(self.folder):
+            if not record.exists():
+                raise ValueError(f"{record} is missing; restore it or choose another --out")
             found = list(differences(completed(read_record(record)), resolved))
             begun = [difference for difference in found if self._has_begun(difference[0])]
             if begun:
@@ -118,6 +134,7 @@ class Run:
                     f"{self.folder} holds a run of another recipe ({in_words(begun)}); "
                     f"choose another --out{self._attacked_otherwise(begun)}"
                 )
+            self._require_whole()
             self._going_on = environment_of(command, self.recipe.execution)
             self._changed = (source, resolved) if found else None
             return
@@ -143,8 +160,15 @@ class Run:
         if section == "attack":
             return (self.folder / "attack").exists()
         stage = _READ_FIRST_BY.get(section, section)
-        files = (self.network, self.progress, self.best)
-        return stage not in STAGES or any(file(stage).exists() for file in files)
+        return stage not in STAGES or begun_in(self.folder, since=stage)
+
+    def _require_whole(self) -> None:
+        """Find now, not after hours, what is damaged and cannot be made anew."""
+        if (environment := self.folder / "environment.json").exists():
+            read_record(environment)
+        networks = self._networks()
+        require_known(self.folder, _values(networks))
+        self._require_descent(networks)
 
     def _attacked_otherwise(self, found: Iterable[Difference]) -> str:
         """How else to attack the network of a finished run, where nothing but that is wanted."""
@@ -232,40 +256,77 @@ class Run:
         """Keep what a reader of the report must know; written when the stage finishes."""
         self._warned.setdefault(stage, []).append(text)
 
-    def _write_warnings(self, stage: str) -> None:
-        """Those of this stage in the place of what it warned of when it was made before."""
-        path = self.folder / "warnings.json"
-        held = read_record(path) if path.exists() else {}
-        known = {**held, stage: self._warned.get(stage)}
-        known = {name: warnings for name, warnings in known.items() if warnings}
-        if known != held:
-            write(path, json.dumps(known, indent=1) + "\n")
+    def finish(self, stage: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Write a stage's network, with what it warned of, and drop what was kept to resume it.
 
-    def finish(self, stage: str, tensors: Mapping, values: Mapping[str, Any]) -> None:
-        """Write a stage's warnings and its network, then drop what was kept to resume it."""
-        if self.leader:
-            self.note_change()
-            self._write_warnings(stage)
-            checkpoint.save(self.network(stage), tensors, values)
-            self._forget(stage)
+        Raises:
+            ValueError: a later stage went on from another network of this one; none is written.
+        """
+        if not self.leader:
+            return
+        self.note_change()
+        networks = self._networks()
+        values = {**values, "warnings": self._warned.get(stage, [])}
+        if stage in _MADE_FROM:
+            values["origin"] = checkpoint.digest(networks[_MADE_FROM[stage]][0])
+        networks[stage] = dict(tensors), values
+        self._require_descent(networks)
+        write_derived(self.folder, _values(networks))
+        checkpoint.save(self.network(stage), tensors, values)
+        self._forget(stage)
+
+    def histories(self) -> dict[str, list[dict]]:
+        """The epochs of each finished stage."""
+        return {stage: values["history"] for stage, (_, values) in self._networks().items()}
 
     def write_metrics(self, histories: Mapping[str, list[dict]]) -> None:
         """One line per finished epoch of each stage, in order."""
         if self.leader:
-            lines = [
-                json.dumps({"stage": stage, **epoch})
-                for stage in STAGES
-                for epoch in histories.get(stage, [])
-            ]
-            write(self.folder / "metrics.jsonl", "".join(f"{x}\n" for x in lines))
+            write_metrics(self.folder, histories)
+
+    def restore_derived(self) -> None:
+        """Make what derives from the networks anew where it is missing or not as they say."""
+        write_derived(self.folder, _values(self._networks()))
+
+    def _networks(self) -> dict[str, Network]:
+        """What each finished stage left."""
+        finished = [stage for stage in STAGES if self.network(stage).exists()]
+        return {stage: checkpoint.load(self.network(stage)) for stage in finished}
+
+    def _require_descent(self, networks: Mapping[str, Network]) -> None:
+        """Raises ValueError where one was made from another network than the one before it."""
+        for later, earlier in _MADE_FROM.items():
+            if not {earlier, later} <= networks.keys():
+                continue
+            digest = checkpoint.digest(networks[earlier][0])
+            # A network of an earlier version does not say what it was made from.
+            if networks[later][1].get("origin", digest) != digest:
+                raise ValueError(
+                    f"{self.network(later)} was made from another network than "
+                    f"{self.network(earlier).name} is now; restore that one, or delete "
+                    f"{self.network(later).name} and what was made from it"
+                )
 
 
-def begun_in(folder: str | Path) -> bool:
-    """Whether anything was computed in a folder: a recipe that failed before may be corrected."""
+def _values(networks: Mapping[str, Network]) -> dict[str, dict[str, Any]]:
+    return {stage: values for stage, (_, values) in networks.items()}
+
+
+def begun_in(folder: str | Path, since: str = "pretrain") -> bool:
+    """Whether anything of the stage `since`, or of a later one, was computed in a folder.
+
+    Where nothing was, its recipe failed before and may be corrected.
+    """
+    stages = list(STAGES)
     names = [
         name
-        for stage, network in STAGES.items()
-        for name in (f"{network}.safetensors", f"{stage}.progress", f"{stage}.best")
+        for stage in stages[stages.index(since) :]
+        for name in (
+            f"{STAGES[stage]}.safetensors",
+            f"{stage}.progress",
+            f"{stage}.best",
+            f"attack/{STAGES[stage]}/evaluation.json",
+        )
     ]
     return any((Path(folder) / name).exists() for name in names)
 
@@ -370,19 +431,6 @@ def in_use(folder: Path) -> bool:
     return False
 
 
-def read_record(path: Path) -> dict:
-    """A JSON object that a run wrote; ValueError where it is damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged; restore it or choose another --out")
-    return content
-
-
 def command_line() -> str:
     """The command in force, as a user would type it."""
-    import shlex
-
     return shlex.join(["harprune", *sys.argv[1:]])
