@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a run folder can be lost: what derives from its networks comes back, a source does not."""
+"""What of a run folder can be lost: what derives from networks comes back, a source does not."""
 
 import json
 import shutil
