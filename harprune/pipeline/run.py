@@ -36,7 +36,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from harprune.files import write
+from harprune.files import make_folder, write
 from harprune.nested import Difference, differences, in_words
 from harprune.pipeline.derived import read_record, require_known, write_derived, write_metrics
 from harprune.pipeline.recipe import Execution, Recipe
@@ -70,6 +70,8 @@ _WAYS_BACK = {
 }
 _READ_FIRST_BY = {"budget": "prune", "method": "prune"}
 """The stage that is the first to read a section which has not its name."""
+WITHOUT_EFFECT = ("execution.checkpoint_minutes",)
+"""Keys on which no result depends: they may change at any time."""
 _MADE_FROM = {"prune": "pretrain", "finetune": "prune"}
 """The stage whose network another one goes on from."""
 
@@ -102,7 +104,7 @@ class Run:
             return
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file, not a run folder; choose another --out")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self._lock = lock(self.folder)
         try:
             self._adopt(source, command)
@@ -128,7 +130,7 @@ class Run:
             if not record.exists():
                 raise ValueError(f"{record} is missing; restore it or choose another --out")
             found = list(differences(completed(read_record(record)), resolved))
-            begun = [difference for difference in found if self._has_begun(difference[0])]
+            begun = [difference for difference in found if self._has_begun(difference)]
             if begun:
                 raise ValueError(
                     f"{self.folder} holds a run of another recipe ({in_words(begun)}); "
@@ -150,9 +152,14 @@ class Run:
         write(self.folder / "recipe.toml", source)
         write(self.folder / "recipe.json", json.dumps(resolved, indent=1) + "\n")
 
-    def _has_begun(self, key: str) -> bool:
+    def _has_begun(self, difference: Difference) -> bool:
         """Whether a key decided what was computed; those of stages yet to come may still change."""
-        if key == "attack.dense":  # what is there stays, what is not may yet come
+        key, *values = difference
+        if key == "model.weights" and all(values):
+            # A name for the network that the run knows by its digest, wherever the file lies now.
+            return "dense network" not in self._inputs()
+        # Of attacks on the dense network what is there stays, what is not may yet come.
+        if key in (*WITHOUT_EFFECT, "attack.dense"):
             return False
         if key == "attack.dense_size":
             return self.attack("dense").exists()
@@ -178,7 +185,8 @@ class Run:
                 return ""
             values = new if isinstance(new, list) else [new]
             said += [f"{_OF_EVALUATE[key]} {value}" for value in values]
-        command = f"harprune evaluate {self.folder} {' '.join(said)} --out FOLDER"
+        folder = shlex.quote(str(self.folder))
+        command = f"harprune evaluate {folder} {' '.join(said)} --out FOLDER"
         return f", or attack its network by `{command}`"
 
     def require_same(self, inputs: Mapping[str, str]) -> None:
@@ -189,8 +197,7 @@ class Run:
         """
         if not self.leader:
             return
-        path = self.folder / "inputs.json"
-        held = read_record(path) if path.exists() and begun_in(self.folder) else {}
+        held = self._inputs()
         for name, digest in inputs.items():
             if held.get(name, digest) != digest:
                 raise ValueError(
@@ -198,7 +205,12 @@ class Run:
                     f"--out{_WAYS_BACK.get(name, '')}"
                 )
         if held != dict(inputs):
-            write(path, json.dumps(dict(inputs), indent=1) + "\n")
+            write(self.folder / "inputs.json", json.dumps(dict(inputs), indent=1) + "\n")
+
+    def _inputs(self) -> dict[str, str]:
+        """The digests of what the run began with; none where nothing was computed, or told."""
+        path = self.folder / "inputs.json"
+        return read_record(path) if path.exists() and begun_in(self.folder) else {}
 
     @property
     def corrected(self) -> bool:
@@ -225,9 +237,8 @@ class Run:
 
     def _tidy(self) -> None:
         """Remove what killed processes left: half-written files, progress of finished stages."""
-        for path in [path for place in _PLACES for path in self.folder.glob(place)]:
-            if _TEMPORARY.fullmatch(path.name) and path.is_file():
-                path.unlink()
+        for place in _PLACES:
+            remove_litter(self.folder, place)
         for stage in STAGES:
             if self.network(stage).exists():
                 self._forget(stage)
@@ -408,6 +419,13 @@ def lock(folder: Path) -> TextIO:
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def remove_litter(folder: Path, place: str = ".*") -> None:
+    """Remove half-written files of killed processes; `folder` is this process's alone."""
+    for path in list(folder.glob(place)):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink()
 
 
 def _taken(file: TextIO) -> bool:
