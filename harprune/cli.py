@@ -4,6 +4,7 @@
 import errno
 import inspect
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -88,7 +89,7 @@ bench = typer.Typer(no_args_is_help=True, help="Time what was deployed, side by 
 app.add_typer(bench, name="bench")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_INTERRUPTED = 130
+_INTERRUPTED, _TERMINATED = 130, 143
 _Usage: Any = typer.BadParameter.__mro__[1]  # what every fault in a command line derives from
 
 
@@ -668,9 +669,22 @@ def _print_json(content) -> None:
     typer.echo(to_json(content), nl=False)
 
 
+class _Terminated(BaseException):
+    """SIGTERM, as an exception: whoever is at work cleans up, as after Ctrl-C."""
+
+
 def main() -> None:
     """Entry point: a user's error is one line and exit code 2, never a traceback."""
-    sys.exit(_guarded())
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = _guarded()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    sys.exit(code)
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
 
 
 def _guarded() -> int:
@@ -681,8 +695,11 @@ def _guarded() -> int:
         fault = error.format_message().replace("Value error, ", "").rstrip(".")
         return _fail(f"{fault}; see `{command} --help`", 2)
     except OSError as error:
-        full = "; make room and give the same command again" if error.errno in _FULL else ""
-        return _fail(f"{error}{full}", 2)
+        from harprune.files import Unwritten
+
+        said = isinstance(error, Unwritten) or error.errno not in _FULL
+        way = "" if said else "; make room and give the same command again"
+        return _fail(f"{error}{way}", 2)
     except ValueError as error:
         return _fail(str(error), 2)
     except RuntimeError as error:
@@ -690,6 +707,8 @@ def _guarded() -> int:
             raise
         way = "lower the batch_size of this stage; where it has begun, choose another --out"
         return _fail(f"{error}; {way}", 2)
+    except _Terminated:
+        return _fail("ended by SIGTERM; give the same command again to go on", _TERMINATED)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     if code == _INTERRUPTED:

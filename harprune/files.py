@@ -17,49 +17,57 @@ import numpy as np
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
-class _Unwritten(OSError):
-    """A file that could not be written; `reason` says why, without the way out."""
+class Unwritten(OSError):
+    """A file or folder that could not be made: its text names the way out, `reason` says why."""
 
-    def __init__(self, number: int | None, reason: str, text: str):
-        super().__init__(text)
-        self.errno, self.reason = number, reason
+    def __init__(self, path: Path, error: OSError, kept: str = ""):
+        # Its own words would name a temporary file, as those of a file within this one do.
+        self.reason = error.reason if isinstance(error, Unwritten) else error.strerror or str(error)
+        way = (
+            "allow writing there, or name another place"
+            if error.errno in _FORBIDDEN
+            else "make room and give the same command again"
+        )
+        super().__init__(f"{path} could not be written ({self.reason}){kept}: {way}")
+        self.errno = error.errno
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A context that yields a temporary path and moves it over `path` when the block succeeds.
 
+    Where `path` is a link, the file that it names is replaced.
+
     Raises:
         OSError: the file cannot be written; what stood at `path` stands there still.
     """
-    path, temporary = Path(path), None
+    path = Path(path)
+    place, temporary = Path(os.path.realpath(path)), None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        if place.exists() and not place.is_file():
+            raise FileExistsError(errno.EEXIST, "what is there is no regular file")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
         temporary = Path(name)
         os.close(handle)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private; a run is for others to read
-        os.replace(temporary, path)
+        os.replace(temporary, place)
     except OSError as error:
-        raise _unwritten(path, error) from None
+        raise Unwritten(path, error, "; what was there before is intact") from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
-def _unwritten(path: Path, error: OSError) -> OSError:
-    # Its own words would name the temporary file, as those of a file within this one do.
-    reason = error.reason if isinstance(error, _Unwritten) else str(error.strerror or error)
-    way = (
-        "allow writing there, or name another place"
-        if error.errno in _FORBIDDEN
-        else "make room and give the same command again"
-    )
-    text = f"{path} could not be written ({reason}); what was there before is intact: {way}"
-    return _Unwritten(error.errno, reason, text)
+def make_folder(path: str | Path) -> None:
+    """A folder with those above it, where it is not there yet; raises OSError with a way out."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unwritten(Path(path), error) from None
 
 
 def require_writable(path: str | Path) -> None:
@@ -71,6 +79,8 @@ def require_writable(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file in it")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file; give the name of one")
     home = next(folder for folder in path.absolute().parents if folder.exists())
     if not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
         raise ValueError(f"{path} cannot be written in {home}; name a file elsewhere")

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from harprune.arguments import require_text, require_whole
+from harprune.files import make_folder
 from harprune.models.registry import require_module
 from harprune.pipeline import checks, hardening, machinery, pruning, supply
 from harprune.pipeline.console import Console
 from harprune.pipeline.judging import chosen, judge
 from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import make_recipe
-from harprune.pipeline.run import Run, lock
+from harprune.pipeline.run import Run, lock, remove_litter
 from harprune.pipeline.stages import run_until
 from harprune.pipeline.supply import Materials
 from harprune.pipeline.workshop import Workshop, load_network
@@ -276,8 +277,10 @@ def _require_place(out: str | Path | None) -> None:
 def _kept_in(out: str | Path | None) -> AbstractContextManager:
     if out is None:
         return nullcontext()
-    Path(out).mkdir(parents=True, exist_ok=True)
-    return lock(Path(out))
+    make_folder(out)
+    held = lock(Path(out))
+    remove_litter(Path(out))
+    return held
 
 
 def _materials(model: nn.Module, train: Images, validation: Images, *, given: bool) -> Materials:

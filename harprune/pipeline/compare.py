@@ -18,10 +18,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
-from harprune.files import write
+from harprune.files import make_folder, write
 from harprune.nested import differences, in_words
 from harprune.pipeline import checks
 from harprune.pipeline.console import Console
+from harprune.pipeline.derived import read_record
 from harprune.pipeline.grid import read_grid
 from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import (
@@ -32,9 +33,9 @@ from harprune.pipeline.recipe_text import (
     overridden,
     read_toml,
 )
-from harprune.pipeline.run import IN_USE, in_use, read_record
+from harprune.pipeline.run import IN_USE, WITHOUT_EFFECT, in_use
 from harprune.reporting.comparison import DENSE
-from harprune.reporting.comparison_report import write_comparison
+from harprune.reporting.comparison_report import require_free, write_comparison
 
 T = TypeVar("T", float, str)
 _PAUSE = 0.5
@@ -206,8 +207,8 @@ def compare(
     names of those that were not run yet.
 
     Raises:
-        ValueError: see `cells_of`; a cell's folder holds a run of another recipe; or no cell was
-            finished.
+        ValueError: see `cells_of` and `require_free`; a cell's folder holds a run of another
+            recipe; or no cell was finished.
     """
     if jobs < 1:
         raise ValueError(f"jobs = {jobs} must be at least 1")
@@ -216,7 +217,8 @@ def compare(
     for cell in (*cells, *cells_of(path, out, overrides)):
         _require_same_recipe(cell)
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    require_free(out / "comparison.md")
+    make_folder(out)
     failed = _run_all(cells, jobs, Console(out / "log.txt"), out / "times.jsonl")
     # Of a part of the grid as of the whole: what was finished before stands in the table as well.
     points = [cell for cell in cells_of(path, out, overrides) if cell.until == "report"]
@@ -254,6 +256,11 @@ def _require_same_recipe(cell: Cell) -> None:
         attacked = (cell.folder / "attack" / "dense").exists() and cell.recipe.attack.dense
         free = ["dense"] if attacked else ["dense", "dense_size"]
         held["attack"] |= {key: wanted["attack"][key] for key in free}
+        for key in WITHOUT_EFFECT:
+            section, _, name = key.partition(".")
+            held[section][name] = wanted[section][name]
+        if cell.needs and _own_dense(held) == _own_dense(wanted):
+            held["model"]["weights"] = wanted["model"]["weights"]
         later = ("budget", "method", "prune", "finetune", "attack")
         for section in later if cell.until == "pretrain" else ():
             held[section] = wanted[section]
@@ -263,6 +270,11 @@ def _require_same_recipe(cell: Cell) -> None:
                 f"{cell.folder} holds a run of another recipe ({in_words(found)}); remove it or "
                 "choose another --out"
             )
+
+
+def _own_dense(recipe: Mapping[str, Any]) -> tuple[str, ...]:
+    """The weights of a cell as its grid's folder knows them, wherever that folder lies now."""
+    return Path(recipe["model"]["weights"] or "").parts[-2:]
 
 
 @dataclass
@@ -317,6 +329,8 @@ def _run_all(cells: Sequence[Cell], jobs: int, console: Console, times: Path) ->
     finally:
         for work in working:
             work.process.terminate()
+        for work in working:  # the same command may follow at once, and would find them in use
+            work.process.wait()
     return failed
 
 
@@ -354,17 +368,21 @@ def _seconds(times: Path) -> dict[str, float]:
     """What each cell took, over all times it was begun; none where one was not seen to its end."""
     begun: dict[str, int] = {}
     taken: dict[str, list[float]] = {}
-    for line in times.read_text().splitlines() if times.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:  # cut off, as by a full disk
-            continue
-        name = entry["cell"]
-        if "seconds" in entry:
-            taken.setdefault(name, []).append(entry["seconds"])
-        else:
-            begun[name] = begun.get(name, 0) + 1
+    for line in times.read_bytes().splitlines() if times.exists() else ():
+        match _entry(line):
+            case {"cell": str(name), "seconds": float(seconds)}:
+                taken.setdefault(name, []).append(seconds)
+            case {"cell": str(name)}:
+                begun[name] = begun.get(name, 0) + 1
     return {name: sum(all_) for name, all_ in taken.items() if len(all_) == begun.get(name)}
+
+
+def _entry(line: bytes) -> Any:
+    """What a line says; None where it was cut off, as by a full disk."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import takewhile
 from math import ceil, log
 
 import torch
@@ -23,11 +22,9 @@ from harprune.pipeline.validation import (
     validate,
 )
 from harprune.pipeline.workshop import Workshop, load_network
-from harprune.reporting.records import STAGES
 from harprune.robustness.objectives import Free, Objective
 from harprune.sparsity.execution import Execution, Twin, training_twin
 from harprune.sparsity.layers import Layer
-from harprune.training import checkpoint
 from harprune.training.averaging import Average
 from harprune.training.loop import Diverged, fit
 from harprune.training.schedules import make_schedule
@@ -95,12 +92,12 @@ def learn(
         shop.run, stage, model, optimiser, objective, method, len(batches), average, divisible
     )
     fast = hardening.twin(shop.recipe, course.network)
-    earlier = _earlier(shop, stage)
+    others = shop.run.histories()
     advice = f"; lower {stage}.learning_rate in a new run"
     if method is not None:
         method.begin(section.epochs, len(batches))
     if course.restore():
-        shop.run.write_metrics({**earlier, stage: course.history})
+        shop.run.write_metrics({**others, stage: course.history})
         shop.console.say(f"{stage}: going on at step {course.step}")
     with shop.console.bar(stage, section.epochs * len(batches)) as bar:
 
@@ -119,7 +116,7 @@ def learn(
 
         def after_epoch(epoch: int) -> bool:
             _end_epoch(shop, course, epoch, fast)
-            shop.run.write_metrics({**earlier, stage: course.history})
+            shop.run.write_metrics({**others, stage: course.history})
             left = bar.left((epoch + 1) * len(batches))
             shop.console.say(
                 f"{stage} {epoch + 1}/{section.epochs}: {_summary(course.history[-1])}{left}"
@@ -154,7 +151,6 @@ def learn(
             raise _diverged(shop.run, stage, error) from None
     shop.engine.barrier()  # until rank 0 has written the best epoch
     best = course.take_best()
-    shop.run.write_metrics({**earlier, stage: course.history})
     shop.console.say(f"{stage}: epoch {best + 1} of {section.epochs} selected")
     for epochs in range(1, len(course.history) + 1):  # also those before an interruption
         for doubt in _doubts(course.history[:epochs], section.epochs, shop.classes):
@@ -231,12 +227,6 @@ def _end_epoch(shop: Workshop, course: Course, epoch: int, fast: Twin | None) ->
         eligible = course.method.budget_met(course.model)
         course.method.epoch_ended(course.model, epoch)
     course.epoch_ended(record, eligible=eligible)
-
-
-def _earlier(shop: Workshop, stage: str) -> dict[str, list[dict]]:
-    """The epochs of the stages before this one."""
-    before = takewhile(lambda name: name != stage, STAGES)
-    return {name: checkpoint.load(shop.run.network(name))[1]["history"] for name in before}
 
 
 def _diverged(run: Run, stage: str, error: Diverged) -> ValueError:

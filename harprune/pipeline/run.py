@@ -6,13 +6,18 @@
     inputs.json        digests of the images and, where one was given, of the dense network
     <stage>.progress   where an unfinished stage goes on, and <stage>.best its best epoch so far;
                        both are removed when it is done
-    dense.safetensors  pruned.safetensors  finetuned.safetensors  audit.json
+    dense.safetensors  pruned.safetensors  finetuned.safetensors
+    attack/            one folder for each network that was attacked
+
+These are sources: nothing else knows what they say. What derives from them can be made anew:
+
     metrics.jsonl      one line per epoch             warnings.json what stages warned of, if at all
+    audit.json         what is kept                   report/
     validation.json    accuracies of the network that each stage left, on validation images
     scoring.json       what a method spent on images that it scored weights with, if it did
-    attack/  report/
 
-A stage is finished when its network exists; that is all the state a run has.
+A stage is finished when its network exists; that is all the state a run has. It has begun when it
+or a later one has left a file.
 """
 
 import fcntl
@@ -20,6 +25,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -29,8 +35,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-from harprune.files import write
+from torch import Tensor
+
+from harprune.files import make_folder, write
 from harprune.nested import Difference, differences, in_words
+from harprune.pipeline.derived import read_record, require_known, write_derived, write_metrics
 from harprune.pipeline.recipe import Execution, Recipe
 from harprune.pipeline.recipe_text import as_toml, completed, make_recipe
 from harprune.reporting.records import STAGES
@@ -62,6 +71,13 @@ _WAYS_BACK = {
 }
 _READ_FIRST_BY = {"budget": "prune", "method": "prune"}
 """The stage that is the first to read a section which has not its name."""
+WITHOUT_EFFECT = ("execution.checkpoint_minutes",)
+"""Keys on which no result depends: they may change at any time."""
+_MADE_FROM = {"prune": "pretrain", "finetune": "prune"}
+"""The stage whose network another one goes on from."""
+
+Network = tuple[dict[str, Tensor], dict[str, Any]]
+"""A network's file: its tensors, and what else is known of it."""
 
 
 class Run:
@@ -89,7 +105,7 @@ class Run:
             return
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file, not a run folder; choose another --out")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self._lock = lock(self.folder)
         try:
             self._adopt(source, command)
@@ -111,14 +127,17 @@ class Run:
     def _adopt(self, source: str, command: str) -> None:
         resolved = self.recipe.model_dump(mode="json")
         record = self.folder / "recipe.json"
-        if record.exists() and begun_in(self.folder):
+        if begun_in(self.folder):
+            if not record.exists():
+                raise ValueError(f"{record} is missing; restore it or choose another --out")
             found = list(differences(completed(read_record(record)), resolved))
-            begun = [difference for difference in found if self._has_begun(difference[0])]
+            begun = [difference for difference in found if self._has_begun(difference)]
             if begun:
                 raise ValueError(
                     f"{self.folder} holds a run of another recipe ({in_words(begun)}); "
                     f"choose another --out{self._attacked_otherwise(begun)}"
                 )
+            self._require_whole()
             self._going_on = environment_of(command, self.recipe.execution)
             self._changed = (source, resolved) if found else None
             return
@@ -134,9 +153,14 @@ class Run:
         write(self.folder / "recipe.toml", source)
         write(self.folder / "recipe.json", json.dumps(resolved, indent=1) + "\n")
 
-    def _has_begun(self, key: str) -> bool:
+    def _has_begun(self, difference: Difference) -> bool:
         """Whether a key decided what was computed; those of stages yet to come may still change."""
-        if key == "attack.dense":  # what is there stays, what is not may yet come
+        key, *values = difference
+        if key == "model.weights" and all(values):
+            # A name for the network that the run knows by its digest, wherever the file lies now.
+            return "dense network" not in self._inputs()
+        # Of attacks on the dense network what is there stays, what is not may yet come.
+        if key in (*WITHOUT_EFFECT, "attack.dense"):
             return False
         if key == "attack.dense_size":
             return self.recipe.attack.dense and self.attack("dense").exists()
@@ -144,8 +168,15 @@ class Run:
         if section == "attack":
             return (self.folder / "attack").exists()
         stage = _READ_FIRST_BY.get(section, section)
-        files = (self.network, self.progress, self.best)
-        return stage not in STAGES or any(file(stage).exists() for file in files)
+        return stage not in STAGES or begun_in(self.folder, since=stage)
+
+    def _require_whole(self) -> None:
+        """Find now, not after hours, what is damaged and cannot be made anew."""
+        if (environment := self.folder / "environment.json").exists():
+            read_record(environment)
+        networks = self._networks()
+        require_known(self.folder, _values(networks))
+        self._require_descent(networks)
 
     def _attacked_otherwise(self, found: Iterable[Difference]) -> str:
         """How else to attack the network of a finished run, where nothing but that is wanted."""
@@ -155,7 +186,8 @@ class Run:
                 return ""
             values = new if isinstance(new, list) else [new]
             said += [f"{_OF_EVALUATE[key]} {value}" for value in values]
-        command = f"harprune evaluate {self.folder} {' '.join(said)} --out FOLDER"
+        folder = shlex.quote(str(self.folder))
+        command = f"harprune evaluate {folder} {' '.join(said)} --out FOLDER"
         return f", or attack its network by `{command}`"
 
     def require_same(self, inputs: Mapping[str, str]) -> None:
@@ -166,8 +198,7 @@ class Run:
         """
         if not self.leader:
             return
-        path = self.folder / "inputs.json"
-        held = read_record(path) if path.exists() and begun_in(self.folder) else {}
+        held = self._inputs()
         for name, digest in inputs.items():
             if held.get(name, digest) != digest:
                 raise ValueError(
@@ -175,7 +206,12 @@ class Run:
                     f"--out{_WAYS_BACK.get(name, '')}"
                 )
         if held != dict(inputs):
-            write(path, json.dumps(dict(inputs), indent=1) + "\n")
+            write(self.folder / "inputs.json", json.dumps(dict(inputs), indent=1) + "\n")
+
+    def _inputs(self) -> dict[str, str]:
+        """The digests of what the run began with; none where nothing was computed, or told."""
+        path = self.folder / "inputs.json"
+        return read_record(path) if path.exists() and begun_in(self.folder) else {}
 
     @property
     def corrected(self) -> bool:
@@ -202,9 +238,8 @@ class Run:
 
     def _tidy(self) -> None:
         """Remove what killed processes left: half-written files, progress of finished stages."""
-        for path in [path for place in _PLACES for path in self.folder.glob(place)]:
-            if _TEMPORARY.fullmatch(path.name) and path.is_file():
-                path.unlink()
+        for place in _PLACES:
+            remove_litter(self.folder, place)
         for stage in STAGES:
             if self.network(stage).exists():
                 self._forget(stage)
@@ -233,45 +268,77 @@ class Run:
         """Keep what a reader of the report must know; written when the stage finishes."""
         self._warned.setdefault(stage, []).append(text)
 
-    def _keep(self, name: str, stage: str, value: Any) -> None:
-        """A stage's entry in a file of all stages, in the place of what it left there before."""
-        path = self.folder / name
-        held = read_record(path) if path.exists() else {}
-        known = {key: kept for key, kept in {**held, stage: value}.items() if kept}
-        if known != held:
-            write(path, json.dumps(known, indent=1) + "\n")
+    def finish(self, stage: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Write a stage's network, with what it warned of, and drop what was kept to resume it.
 
-    def finish(self, stage: str, tensors: Mapping, values: Mapping[str, Any]) -> None:
-        """Write a stage's network, then drop what was kept to resume it.
-
-        Before it go the stage's warnings, and `values["clean"]` and `values["robust"]`, the
-        network's accuracies on validation images.
+        Raises:
+            ValueError: a later stage went on from another network of this one; none is written.
         """
-        if self.leader:
-            self.note_change()
-            self._keep("warnings.json", stage, self._warned.get(stage))
-            left = {name: values[name] for name in ("clean", "robust")}
-            self._keep("validation.json", stage, left)
-            checkpoint.save(self.network(stage), tensors, values)
-            self._forget(stage)
+        if not self.leader:
+            return
+        self.note_change()
+        networks = self._networks()
+        values = {**values, "warnings": self._warned.get(stage, [])}
+        if stage in _MADE_FROM:
+            values["origin"] = checkpoint.digest(networks[_MADE_FROM[stage]][0])
+        networks[stage] = dict(tensors), values
+        self._require_descent(networks)
+        write_derived(self.folder, _values(networks))
+        checkpoint.save(self.network(stage), tensors, values)
+        self._forget(stage)
+
+    def histories(self) -> dict[str, list[dict]]:
+        """The epochs of each finished stage."""
+        return {stage: values["history"] for stage, (_, values) in self._networks().items()}
 
     def write_metrics(self, histories: Mapping[str, list[dict]]) -> None:
         """One line per finished epoch of each stage, in order."""
         if self.leader:
-            lines = [
-                json.dumps({"stage": stage, **epoch})
-                for stage in STAGES
-                for epoch in histories.get(stage, [])
-            ]
-            write(self.folder / "metrics.jsonl", "".join(f"{x}\n" for x in lines))
+            write_metrics(self.folder, histories)
+
+    def restore_derived(self) -> None:
+        """Make what derives from the networks anew where it is missing or not as they say."""
+        write_derived(self.folder, _values(self._networks()))
+
+    def _networks(self) -> dict[str, Network]:
+        """What each finished stage left."""
+        finished = [stage for stage in STAGES if self.network(stage).exists()]
+        return {stage: checkpoint.load(self.network(stage)) for stage in finished}
+
+    def _require_descent(self, networks: Mapping[str, Network]) -> None:
+        """Raises ValueError where one was made from another network than the one before it."""
+        for later, earlier in _MADE_FROM.items():
+            if not {earlier, later} <= networks.keys():
+                continue
+            digest = checkpoint.digest(networks[earlier][0])
+            # A network of an earlier version does not say what it was made from.
+            if networks[later][1].get("origin", digest) != digest:
+                raise ValueError(
+                    f"{self.network(later)} was made from another network than "
+                    f"{self.network(earlier).name} is now; restore that one, or delete "
+                    f"{self.network(later).name} and what was made from it"
+                )
 
 
-def begun_in(folder: str | Path) -> bool:
-    """Whether anything was computed in a folder: a recipe that failed before may be corrected."""
+def _values(networks: Mapping[str, Network]) -> dict[str, dict[str, Any]]:
+    return {stage: values for stage, (_, values) in networks.items()}
+
+
+def begun_in(folder: str | Path, since: str = "pretrain") -> bool:
+    """Whether anything of the stage `since`, or of a later one, was computed in a folder.
+
+    Where nothing was, its recipe failed before and may be corrected.
+    """
+    stages = list(STAGES)
     names = [
         name
-        for stage, network in STAGES.items()
-        for name in (f"{network}.safetensors", f"{stage}.progress", f"{stage}.best")
+        for stage in stages[stages.index(since) :]
+        for name in (
+            f"{STAGES[stage]}.safetensors",
+            f"{stage}.progress",
+            f"{stage}.best",
+            f"attack/{STAGES[stage]}/evaluation.json",
+        )
     ]
     return any((Path(folder) / name).exists() for name in names)
 
@@ -355,6 +422,13 @@ def lock(folder: Path) -> TextIO:
     return file
 
 
+def remove_litter(folder: Path, place: str = ".*") -> None:
+    """Remove half-written files of killed processes; `folder` is this process's alone."""
+    for path in list(folder.glob(place)):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink()
+
+
 def _taken(file: TextIO) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -376,19 +450,6 @@ def in_use(folder: Path) -> bool:
     return False
 
 
-def read_record(path: Path) -> dict:
-    """A JSON object that a run wrote; ValueError where it is damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged; restore it or choose another --out")
-    return content
-
-
 def command_line() -> str:
     """The command in force, as a user would type it."""
-    import shlex
-
     return shlex.join(["harprune", *sys.argv[1:]])

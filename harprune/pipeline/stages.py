@@ -11,11 +11,11 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harprune.files import to_json, write
 from harprune.methods.base import Budget, Method, given_densities
 from harprune.modes import eval_mode
 from harprune.pipeline import hardening, machinery, pruning
@@ -85,7 +85,7 @@ def prune(shop: Workshop) -> None:
     )
     seed_generators(shop.seed("prune"))
     method.attach(model, budget)
-    _show_sample(shop, method, model)
+    scoring = _show_sample(shop, method, model)
     history: list[dict] = []
     if shop.recipe.prune.epochs and (groups := method.trainable(model)):
         soft = shop.recipe.prune.distillation
@@ -102,10 +102,10 @@ def prune(shop: Workshop) -> None:
     counts = budget.audit(model)
     shop.console.say(f"pruned: {counts.kept} of {counts.total} {counts.denominator} kept")
     _alarm(shop, model, counts)
-    _write_audit(shop, counts, budget)
     clean, robust = _validated(shop, model, "pruned")
     tensors |= checkpoint.pack("model", model.state_dict())
-    _finish(shop, "prune", tensors, history, clean, robust)
+    beside = {"audit": _counted(shop, counts, budget), "scoring": scoring}
+    _finish(shop, "prune", tensors, history, clean, robust, **beside)
 
 
 def finetune(shop: Workshop) -> None:
@@ -124,10 +124,10 @@ def finetune(shop: Workshop) -> None:
         masks.expand(model)
     masks.bake(model)
     counts = budget.audit(model)
-    _write_audit(shop, counts, budget)
     clean, robust = _validated(shop, model, "finetuned")
     tensors = checkpoint.pack("model", model.state_dict()) | checkpoint.pack("mask", kept)
-    _finish(shop, "finetune", tensors, history, clean, robust)
+    beside = _counted(shop, counts, budget)
+    _finish(shop, "finetune", tensors, history, clean, robust, audit=beside)
 
 
 def attack(shop: Workshop) -> None:
@@ -170,6 +170,7 @@ def report(shop: Workshop) -> dict:
     """Tables and plots of what the folder holds -> report/."""
     if not shop.run.leader:
         return {}
+    shop.run.restore_derived()
     content = write_report(shop.run.folder)
     if table := results_table(content):
         for line in table.lines():
@@ -178,11 +179,11 @@ def report(shop: Workshop) -> dict:
     return content
 
 
-def _show_sample(shop: Workshop, method: Method, model: nn.Module) -> None:
-    """Show the method the images it asks for, in every process the same."""
+def _show_sample(shop: Workshop, method: Method, model: nn.Module) -> dict[str, int] | None:
+    """Show the method the images it asks for, in every process the same; what that cost."""
     sample, section = method.sample, shop.recipe.prune
     if sample is None:
-        return
+        return None
     batches = machinery.batches(
         shop.materials.train, shop.recipe, section, shop.engine, shop.seed("prune"), shared=False
     )
@@ -201,8 +202,7 @@ def _show_sample(shop: Workshop, method: Method, model: nn.Module) -> None:
 
     with eval_mode(model):
         method.observe(model, counted())
-    if shop.run.leader:
-        write(shop.run.folder / "scoring.json", to_json({"passes": passes * shown}))
+    return {"passes": passes * shown}
 
 
 def _alarm(shop: Workshop, model: nn.Module, counts: Audit) -> None:
@@ -288,7 +288,7 @@ def _finish(
     history: list,
     clean: float,
     robust: float,
-    **more: str | None,
+    **more: Any,
 ) -> None:
     shop.engine.barrier()
     values = {"history": history, "clean": clean, "robust": robust, **more}
@@ -296,10 +296,8 @@ def _finish(
     shop.engine.barrier()
 
 
-def _write_audit(shop: Workshop, counts: Audit, budget: Budget) -> None:
-    """audit.json: the counts, beside what named allocations would keep under the same budget."""
-    if not shop.run.leader:
-        return
+def _counted(shop: Workshop, counts: Audit, budget: Budget) -> dict[str, Any]:
+    """The counts, beside what named allocations would keep under the same budget."""
     model = load_network(shop, "pretrain")
     layers = budget.layers(model)
     content = counts.as_dict()
@@ -315,4 +313,4 @@ def _write_audit(shop: Workshop, counts: Audit, budget: Budget) -> None:
         with suppress(ValueError):  # without a floor it may leave a layer empty
             shares = given_densities(model, other)
             content["allocations"][name] = {n: float(share()) for n, share in shares.items()}
-    write(shop.run.folder / "audit.json", to_json(content))
+    return content

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several runs side by side for people: comparison.md with its plots, and the same as .json."""
 
+import json
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -54,10 +55,12 @@ def write_comparison(
         failed: runs that should be here and are not, with the reason.
         to_come: runs that should be here and were not run yet.
         awaited: what is to be the baseline as soon as a run of it is finished.
+
+    Raises:
+        ValueError: see `require_free` and `compare_runs`.
     """
     out = Path(out_md)
-    if out.suffix != ".md":
-        raise ValueError(f"a comparison is written to a Markdown file, not to {out}; end it in .md")
+    require_free(out)
     comparison = {"title": title, "note": note, "command": command}
     comparison |= compare_runs(
         folders,
@@ -70,16 +73,54 @@ def write_comparison(
     comparison |= {"makes_runs": makes_runs, "failed": dict(failed)}
     comparison |= {"to_come": list(to_come), "awaited": awaited}
     pictures = dict(_pictures(out, comparison))
+    # First what says of the others that they are a comparison's, and may be replaced by the next.
+    write(out.with_suffix(".json"), to_json(comparison))
     for plot in pictures.values():
         write(out.with_name(plot.path), plot.svg)
-    write(out.with_suffix(".json"), to_json(comparison))
     write(out, _document(comparison, pictures).markdown())
     return comparison
+
+
+def require_free(out: Path) -> None:
+    """Refuse a place where a comparison would replace anything but an earlier one.
+
+    Raises:
+        ValueError: it is no Markdown file, it lies in a run folder, or a file beside it that would
+            be written is there and of no comparison.
+    """
+    if out.suffix != ".md":
+        raise ValueError(f"a comparison is written to a Markdown file, not to {out}; end it in .md")
+    for folder in out.absolute().parents:
+        if (folder / "recipe.json").exists():
+            raise ValueError(f"{out} lies in the run folder {folder}; name a file elsewhere")
+    table = out.with_suffix(".json")
+    if _is_comparison(table):
+        return
+    for path in (table, out.with_suffix(".svg"), *map(out.with_name, _plots_of(out))):
+        if path.exists():
+            raise ValueError(
+                f"{path} would be written beside {out}, but it is there and of no comparison; name "
+                "another file"
+            )
+
+
+def _is_comparison(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"title", "protocol", "rows"} <= content.keys()
+
+
+def _plots_of(out: Path) -> tuple[str, str]:
+    """The names of the plots beside the first one: over density, and of strategies."""
+    return f"{out.stem}-density.svg", f"{out.stem}-strategies.svg"
 
 
 def _pictures(out: Path, comparison: Mapping[str, Any]) -> Iterator[tuple[str, Plot]]:
     """What there is to see, by the section that shows it."""
     title = comparison["title"]
+    over_density, of_strategies = _plots_of(out)
     picture = to_svg(comparison_plots.points_by_row, comparison["rows"])
     drawn = "clean and robust" if _is_known(AUTOATTACK, comparison) else "clean"
     yield "result", Plot(out.with_suffix(".svg").name, f"{title}: {drawn} accuracy", picture)
@@ -87,14 +128,13 @@ def _pictures(out: Path, comparison: Mapping[str, Any]) -> Iterator[tuple[str, P
     if len({row["density"] for row in rows}) > 1:
         baseline = comparison["baseline"]
         picture = to_svg(comparison_plots.accuracy_over_density, comparison["rows"], baseline)
-        name = f"{out.stem}-density.svg"
-        yield "density", Plot(name, f"{title}: accuracy over density", picture)
+        yield "density", Plot(over_density, f"{title}: accuracy over density", picture)
     least = min(row["density"] for row in rows)
     sparsest = [row for row in rows if row["density"] == least]
     strategies = {row["configuration"]: row["layers"] for row in sparsest}
     picture = to_svg(comparison_plots.strategies, strategies)
     caption = f"{title}: densities per layer at {format_budgets(sparsest)}, first seed"
-    yield "strategies", Plot(f"{out.stem}-strategies.svg", caption, picture)
+    yield "strategies", Plot(of_strategies, caption, picture)
 
 
 def _document(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Document:

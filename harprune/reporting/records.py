@@ -30,6 +30,15 @@ GIVEN_IN_PYTHON = "given in python"
 WORST_CASE = "worst case"
 """An image counts when it withstands every attack."""
 
+_DERIVED = "restore it, or repeat the command of its run, which makes it anew from the networks"
+_WAYS = {
+    **dict.fromkeys(("metrics.jsonl", "audit.json", "warnings.json", "scoring.json"), _DERIVED),
+    "evaluation.json": "restore it, or delete it and repeat the command, which attacks anew",
+    "outcomes.npz": "restore it, or delete evaluation.json beside it and repeat the command, "
+    "which attacks anew",
+}
+"""What helps where a file is garbled; of any other file nothing else does than to restore it."""
+
 _STRICT = ConfigDict(extra="ignore", strict=True)
 
 
@@ -246,7 +255,7 @@ def read_run(folder: str | Path) -> RunRecord:
         environment=_read_mapping(environment) if environment.exists() else {},
         finished=finished,
         epochs=_read_epochs(folder / "metrics.jsonl"),
-        audit=_parse(Audit, _read_text(audit), str(audit)) if audit.exists() else None,
+        audit=_parse(Audit, audit) if audit.exists() else None,
         attacked={
             model: _read_attacked(folder / "attack" / model)
             for model in ATTACKED
@@ -263,12 +272,12 @@ def _read_epochs(path: Path) -> tuple[Epoch, ...]:
     if not path.exists():
         return ()
     lines = enumerate(_read_text(path).splitlines(), start=1)
-    return tuple(_parse(Epoch, line, f"{path} line {number}") for number, line in lines)
+    return tuple(_checked(Epoch, line, path, f" line {number}") for number, line in lines)
 
 
 def _read_warnings(path: Path) -> dict[str, tuple[str, ...]]:
     """By stage, in the order of stages."""
-    found = _parse(dict[Stage, tuple[str, ...]], _read_text(path), str(path))
+    found = _parse(dict[Stage, tuple[str, ...]], path)
     return {stage: found[stage] for stage in STAGES if stage in found}
 
 
@@ -279,12 +288,12 @@ def _read_left(path: Path, finished: Container[str]) -> dict[str, Validated]:
 
 
 def _read_scoring(path: Path) -> int:
-    return _parse(dict[Literal["passes"], Count], _read_text(path), str(path))["passes"]
+    return _parse(dict[Literal["passes"], Count], path)["passes"]
 
 
 def _read_attacked(folder: Path) -> Attacked:
     path = folder / "evaluation.json"
-    evaluation = _parse(Evaluation, _read_text(path), str(path))
+    evaluation = _parse(Evaluation, path)
     path = folder / "outcomes.npz"
     return Attacked(evaluation, _read_outcomes(path, evaluation) if path.exists() else None)
 
@@ -294,18 +303,18 @@ def _read_outcomes(path: Path, evaluation: Evaluation) -> dict[str, np.ndarray]:
     try:
         arrays = read_arrays(path)
     except (OSError, ValueError) as error:
-        raise _garbled(str(path), str(error)) from None
+        raise _garbled(path, str(error)) from None
     if not {"index", "labels"} <= arrays.keys():
-        raise _garbled(str(path), "it must hold 'index' and 'labels'")
+        raise _garbled(path, "it must hold 'index' and 'labels'")
     if len({array.shape for array in arrays.values()}) > 1 or arrays["index"].ndim != 1:
-        raise _garbled(str(path), "its arrays differ in length")
+        raise _garbled(path, "its arrays differ in length")
     if all(name in arrays for name in ("clean", *evaluation.attacks)):
         withstood = [arrays[name] for name in ("clean", *evaluation.attacks)]
         arrays[WORST_CASE] = np.logical_and.reduce(withstood)
     for name, measure in evaluation.measures.items():
         if name in arrays and int(arrays[name].sum()) != measure.correct:
             counted = f"{int(arrays[name].sum())} correct under {name}"
-            raise _garbled(str(path), f"{counted} where evaluation.json says {measure.correct}")
+            raise _garbled(path, f"{counted} where evaluation.json says {measure.correct}")
     return arrays
 
 
@@ -323,10 +332,10 @@ def _threat_section(record: Any) -> Any:
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read_text(path))
-    except ValueError as error:
-        raise _garbled(str(path), str(error)) from None
+    except json.JSONDecodeError as error:
+        raise _garbled(path, str(error)) from None
     if not isinstance(value, dict):
-        raise _garbled(str(path), f"a JSON object is expected, not {type(value).__name__}")
+        raise _garbled(path, f"a JSON object is expected, not {type(value).__name__}")
     return value
 
 
@@ -334,18 +343,23 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise _garbled(str(path), str(error)) from None
+        raise _garbled(path, str(error)) from None
 
 
-def _parse(kind: type, text: str, source: str) -> Any:
+def _parse(kind: type, path: Path) -> Any:
+    return _checked(kind, _read_text(path), path)
+
+
+def _checked(kind: type, text: str, path: Path, place: str = "") -> Any:
     try:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in fault["loc"])
-        raise _garbled(source, f"{where}: {fault['msg']}" if where else fault["msg"]) from None
+        reason = f"{where}: {fault['msg']}" if where else fault["msg"]
+        raise _garbled(path, reason, place) from None
 
 
-def _garbled(source: str, reason: str) -> ValueError:
+def _garbled(path: Path, reason: str, place: str = "") -> ValueError:
     reason = " ".join(reason.split())
-    return ValueError(f"{source} is garbled ({reason}); delete it and repeat the stage")
+    return ValueError(f"{path}{place} is garbled ({reason}); {_WAYS.get(path.name, 'restore it')}")

@@ -52,7 +52,8 @@ class Ledger:
             flags = list(held.flags)
             return cls(folder, identity, held.outcomes, done, parts, flags, held.checks)
         if (folder / "partial.npz").exists():
-            arrays = read_outcomes(folder / "partial.npz")
+            path = folder / "partial.npz"
+            arrays = read_outcomes(path, path)
             note = json.loads(str(arrays.pop("progress")))
             require_same(folder, note.pop("identity"), identity)
             partway = _taken_up(note.pop("partway", None), arrays)

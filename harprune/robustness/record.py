@@ -3,7 +3,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +110,18 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     write(folder / "evaluation.json", to_json(record))
 
 
-def read_outcomes(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of outcomes.npz or partial.npz; raises ValueError for a damaged file."""
+def read_outcomes(path: Path, deleted: Path) -> dict[str, np.ndarray]:
+    """The arrays of outcomes.npz or partial.npz.
+
+    Raises:
+        ValueError: a damaged file; it names the one that has to be `deleted` to start again.
+    """
     try:
         return read_arrays(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); delete it to start again") from None
+        raise ValueError(
+            f"{path} cannot be read ({error}); restore it, or delete {deleted} to start again"
+        ) from None
 
 
 def load_evaluation(folder: str | Path) -> Evaluation:
@@ -133,10 +139,12 @@ def load_evaluation(folder: str | Path) -> Evaluation:
         record["checks"] = {name: Check(**check) for name, check in record["checks"].items()}
         record["attacks"] = {name: _measure(m) for name, m in record["attacks"].items()}
         record |= {name: _measure(record[name]) for name in ("clean", "worst_case")}
-        record["flags"] = tuple(record["flags"])
-        return Evaluation(**record, outcomes=read_outcomes(folder / "outcomes.npz"))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is garbled ({error}); delete it to start again") from None
+        found = Evaluation(**record | {"flags": tuple(record["flags"]), "outcomes": {}})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is garbled ({error}); restore it, or delete it to start again"
+        ) from None
+    return replace(found, outcomes=read_outcomes(folder / "outcomes.npz", path))
 
 
 def _measure(record: dict[str, Any]) -> Measure:

@@ -27,7 +27,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], values: Mapping[str, A
     # Own memory for each: safetensors refuses tensors that share storage.
     own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     text = json.dumps(values)
-    metadata = {"format": FORMAT, "values": text, "sha256": _digest(own, text)}
+    metadata = {"format": FORMAT, "values": text, "sha256": digest(own, text)}
     with replacing(path) as temporary:
         try:
             save_file(own, temporary, metadata=metadata)
@@ -48,7 +48,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             mapped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            digest = _digest(mapped, metadata.get("values", ""))
+            found = digest(mapped, metadata.get("values", ""))
             # What safetensors gives lies in the mapped file, which others may truncate.
             tensors = {name: tensor.clone() for name, tensor in mapped.items()}
     except (SafetensorError, OSError) as error:
@@ -58,7 +58,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file but not a {FORMAT}; give it as weights")
-    if metadata.get("sha256") != digest:
+    if metadata.get("sha256") != found:
         raise ValueError(
             f"{path} is damaged: its checksum does not match; restore it or delete it "
             "and run the command again"
@@ -75,13 +75,14 @@ def is_checkpoint(path: str | Path) -> bool:
         return False
 
 
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
+def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 over a text and over names, types, shapes and bytes of tensors."""
+    found = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        tensor = tensors[name].cpu()
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def pack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ A file appears under its name, and an archive's folder under its own, only when 
 checked.
 """
 
+import fcntl
 import os
 import shutil
 import tarfile
@@ -27,6 +28,7 @@ FASHION_MIRRORS = (
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
 )
 CHUNK = 2**17
+_ASIDE = ".unpacking-"
 
 
 @dataclass(frozen=True)
@@ -187,15 +189,27 @@ class RichBar:
 
 
 def _unpack(archive: Path, folder: Path, name: str) -> None:
-    """Extract beside the target, then move the folder `name` into place in one step."""
-    aside = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder))
+    """Extract beside the target, then move the folder `name` into place in one step.
+
+    One process at a time: others of the same run find it done.
+    """
+    held = os.open(folder, os.O_RDONLY)
     try:
-        _extract(archive, aside)
-        if not (aside / name).is_dir():
-            raise ValueError(f"{archive} holds no folder {name}; delete it and get it again")
-        _move_unless_there(aside / name, folder / name)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if (folder / name).is_dir():
+            return
+        for left in folder.glob(f"{_ASIDE}*"):  # by a process that was killed
+            shutil.rmtree(left)
+        aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=folder))
+        try:
+            _extract(archive, aside)
+            if not (aside / name).is_dir():
+                raise ValueError(f"{archive} holds no folder {name}; delete it and get it again")
+            os.rename(aside / name, folder / name)
+        finally:
+            shutil.rmtree(aside)
     finally:
-        shutil.rmtree(aside)
+        os.close(held)
 
 
 def _extract(archive: Path, folder: Path) -> None:
@@ -205,12 +219,3 @@ def _extract(archive: Path, folder: Path) -> None:
         return
     with tarfile.open(archive) as file:
         file.extractall(folder, filter="data")
-
-
-def _move_unless_there(source: Path, target: Path) -> None:
-    try:
-        os.rename(source, target)
-    except OSError:
-        # Another process of the same run unpacked it meanwhile.
-        if not target.is_dir():
-            raise

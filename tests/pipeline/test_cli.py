@@ -185,6 +185,26 @@ def test_a_comparison_touches_no_run(command, finished):
     assert json.loads(said.out)["title"] == "Mine" and "# Mine" in Path("table.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["recipe.md", "report/report.md", "new/deep.md"])
+def test_a_comparison_is_written_in_no_run_folder(command, finished, name):
+    before = contents(finished)
+    said = command("report", finished, "--out", finished / name).refusal
+    assert said == f"{finished / name} lies in the run folder {finished}; name a file elsewhere"
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("name", ["mine.json", "mine.svg", "mine-strategies.svg"])
+def test_a_comparison_replaces_only_a_comparison(command, finished, name):
+    beside = finished.with_name(name)
+    beside.write_text('{"rows": 1}')
+    said = command("report", finished, "--out", "mine.md").refusal
+    assert said.startswith(f"{name} would be written beside mine.md, but it is there and of no")
+    assert beside.read_text() == '{"rows": 1}' and not Path("mine.md").exists()
+    beside.unlink()
+    for _ in range(2):
+        assert command("report", finished, "--out", "mine.md").code == 0
+
+
 def test_files_beside_runs_are_passed_over(command, finished):
     beside = finished.with_name("run.log")
     beside.touch()
@@ -228,6 +248,9 @@ def test_evaluate_resumes_and_refuses_another_model(command, finished):
     assert contents(Path("e")) == before
     refusal = evaluate("dense.safetensors", "--out", "e").refusal
     assert refusal.startswith("e holds an evaluation whose model differs")
+    assert contents(Path("e")) == before
+    Path("e/.outcomes.npz.abcdefgh").write_text("half")  # by an evaluation that was killed
+    assert evaluate("finetuned.safetensors", "--out", "e").code == 0
     assert contents(Path("e")) == before
     with lock(Path("e")):
         occupied = evaluate("finetuned.safetensors", "--out", "e").refusal
@@ -493,6 +516,18 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(command, here, finishe
     assert not list(Path("long").glob(".pretrain*"))
     said = command("run", "tiny.toml", "--out", "long")
     assert "pretrain.epochs: 5000 -> 2" in said.refusal
+
+
+def test_termination_anywhere_ends_with_143(command, here, monkeypatch):
+    def terminated(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("harprune.pipeline.stages.prune", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    said = command("run", "tiny.toml", "--out", "run")
+    assert said.code == 143
+    assert said.err.endswith("harprune: ended by SIGTERM; give the same command again to go on\n")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_interrupt_anywhere_ends_with_130(command, here, monkeypatch):

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -217,6 +218,46 @@ def test_a_cell_is_finished_when_its_dense_network_is_attacked_too(grid, here):
     (attacking.folder / "attack/dense").mkdir()
     (attacking.folder / "attack/dense/evaluation.json").touch()
     assert attacking.finished and not dense.finished
+
+
+def test_a_grid_may_be_moved_and_named_otherwise(grid, command, here):
+    smaller(grid)
+    assert command("compare", grid, "--out", here / "out").code == 0
+    (here / "out").rename(here / "moved")
+    (here / "moved" / "harp-0.2-seed0" / "finetuned.safetensors").unlink()
+    shutil.rmtree(here / "moved" / "harp-0.2-seed0" / "attack" / "finetuned")
+    before = files(here / "moved")
+    assert command("compare", grid, "--out", "moved").code == 0  # one cell goes on, one is finished
+    after = files(here / "moved")
+    name = "harp-0.2-seed0/finetuned.safetensors"
+    assert before == {path: at for path, at in after.items() if path != name} and name in after
+    later = ("--set", "execution.checkpoint_minutes=3")
+    assert command("compare", grid, "--out", "moved", *later).code == 0
+    assert files(here / "moved") == after
+
+
+def test_what_a_damaged_file_of_times_does_not_say_is_unknown(tmp_path):
+    times = tmp_path / "times.jsonl"
+    entries = [{"cell": "a"}, {"cell": "a", "seconds": 2.5}, {"cell": "b"}, {"cell": "c"}]
+    lines = [json.dumps(entry).encode() for entry in entries]
+    times.write_bytes(b"\n".join([b"5", b"\xff{", *lines, b'{"cell": "b", "seconds": 1', b""]))
+    assert compare._seconds(times) == {"a": 2.5}
+
+
+def test_cells_stop_with_their_comparison(grid, here):
+    smaller(grid)
+    call = [sys.executable, "-m", "harprune", "compare", str(grid), "--out", "out"]
+    more = ["--set", "pretrain.epochs=5000"]
+    with subprocess.Popen([*call, *more], stderr=subprocess.PIPE, text=True) as process:
+        while not (here / "out/dense-seed0/pretrain.progress").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read().splitlines()[-1]
+    assert process.returncode == 143
+    assert said == "harprune: ended by SIGTERM; give the same command again to go on"
+    assert not in_use(here / "out/dense-seed0")
+    assert (here / "out/dense-seed0.log").read_text().splitlines()[-1] == said
 
 
 def test_a_grid_without_attacks_measures_clean_images(grid, command, here):

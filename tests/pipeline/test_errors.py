@@ -20,7 +20,7 @@ from torch import nn
 
 import harprune
 from harprune.deploy.network import require_words
-from harprune.files import replacing, write
+from harprune.files import replacing, require_writable, write
 from harprune.models import create_model
 from harprune.pipeline import machinery
 from harprune.pipeline.recipe_text import read_recipe
@@ -551,6 +551,30 @@ def test_a_folder_of_another_recipe_is_refused_and_left_alone(command, here, fin
     assert contents(finished) == before
 
 
+def test_a_suggested_command_is_one_that_a_shell_takes(command, here, finished):
+    finished.rename(here / "my run")
+    said = run_with(command, "attack.size=8", out="my run").refusal
+    assert "`harprune evaluate 'my run' --size 8 --out FOLDER`" in said
+
+
+def test_how_often_progress_is_saved_may_change(command, here, finished):
+    assert run_with(command, "execution.checkpoint_minutes=3", out="run").code == 0
+
+
+def test_given_weights_are_known_by_what_is_in_them(command, here, finished):
+    shutil.copy(finished / "dense.safetensors", "a.safetensors")
+    assert run_with(command, "model.weights=a.safetensors", until="pretrain").code == 0
+    Path("a.safetensors").rename("b.safetensors")
+    assert run_with(command, "model.weights=b.safetensors", until="prune").code == 0
+    held = json.loads(Path("new/recipe.json").read_text())
+    assert held["model"]["weights"] == "b.safetensors"
+    shutil.copy(finished / "finetuned.safetensors", "c.safetensors")
+    refusal = run_with(command, "model.weights=c.safetensors").refusal
+    assert refusal.startswith("new holds a run that began with another dense network; choose")
+    (here / "new" / "inputs.json").unlink()
+    assert "(model.weights: 'b" in run_with(command, "model.weights=c.safetensors").refusal
+
+
 def test_another_attack_of_a_finished_run_is_an_evaluation(command, here, finished):
     assert run_with(
         command, "attack.size=8", "attack.attacks=['fgsm', 'pgd-2']", out="run"
@@ -575,7 +599,10 @@ def test_a_file_in_the_place_of_the_folder_is_refused(command, here):
     Path("new").write_text("mine")
     assert run_with(command).refusal == "new is a file, not a run folder; choose another --out"
     refusal = run_with(command, out="new/below").refusal
-    assert "new/below" in refusal or "'new'" in refusal
+    assert refusal == (
+        "new/below could not be written (Not a directory): allow writing there, or name another "
+        "place"
+    )
     assert Path("new").read_text() == "mine"
 
 
@@ -597,7 +624,10 @@ def test_a_folder_that_cannot_be_written_is_refused(command, here):
     finally:
         if root:
             os.seteuid(0)
-    assert refusal == "[Errno 13] Permission denied: 'locked/run'"
+    assert refusal == (
+        "locked/run could not be written (Permission denied): allow writing there, or name "
+        "another place"
+    )
     assert held == "held cannot be written to (Permission denied); allow it, or name another place"
     assert str(caught.value) == (
         "held/kept.md could not be written (Permission denied); what was there before is intact: "
@@ -782,6 +812,28 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(tmp_path, small_files
     with within, replacing(tmp_path / "u.txt") as temporary:
         write(temporary, "x" * 8192)
     assert contents(tmp_path) == {"c.safetensors": old}
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    link, fifo = tmp_path / "link.txt", tmp_path / "fifo"
+    link.symlink_to(tmp_path / "target.txt")
+    os.mkfifo(fifo)
+    for text in ("old", "new"):
+        write(link, text)
+        assert link.is_symlink() and (tmp_path / "target.txt").read_text() == text
+    with pytest.raises(OSError, match=r"fifo could not be written \(what is there is no regular"):
+        write(fifo, "new")
+    with pytest.raises(ValueError, match=r"fifo is no regular file; give the name of one"):
+        require_writable(fifo)
+    assert fifo.is_fifo() and {p.name for p in tmp_path.iterdir()} == {*contents(tmp_path), "fifo"}
+
+
+def test_a_full_disk_names_the_way_out_once(command, here, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run_with(command).refusal.count("make room") == 1
 
 
 def test_a_failing_flush_leaves_the_old_file(tmp_path, monkeypatch):

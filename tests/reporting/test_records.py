@@ -112,6 +112,13 @@ def test_a_garbled_file_is_named_in_one_line(make_run, name, change, reason):
         read_run(folder)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+    # No stage is repeated because a file beside its network is gone.
+    way = {
+        "recipe.json": "; restore it",
+        "environment.json": "; restore it",
+        "evaluation.json": "; restore it, or delete it and repeat the command, which attacks anew",
+    }.get(path.name, "repeat the command of its run, which makes it anew from the networks")
+    assert str(caught.value).endswith(way)
 
 
 def test_bytes_that_are_no_text_are_named(make_run):

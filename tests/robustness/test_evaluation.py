@@ -3,6 +3,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -291,9 +292,23 @@ def test_garbled_files_are_named(run, tmp_path):
     (tmp_path / "partial.npz").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(ValueError, match=r"partial\.npz cannot be read"):
         run(folder=tmp_path)
-    (tmp_path / "evaluation.json").write_text('{"model": 1')
-    with pytest.raises(ValueError, match=r"evaluation\.json is garbled"):
-        load_evaluation(tmp_path)
+    for text in (b'{"model": 1', b'{"checks": []}', b"[]", b"\xff"):
+        (tmp_path / "evaluation.json").write_bytes(text)
+        with pytest.raises(ValueError, match=r"evaluation\.json is garbled") as caught:
+            load_evaluation(tmp_path)
+        assert str(caught.value).endswith("restore it, or delete it to start again")
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PK")])
+def test_of_damaged_outcomes_the_file_that_helps_is_named(run, tmp_path, damage):
+    first = run(folder=tmp_path)
+    damage(tmp_path / "outcomes.npz")
+    help_ = f"restore it, or delete {tmp_path / 'evaluation.json'} to start again"
+    with pytest.raises(ValueError, match=r"outcomes\.npz cannot be read") as caught:
+        run(folder=tmp_path)
+    assert str(caught.value).endswith(help_)
+    (tmp_path / "evaluation.json").unlink()
+    assert same(run(folder=tmp_path), first)
 
 
 # --- refusals ---

@@ -6,6 +6,7 @@ import io
 import struct
 import tarfile
 import threading
+import time
 import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -161,6 +162,35 @@ def test_an_interrupted_unpacking_does_not_count(monkeypatch, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar.gz"]
     download("mnist", tmp_path, progress=False)
     assert (tmp_path / "inner" / "file").read_bytes() == b"1"
+
+
+def test_what_a_killed_process_unpacked_is_removed(monkeypatch, tmp_path):
+    (tmp_path / "a.tar.gz").write_bytes(tarball({"inner/file": b"1"}))
+    (tmp_path / ".unpacking-abcdefgh" / "inner").mkdir(parents=True)
+    offer(monkeypatch, Remote("a.tar.gz", "", (), unpacks_to="inner"))
+    monkeypatch.setattr(downloads, "_fetch", lambda *_: tmp_path / "a.tar.gz")
+    download("mnist", tmp_path, progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar.gz", "inner"]
+
+
+def test_processes_that_unpack_at_once_do_not_meet(monkeypatch, tmp_path):
+    (tmp_path / "a.tar.gz").write_bytes(tarball({"inner/file": b"1"}))
+    extract, extracted = downloads._extract, []
+
+    def slowly(archive, folder):
+        extracted.append(folder)
+        time.sleep(0.2)
+        extract(archive, folder)
+
+    monkeypatch.setattr(downloads, "_extract", slowly)
+    call = (tmp_path / "a.tar.gz", tmp_path, "inner")
+    threads = [threading.Thread(target=downloads._unpack, args=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(extracted) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar.gz", "inner"]
 
 
 def test_a_member_outside_the_folder_is_refused(monkeypatch, tmp_path):
