@@ -30,9 +30,16 @@ GIVEN_IN_PYTHON = "given in python"
 WORST_CASE = "worst case"
 """An image counts when it withstands every attack."""
 
+_FROM_NETWORKS = (
+    "metrics.jsonl",
+    "validation.json",
+    "warnings.json",
+    "audit.json",
+    "scoring.json",
+)
 _DERIVED = "restore it, or repeat the command of its run, which makes it anew from the networks"
 _WAYS = {
-    **dict.fromkeys(("metrics.jsonl", "audit.json", "warnings.json", "scoring.json"), _DERIVED),
+    **dict.fromkeys(_FROM_NETWORKS, _DERIVED),
     "evaluation.json": "restore it, or delete it and repeat the command, which attacks anew",
     "outcomes.npz": "restore it, or delete evaluation.json beside it and repeat the command, "
     "which attacks anew",
@@ -283,7 +290,7 @@ def _read_warnings(path: Path) -> dict[str, tuple[str, ...]]:
 
 def _read_left(path: Path, finished: Container[str]) -> dict[str, Validated]:
     """Of finished stages: where a stage is made again, what it left before is of no network."""
-    found = _parse(dict[Stage, Validated], _read_text(path), str(path))
+    found = _parse(dict[Stage, Validated], path)
     return {stage: left for stage, left in found.items() if stage in finished}
 
 

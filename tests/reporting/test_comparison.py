@@ -504,7 +504,7 @@ def test_an_attack_without_a_figure_has_no_column(make_run, tmp_path):
     assert "over seeds; none is AutoAttack's, so none is a robust accuracy." in text
     assert "![t: clean accuracy](c.svg)" in text
     assert "| configuration | budget | seeds | clean | pgd-20 | weights kept / total |" in text
-    assert "| configuration | budget | clean |\n" in text
+    assert "| configuration | budget | clean | over seeds |\n" in text
 
 
 def test_failed_checks_of_any_run_are_shown(make_run, tmp_path):

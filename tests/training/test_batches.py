@@ -116,7 +116,7 @@ def test_what_cannot_be_cut_is_refused(arguments, said):
 
 def test_seeds_and_starts_out_of_range_are_refused():
     batches = Batches(numbered(10), 4, seed=-1)
-    with pytest.raises(ValueError, match="seed -1 is negative"):
+    with pytest.raises(ValueError, match="seed = -1 must be at least 0"):
         batches.epoch(0)
     with pytest.raises(ValueError, match=r"batch 3 must lie in 0..2"):
         batches.epoch(0, 3)
