@@ -147,9 +147,9 @@ def _sections(summary: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Itera
     if "prune" in pictures:
         yield Section("How the densities were found", plot=pictures["prune"])
     text = (
-        "Accuracy on validation images of the network that a stage leaves, or, before the cut to "
-        "the budget and where a run did not keep it, in the selected epoch, or in the last one "
-        "where no selection is known; passes are images sent through and back in all epochs, and "
+        "Accuracy on validation images of the network that a stage leaves; before the cut to the "
+        "budget, and where a run did not keep that, in the selected epoch, or in the last one "
+        "where no selection is known. Passes are images sent through and back in all epochs, and "
         "before them to score weights."
     )
     yield Section("Training", stages_table(summary), pictures.get("validation"), text)

@@ -3,7 +3,14 @@
 
 import pytest
 
-from harprune.reporting.tables import Table, flatten, format_density, format_p, format_percent
+from harprune.reporting.tables import (
+    Table,
+    counted,
+    flatten,
+    format_density,
+    format_p,
+    format_percent,
+)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +28,10 @@ from harprune.reporting.tables import Table, flatten, format_density, format_p, 
 )
 def test_density_is_written_as_the_field_does(density, text):
     assert format_density(density) == text
+
+
+def test_one_is_no_plural():
+    assert [counted(n, "thread") for n in (0, 1, 2)] == ["0 threads", "1 thread", "2 threads"]
 
 
 def test_small_numbers():
