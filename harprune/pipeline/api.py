@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harprune.kernels import Backend
 from harprune.pipeline import checks, hardening, machinery, pruning, supply
 from harprune.pipeline.console import Console
 from harprune.pipeline.judging import chosen, judge
@@ -27,7 +28,7 @@ from harprune.robustness.identity import model_digest
 from harprune.robustness.record import Evaluation
 from harprune.robustness.threat import L2, Linf, Threat
 from harprune.sparsity.audit import Audit
-from harprune.sparsity.execution import Execution
+from harprune.sparsity.execution import require_backend
 from harprune.training.splits import Images, as_split, to_float
 
 
@@ -131,7 +132,7 @@ def evaluate(
     batch_size: int = 250,
     out: str | Path | None = None,
     name: str = "model",
-    execution: Execution = Execution.AUTO,
+    execution: Backend = "auto",
     twin: bool = True,
     quiet: bool = False,
 ) -> Evaluation:
@@ -144,11 +145,16 @@ def evaluate(
         size: number of images, drawn by `seed`; all if absent.
         out: a folder for per-image outcomes, from which an interrupted evaluation goes on; refused
             while another process works in it.
-        execution: whether attacks run on the sparse kernels; verdicts are always the model's own.
+        execution: what runs the attacks on a CPU, as a recipe's execution.backend; verdicts are
+            always the model's own.
         twin: whether attacks run on an equivalent of the model, batch norm folded and masks
             multiplied out, on the kernels if `execution` has it so; else on the plain model.
+
+    Raises:
+        ValueError: whatever the arguments, the images or the model refuse, in one line.
     """
     checks.require_module(model)
+    require_backend(execution)
     threat, split = _threat(threat), as_split(test)
     attacks = (attacks,) if isinstance(attacks, str) else attacks
     checks.require_labels(split.labels, None, "test")
@@ -217,7 +223,7 @@ def evaluate_recipe(
         seed=section.seed,
         batch_size=section.batch_size,
         out=out,
-        execution=Execution(recipe.execution.backend),
+        execution=recipe.execution.backend,
         twin=recipe.execution.twin,
         name=recipe.name,
     )

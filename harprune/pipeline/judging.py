@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from harprune.kernels import Backend
 from harprune.pipeline import hardening
 from harprune.pipeline.console import Console
 from harprune.robustness import evaluation
@@ -13,7 +14,6 @@ from harprune.robustness.images import subset
 from harprune.robustness.record import Evaluation
 from harprune.robustness.threat import Threat
 from harprune.sparsity import execution as executions
-from harprune.sparsity.execution import Execution
 from harprune.training.splits import Floats, Split
 
 
@@ -39,7 +39,7 @@ def judge(
     seed: int,
     batch_size: int,
     folder: str | Path | None,
-    execution: Execution,
+    execution: Backend,
     twin: bool,
     console: Console,
     name: str,

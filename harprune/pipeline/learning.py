@@ -25,7 +25,7 @@ from harprune.pipeline.validation import (
 from harprune.pipeline.workshop import Workshop, load_network
 from harprune.reporting.records import STAGES
 from harprune.robustness.objectives import Free, Objective
-from harprune.sparsity.execution import Execution, Twin, training_twin
+from harprune.sparsity.execution import Twin, training_twin
 from harprune.sparsity.layers import Layer
 from harprune.training import checkpoint
 from harprune.training.averaging import Average
@@ -174,7 +174,7 @@ def _objectives(
     looks_inside = distillation is None and wanted.name == "pwoa"  # where no twin has layers
     teacher = load_network(shop, "pretrain").eval() if looks_inside or distillation else None
     soft = _fixed(shop, teacher) if teacher is not None and distillation is not None else None
-    backend = Execution(shop.recipe.execution.backend)
+    backend = shop.recipe.execution.backend
 
     def make(network: nn.Module) -> tuple[Objective, nn.Module | None]:
         attacked = under_attack(shop, network)

@@ -12,18 +12,17 @@ tolerance, and gradients to the input flow through it.
 """
 
 from collections.abc import Callable
-from enum import Enum
 from functools import partial
 from operator import attrgetter
-from typing import TypeGuard
+from typing import TypeGuard, get_args
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from harprune.kernels import Backend, native
 from harprune.kernels import graph as kernel_nodes
-from harprune.kernels import native
 from harprune.modes import eval_mode
 from harprune.sparsity.bridge import (
     FunctionRegion,
@@ -44,17 +43,12 @@ _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class Execution(Enum):
-    """What runs a masked model: the sparse kernels where they are built and fit, or torch alone."""
-
-    AUTO = "auto"
-    SPARSE = "sparse"
-    DENSE = "dense"
-
-
-def require_kernels() -> None:
-    """Raise ValueError where the kernels were not built."""
-    if native.best() is None:
+def require_backend(execution: Backend) -> None:
+    """Raise ValueError for what is no `Backend`, and for "sparse" without compiled kernels."""
+    if execution not in get_args(Backend):
+        known = ", ".join(get_args(Backend))
+        raise ValueError(f"execution = {execution!r} is unknown; choose one of {known}")
+    if execution == "sparse" and native.best() is None:
         raise ValueError(
             "execution 'sparse' needs the compiled kernels, which this installation lacks; install "
             "a C compiler and reinstall harprune, or choose 'auto' or 'dense'"
@@ -88,7 +82,7 @@ def twin(
     model: nn.Module,
     *,
     dtype: torch.dtype | None = None,
-    execution: Execution = Execution.AUTO,
+    execution: Backend = "auto",
     told: Callable[[str], None] = lambda reason: None,
 ) -> Twin | None:
     """The `Twin` of `model`, or None where its own forward has to serve.
@@ -96,21 +90,20 @@ def twin(
     Args:
         dtype: precision of the whole function, such as torch.bfloat16; None keeps the model's.
             A lower one makes a different, cheaper attack, run by torch: a choice to record.
-        execution: whether the sparse kernels run what they can.
+        execution: what runs it on a CPU, see `Backend`.
         told: called with the reason where there is no twin.
 
     Raises:
-        ValueError: execution SPARSE without compiled kernels.
+        ValueError: as `require_backend`.
     """
-    if execution is Execution.SPARSE:
-        require_kernels()
+    require_backend(execution)
     try:
         network = frozen(model)
     except Untraceable as reason:
         told(str(reason))
         return None
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-    sparse = on_cpu and dtype is None and execution is not Execution.DENSE
+    sparse = on_cpu and dtype is None and execution != "dense"
     return Twin(network, dtype, sparse and native.best() is not None)
 
 
@@ -395,18 +388,15 @@ class TrainingTwin(nn.Module):
         return network
 
 
-def training_twin(
-    model: nn.Module, *, execution: Execution = Execution.AUTO
-) -> TrainingTwin | None:
+def training_twin(model: nn.Module, *, execution: Backend = "auto") -> TrainingTwin | None:
     """The `TrainingTwin` of `model`, or None where torch runs it.
 
     Raises:
-        ValueError: execution SPARSE without compiled kernels.
+        ValueError: as `require_backend`.
     """
-    if execution is Execution.SPARSE:
-        require_kernels()
+    require_backend(execution)
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-    if execution is Execution.DENSE or native.best() is None or not on_cpu:
+    if execution == "dense" or native.best() is None or not on_cpu:
         return None
     try:
         traced(model)
