@@ -58,7 +58,7 @@ def judge(
     def told(reason: str) -> None:
         console.say(f"note: attacks search on the network itself, in torch: {reason}")
 
-    fast = executions.twin(model, execution=execution, told=told) if twin else None
+    found = executions.twin(model, execution=execution, told=told) if twin else None
     named = {a: hardening.attack(a, threat, seed=seed, batch_size=batch_size) for a in attacks}
     doing = "attack" if attacks else "evaluate"
     with console.bar(f"{doing} {name}", len(index)) as bar:
@@ -74,6 +74,6 @@ def judge(
             num_classes=num_classes,
             progress=bar.update_of,
             threat=threat,
-            function=None if fast is None else fast.current(),
+            twin=None if found is None else found.current(),
             name=name,
         )

@@ -94,7 +94,7 @@ def learn(
     course = Course(
         shop.run, stage, model, optimiser, objective, method, len(batches), average, divisible
     )
-    fast = hardening.twin(shop.recipe, course.network)
+    twin = hardening.twin(shop.recipe, course.network)
     earlier = _earlier(shop, stage)
     advice = f"; lower {stage}.learning_rate in a new run"
     if method is not None:
@@ -118,7 +118,7 @@ def learn(
             return context
 
         def after_epoch(epoch: int) -> bool:
-            _end_epoch(shop, course, epoch, fast)
+            _end_epoch(shop, course, epoch, twin)
             shop.run.write_metrics({**earlier, stage: course.history})
             left = bar.left((epoch + 1) * len(batches))
             shop.console.say(
@@ -213,19 +213,19 @@ def under_attack(shop: Workshop, model: nn.Module) -> Twin | None:
 
 def _fixed(shop: Workshop, model: nn.Module) -> nn.Module:
     """A network in eval mode as a fixed function: its twin, never in the precision of attacks."""
-    fast = hardening.twin(shop.recipe, model) if shop.recipe.execution.twin else None
-    return model if fast is None else fast.current()
+    twin = hardening.twin(shop.recipe, model) if shop.recipe.execution.twin else None
+    return model if twin is None else twin.current()
 
 
-def _end_epoch(shop: Workshop, course: Course, epoch: int, fast: Twin | None) -> None:
+def _end_epoch(shop: Workshop, course: Course, epoch: int, twin: Twin | None) -> None:
     """Validate, let the method react, checkpoint."""
-    clean, robust = validate(shop, course.network, fast)
+    clean, robust = validate(shop, course.network, twin)
     record = {"epoch": epoch, "clean": clean, "robust": robust}
     record["learning_rate"] = course.optimiser.param_groups[0]["lr"]
     eligible = True
     if course.method is not None:
         if course.method.watches:
-            course.method.judged(*overfitting(shop, course.model, fast))
+            course.method.judged(*overfitting(shop, course.model, twin))
             course.passes += overfitting_passes(shop)
         record |= course.method.metrics(course.model)
         eligible = course.method.budget_met(course.model)

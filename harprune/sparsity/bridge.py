@@ -7,9 +7,8 @@ weights.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,6 +23,9 @@ from harprune.kernels.graph import Graph, Shape
 from harprune.kernels.lists import NEARLY_DENSE, Pattern, shape_of
 from harprune.kernels.plan import Plan
 from harprune.kernels.runtime import Executable, Memory
+from harprune.sparsity.frozen import FrozenLayer, FrozenNorm
+from harprune.sparsity.kinds import RunningNorm, Trained, Weighted
+from harprune.sparsity.masks import Held
 from harprune.sparsity.regions import Role, output_axes, translate
 
 
@@ -49,57 +51,6 @@ def kept_values(weight: np.ndarray, pattern: Pattern) -> np.ndarray:
 def array(tensor: Tensor) -> np.ndarray:
     """A tensor's values as a contiguous array, shared where that can be."""
     return tensor.detach().contiguous().numpy()
-
-
-Weighted = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
-"""Layers with weights to prune."""
-
-Trained = Weighted | nn.BatchNorm2d
-"""Layers that the kernels run while they train."""
-
-
-class FrozenWeights(Protocol):
-    """A convolution or linear layer as it is now; `kept` is a fixed mask, if it has one."""
-
-    weight: Tensor
-    bias: Tensor | None
-    kept: Tensor | None
-
-
-class FrozenScaling(Protocol):
-    """scale[c] x + shift[c]."""
-
-    scale: Tensor
-    shift: Tensor
-
-
-class RunningNorm(Protocol):
-    """A batch norm with running statistics."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    momentum: float | None
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """How a layer holds its weights while it trains.
-
-    Attributes:
-        tensor: what learns: the weight in force, or a vector of its kept values alone.
-        kept: which weights are kept, where that is fixed: only these then get a gradient.
-    """
-
-    tensor: Tensor
-    kept: Tensor | None = None
-
-    @property
-    def compact(self) -> bool:
-        return self.tensor.dim() == 1
 
 
 class _Region(nn.Module):
@@ -196,18 +147,15 @@ def _load(
     """`graph` with the weights of now; in `executable`, where all masks are still the same."""
     known = executable.patterns if executable is not None else {}
     patterns, values, vectors = {}, {}, {}
-    for node in graph.nodes:
-        if isinstance(node, g.Convolution):
-            layer = cast(FrozenWeights, layers[node.name])
-            held = Held(layer.weight, layer.kept)
-            patterns[node.name] = pattern = _pattern(held, known.get(node.name))
-            values[node.name] = kept_values(array(layer.weight), pattern)
+    for name, layer in layers.items():
+        if isinstance(layer, FrozenLayer):
+            patterns[name] = _pattern(Held(layer.weight, layer.kept), known.get(name))
+            values[name] = kept_values(array(layer.weight), patterns[name])
             if layer.bias is not None:
-                vectors[f"{node.name}/bias"] = array(layer.bias)
-        elif isinstance(node, g.Affine):
-            scaling = cast(FrozenScaling, layers[node.name])
-            vectors[f"{node.name}/scale"] = array(scaling.scale)
-            vectors[f"{node.name}/shift"] = array(scaling.shift)
+                vectors[f"{name}/bias"] = array(layer.bias)
+        elif isinstance(layer, FrozenNorm):
+            vectors[f"{name}/scale"] = array(layer.scale)
+            vectors[f"{name}/shift"] = array(layer.shift)
     if executable is None or any(known[n] is not p for n, p in patterns.items()):
         executable = make(patterns, vectors)
     else:
@@ -251,12 +199,10 @@ class TrainingRegion(_Region):
     Args:
         region: its nodes, with the model's own layers.
         role: what they are to the kernels.
-        held: how a convolution or linear layer holds its weights now.
     """
 
-    def __init__(self, region: fx.GraphModule, role: Role, held: Callable[[Trained], Held]):
+    def __init__(self, region: fx.GraphModule, role: Role):
         super().__init__(region, role)
-        self._held = held
         self._plans: dict[tuple, tuple[Plan, dict[str, Trained]]] = {}
         self._executables: dict[Plan, Executable] = {}
 
@@ -265,7 +211,7 @@ class TrainingRegion(_Region):
             return self._region[0](*inputs)
         inputs = self.computable(inputs)
         plan, layers = self._plan(inputs)
-        held = {name: self._held(layers[name]) for name in _convolutions(plan)}
+        held = {name: Held.of(cast(Weighted, layers[name])) for name in _convolutions(plan)}
         parameters = []
         for name, layer in layers.items():
             parameters += [held[name].tensor if name in held else layer.weight, layer.bias]
