@@ -185,11 +185,20 @@ def forward_list(
 
 def _ordered(key: np.ndarray, many: int, offsets: np.ndarray, dtype, *, reaches: bool) -> List:
     """Entries by their key below `many`, and by their position where that is the same."""
-    # Sixteen bits where they do, for numpy then sorts by radix.
-    order = np.argsort(key.astype(np.uint16 if many <= 65536 else np.int64), kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(key, minlength=many))]).astype(np.int64)
+    order, values = order_by(key, many), np.empty(len(key), dtype)
     offsets = offsets[order].astype(np.int32)
-    return List(starts, offsets, order, 1, np.empty(len(order), dtype), reaches)
+    return List(starts_by(key, many), offsets, order, 1, values, reaches)
+
+
+def order_by(key: np.ndarray, many: int) -> np.ndarray:
+    """Positions by their key below `many`, and as they stand where that is the same."""
+    # Sixteen bits where they do, for numpy then sorts by radix.
+    return np.argsort(key.astype(np.uint16 if many <= 65536 else np.int64), kind="stable")
+
+
+def starts_by(key: np.ndarray, many: int) -> np.ndarray:
+    """Where the entries of each key below `many` start in that order, and one more."""
+    return np.concatenate([[0], np.cumsum(np.bincount(key, minlength=many))])
 
 
 @dataclass(frozen=True)
