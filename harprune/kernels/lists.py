@@ -8,6 +8,7 @@ the gradient to the input.
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import numpy as np
 
@@ -43,8 +44,13 @@ class Pattern:
 
     @property
     def window(self) -> int:
-        """Weights of one filter."""
-        return int(np.prod(self.shape[1:]))
+        """Weights of one filter, zeros included."""
+        return prod(self.shape[1:])
+
+    @property
+    def size(self) -> int:
+        """Weights of the layer, zeros included."""
+        return prod(self.shape)
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -167,7 +173,7 @@ def forward_list(
     channels, window = pattern.shape[1], node.window
     table = window_offsets(node, channels, memory)
     if pattern.index is None and node.groups == 1 and pattern.filters % QUAD == 0:
-        order = np.arange(pattern.filters * pattern.window).reshape(pattern.filters, -1)
+        order = np.arange(pattern.size).reshape(pattern.filters, -1)
         return _quads(table, order, dtype)
     filters, places = pattern.filter_and_place
     offsets = table[places]

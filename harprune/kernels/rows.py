@@ -427,7 +427,7 @@ def _row_list(step: RowStep, pattern: Pattern, taps: _Taps, dtype) -> List:
 def _row_quads(step: RowStep, pattern: Pattern, taps: _Taps, dtype) -> List:
     """Every weight kept: four of the planes that are made walk one list, the same for all fours."""
     filters, channels = pattern.shape[:2]
-    weights = np.arange(filters * pattern.window).reshape(filters, channels, -1)
+    weights = np.arange(pattern.size).reshape(filters, channels, -1)
     if step.transposed:
         weights = weights.swapaxes(0, 1)
     made, read, _ = weights.shape

@@ -311,7 +311,7 @@ class Executable:
             groups = np.arange(node.groups, dtype=np.int32) * (pattern.shape[1] * strides.plane)
             offsets = (groups[:, None] + table).astype(np.int32)
             row["per_group"], row["window"] = pattern.filters // node.groups, pattern.window
-            result = np.empty(pattern.filters * pattern.window, self.plan.kernels.dtype)
+            result = np.empty(pattern.size, self.plan.kernels.dtype)
         row["starts"], row["offsets"] = starts.ctypes.data, offsets.ctypes.data
         share = -(-pattern.filters // (8 * self.threads)) * 8
 
