@@ -309,6 +309,8 @@ class Plan:
             return
         shape, out, w = self.graph.shapes[value], gradient.shape, node.window
         (sy, sx) = w.stride
+        # With a stride, positions of the input fall into phases that different taps see: each is a
+        # step with lists of its own, and reads the gradient as `lists.transposed_list` lays it.
         reach = []
         for k, s, p, d, n, m in zip(w.size, w.stride, w.padding, w.dilation, shape[1:], out[1:]):
             taps = p - np.arange(k) * d
@@ -322,10 +324,8 @@ class Plan:
             for left in range(min(sx, shape.width)):
                 rows, columns = -(-(shape.height - top) // sy), -(-(shape.width - left) // sx)
                 step = Step("convolve", Shape(shape.channels, rows, columns), View(gradient))
-                step.weights, step.transposed = (
-                    (node.name, (top * sx + left) * shape.channels),
-                    True,
-                )
+                step.weights = node.name, (top * sx + left) * shape.channels
+                step.transposed = True
                 step.signs_view = (top, left, sy, sx)
                 steps.append(step)
         self._share(value, *steps)

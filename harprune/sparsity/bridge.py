@@ -6,6 +6,7 @@
 weights.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -54,7 +55,7 @@ def array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
-class _Region(nn.Module):
+class _Region(nn.Module, ABC):
     """A part of a traced network, with the layers that it holds."""
 
     def __init__(self, region: fx.GraphModule, role: Role):
@@ -63,21 +64,23 @@ class _Region(nn.Module):
         self._region, self._role = (region,), role
         self._axes = output_axes(region)
 
+    def forward(self, *inputs: Tensor):
+        """As the region in torch: one output, or a tuple of several."""
+        if len({len(x) for x in inputs}) > 1:
+            # One of them is no batch of images, but something for torch to broadcast.
+            return self._region[0](*inputs)
+        outputs = self.outputs(_computable(inputs))
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    @abstractmethod
+    def outputs(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the kernels make of batches of as many images each, in a type of theirs."""
+
     def translated(self, inputs: tuple[Tensor, ...]) -> tuple[Graph, dict[str, nn.Module]]:
         """The region's graph for inputs of this shape, and its layers by name."""
         (region,) = self._region
         shapes = [Shape(*x.shape[1:]) for x in inputs]
         return translate(region, dict(region.named_modules()), self._role, shapes)
-
-    @staticmethod
-    def computable(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Inputs in a type that kernels compute in; what torch runs may have rounded some."""
-        double = any(x.dtype == torch.float64 for x in inputs)
-        return tuple(x.to(torch.float64 if double else torch.float32) for x in inputs)
-
-    def in_torch(self, inputs: tuple[Tensor, ...]) -> bool:
-        """Whether an input is no batch of images, but something for torch to broadcast."""
-        return len({len(x) for x in inputs}) > 1
 
     @staticmethod
     def kernels(inputs: tuple[Tensor, ...]) -> native.Kernels:
@@ -92,9 +95,10 @@ class _Region(nn.Module):
         )
 
 
-def _one_or_all(outputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-    first, *more = outputs
-    return outputs if more else first
+def _computable(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Inputs in a type that kernels compute in; what torch runs may have rounded some."""
+    double = any(x.dtype == torch.float64 for x in inputs)
+    return tuple(x.to(torch.float64 if double else torch.float32) for x in inputs)
 
 
 Runs = TypeVar("Runs", Forward, Gradient)
@@ -108,16 +112,11 @@ class FunctionRegion(_Region):
         self.version = version
         self._readings: dict[tuple, _Reading] = {}
 
-    def forward(self, *inputs: Tensor):
-        if self.in_torch(inputs):
-            return self._region[0](*inputs)
-        inputs = self.computable(inputs)
+    def outputs(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-            outputs = _Function.apply(self, *inputs)
-        else:
-            executable = self.executable(inputs, Forward)
-            outputs = self.shaped(executable.forward([array(x) for x in inputs]))
-        return _one_or_all(outputs)
+            return cast(tuple[Tensor, ...], _Function.apply(self, *inputs))
+        executable = self.executable(inputs, Forward)
+        return self.shaped(executable.forward([array(x) for x in inputs]))
 
     def executable(self, inputs: tuple[Tensor, ...], kind: type[Runs]) -> Runs:
         """What runs inputs of this shape, with the weights of now."""
@@ -214,16 +213,13 @@ class TrainingRegion(_Region):
         self._plans: dict[tuple, tuple[Plan, dict[str, Trained]]] = {}
         self._executables: dict[Plan, Executable] = {}
 
-    def forward(self, *inputs: Tensor):
-        if self.in_torch(inputs):
-            return self._region[0](*inputs)
-        inputs = self.computable(inputs)
+    def outputs(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         plan, layers = self._plan(inputs)
         held = {name: Held.of(cast(Weighted, layers[name])) for name in _convolutions(plan)}
         weights = [held[n].tensor if n in held else layer.weight for n, layer in layers.items()]
         biases = [layer.bias for layer in layers.values()]
         outputs = _Training.apply(self, plan, layers, held, *inputs, *weights, *biases)
-        return _one_or_all(outputs)
+        return cast(tuple[Tensor, ...], outputs)
 
     def _plan(self, inputs: tuple[Tensor, ...]) -> tuple[Plan, dict[str, Trained]]:
         wanted = tuple(x.requires_grad for x in inputs)

@@ -111,7 +111,7 @@ class _OnKernels(nn.Module):
 
     def __init__(self, dense: _Cast, version: Callable[[], int]):
         super().__init__()
-        self.dense, self._version = dense, version
+        self.dense, self._version_read = dense, version
         self._networks: dict[tuple, fx.GraphModule | None] = {}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class _OnKernels(nn.Module):
         return network if found else None
 
     def _region(self, region: fx.GraphModule) -> FunctionRegion:
-        return FunctionRegion(region, role_of_frozen, self._version)
+        return FunctionRegion(region, role_of_frozen, self._version_read)
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:

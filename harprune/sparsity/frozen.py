@@ -80,7 +80,7 @@ def _freeze(
         candidate = modules[str(follower.target)]
         norm = candidate if is_running_norm(candidate) else None
     key = f"frozen_{node.name}"
-    made = FrozenLayer(layer, norm) if is_weighted(layer) else FrozenNorm(layer)
+    made = FrozenLayer(layer, norm) if isinstance(layer, Weighted) else FrozenNorm(layer)
     network.add_submodule(key, made)
     node.target, modules[key] = key, made
     if follower is not None and norm is not None:
@@ -109,7 +109,12 @@ class Frozen(nn.Module):
 
 
 class FrozenLayer(Frozen):
-    """A convolution or linear layer, masked, with the batch norm that follows folded in."""
+    """A convolution or linear layer, masked, with the batch norm that follows folded in.
+
+    Attributes:
+        weight, bias: as they were read.
+        kept: the layer's mask, if that is fixed.
+    """
 
     weight: Tensor
     bias: Tensor | None

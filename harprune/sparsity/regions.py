@@ -120,7 +120,11 @@ def _is_convolution(node: fx.Node, modules: Mapping[str, nn.Module], role: Role)
 
 
 class _Translation:
-    """One walk over the nodes of a trace. A `make` gives the graph's node, or None."""
+    """Nodes of a trace as nodes of a graph.
+
+    Every function from here on that takes a `node`, a `graph` and its `values` adds what the node
+    does to the graph and enters the value that it makes, and says whether the kernels can run it.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module], role: Role):
         self._modules, self._role = modules, role
@@ -140,7 +144,10 @@ class _Translation:
         made = self._make(node, probe, values)
         return made and probe.shapes[values[node]] == shape
 
-    def run(self, region: fx.GraphModule, inputs: list[Shape]):
+    def run(
+        self, region: fx.GraphModule, inputs: list[Shape]
+    ) -> tuple[Graph, dict[str, nn.Module]]:
+        """As `translate`."""
         graph, values, layers = Graph(), {}, {}
         given = iter(inputs)
         for node in region.graph.nodes:
