@@ -388,7 +388,10 @@ class _Taps(NamedTuple):
 
 
 def _taps_of(step: RowStep, as_it_is: bool) -> _Taps:
-    """`as_it_is`: rows are read from their start, else from the vector that is displaced there."""
+    """The taps of a convolution's step, or of its way back.
+
+    With `as_it_is` a row is read from its start, else from the vector where it begins displaced.
+    """
     (sy, sx), read, size = step.window.stride, step.read.whole, step.window.size
     (down, phase_y), (across, phase_x) = (taps_and_phases(step.window, axis) for axis in (0, 1))
     if step.transposed:
