@@ -54,7 +54,7 @@ from harprune.robustness.images import subset
 from harprune.robustness.threat import Linf, parse_epsilon
 from harprune.sparsity import masks
 from harprune.sparsity.audit import audit
-from harprune.sparsity.execution import Execution, require_kernels, twin
+from harprune.sparsity.execution import require_backend, twin
 from harprune.sparsity.layers import prunable_layers
 from harprune.training.data import load_dataset
 from harprune.training.splits import to_float
@@ -92,8 +92,7 @@ def calibrated(model: nn.Module) -> nn.Module:
 
 def functions_of(model: nn.Module) -> dict[str, nn.Module]:
     """The twins of `model` on the kernels and in torch."""
-    both = Execution.SPARSE, Execution.DENSE
-    return {e.value: twin(model, execution=e).current() for e in both}
+    return {e: twin(model, execution=e).current() for e in ("sparse", "dense")}
 
 
 def require_same(functions: dict[str, nn.Module], model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -437,7 +436,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    require_kernels()
+    require_backend("sparse")
     torch.set_num_threads(options.threads)
     where, rows = circumstances(), []
     wanted = [*options.tables, *(["autoattack"] if options.autoattack else [])]

@@ -30,7 +30,7 @@ from harprune.pipeline.latency import OWN, RUNTIMES
 from harprune.reporting.plots import BLUE, GREY, ORANGE, PURPLE, picture, require_picture
 from harprune.reporting.tables import format_density
 from harprune.sparsity.audit import audit, connected
-from harprune.sparsity.execution import require_kernels
+from harprune.sparsity.execution import require_backend
 from harprune.sparsity.extraction import extract
 from harprune.sparsity.layers import prunable_layers
 
@@ -120,7 +120,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options, found = parse(arguments), []
-    require_kernels()
+    require_backend("sparse")
     if options.plot is not None:
         require_picture(options.plot)
     for name, own in groupby(rows(options), key=name_of):

@@ -40,7 +40,7 @@ from bench.measuring import (
     table,
     write_rows,
 )
-from harprune.kernels import native
+from harprune.kernels import Backend, native
 from harprune.methods.base import Budget
 from harprune.methods.harp import HARP
 from harprune.models import create_model
@@ -52,7 +52,7 @@ from harprune.robustness.attacks import PGD
 from harprune.robustness.objectives import PGDAT
 from harprune.robustness.threat import Linf
 from harprune.sparsity import masks
-from harprune.sparsity.execution import Execution, training_twin, twin
+from harprune.sparsity.execution import training_twin, twin
 from harprune.sparsity.layers import prunable_layers
 from harprune.training.loop import fit, step_seed
 from harprune.training.schedules import constant
@@ -84,32 +84,32 @@ class Variant:
     """
 
     stage: str
-    execution: Execution
+    execution: Backend
     precision: str
 
     @property
     def attack_dtype(self) -> torch.dtype | None:
         """The precision of the twin that is attacked."""
-        low = self.precision == "bf16-mixed" and self.execution is Execution.DENSE
+        low = self.precision == "bf16-mixed" and self.execution == "dense"
         return torch.bfloat16 if low else None
 
     @property
     def available(self) -> bool:
         """Whether this machine can run it."""
         kernels = native.best()
-        if self.execution is Execution.DENSE:
+        if self.execution == "dense":
             return True
         return kernels is not None and (self.precision == "32-true" or kernels.has_bf16)
 
 
 VARIANTS = {
-    "prune-dense-fp32": Variant("prune", Execution.DENSE, "32-true"),
-    "prune-dense-bf16": Variant("prune", Execution.DENSE, "bf16-mixed"),
-    "prune-sparse-fp32": Variant("prune", Execution.SPARSE, "32-true"),
-    "prune-sparse-bf16": Variant("prune", Execution.SPARSE, "bf16-mixed"),
-    "finetune-dense-fp32": Variant("finetune", Execution.DENSE, "32-true"),
-    "finetune-dense-bf16": Variant("finetune", Execution.DENSE, "bf16-mixed"),
-    "finetune-sparse-fp32": Variant("finetune", Execution.SPARSE, "32-true"),
+    "prune-dense-fp32": Variant("prune", "dense", "32-true"),
+    "prune-dense-bf16": Variant("prune", "dense", "bf16-mixed"),
+    "prune-sparse-fp32": Variant("prune", "sparse", "32-true"),
+    "prune-sparse-bf16": Variant("prune", "sparse", "bf16-mixed"),
+    "finetune-dense-fp32": Variant("finetune", "dense", "32-true"),
+    "finetune-dense-bf16": Variant("finetune", "dense", "bf16-mixed"),
+    "finetune-sparse-fp32": Variant("finetune", "sparse", "32-true"),
 }
 
 
@@ -168,7 +168,7 @@ class Taken:
 
     def require_run_as(self, variant: Variant, name: str) -> None:
         """Raise ValueError where the step did not run on what the variant's name says."""
-        sparse, low = variant.execution is Execution.SPARSE, variant.precision == "bf16-mixed"
+        sparse, low = variant.execution == "sparse", variant.precision == "bf16-mixed"
         if ("run" in self.ran) != sparse or (native.ALL_BF16 in self.ran) != (sparse and low):
             raise ValueError(
                 f"{name}: the kernels ran {self.ran or 'nothing'}; the step fell back to another "

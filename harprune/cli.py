@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from harprune.kernels import Backend
+
 # Torch reads this when it is loaded. Its idle threads would else spin for some milliseconds, on the
 # very cores that the kernels' threads want next.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -75,8 +77,8 @@ Norm = Annotated[
 Epsilon = Annotated[
     str | None, typer.Option(help="Radius for images in [0, 1], as 0.031; 8/255 when absent.")
 ]
-Backend = Annotated[
-    Literal["auto", "dense", "sparse"] | None,
+Execution = Annotated[
+    Backend | None,
     typer.Option(help="Run masked networks on the sparse CPU kernels, or in torch alone."),
 ]
 Device = Annotated[
@@ -118,7 +120,7 @@ def run(
     out: Out,
     overrides: Set = [],  # noqa: B006 - typer copies it
     until: Annotated[Stage, typer.Option(help="Stop when this stage is done.")] = "report",
-    execution: Backend = None,
+    execution: Execution = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -158,7 +160,7 @@ def prune(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Decides all randomness; 0 when absent.")] = None,
     overrides: Set = [],  # noqa: B006
-    execution: Backend = None,
+    execution: Execution = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -241,7 +243,7 @@ def evaluate(
         int | None, typer.Option(help="Images attacked at a time; 250 when absent.")
     ] = None,
     overrides: Set = [],  # noqa: B006
-    execution: Backend = None,
+    execution: Execution = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:

@@ -187,7 +187,7 @@ def _halves(numbers: np.ndarray, exponent: int) -> np.ndarray:
 def _weights_as_json(name: str, network: Network, values: Values, payload: _Payload) -> dict:
     """Whichever is smaller: all weights, or the kept ones and their positions."""
     pattern = network.patterns[name]
-    size = pattern.filters * pattern.window
+    size = pattern.size
     index = np.arange(size) if pattern.index is None else pattern.index
     scaling = _Scaling.of(network.values[name], pattern, values)
     stored = scaling.rounded(network.values[name], pattern)
@@ -377,7 +377,7 @@ class _Reader:
     def _read_weights(self, node: g.Convolution, filters: int, fields: Fields) -> None:
         channels = self.graph.shapes[node.sources[0]].channels // node.groups
         pattern = Pattern((filters, channels, *node.window.size), None)
-        size = filters * pattern.window
+        size = pattern.size
         if size > LARGEST_LAYER or node.name in self.patterns:
             raise ValueError(f"{fields.what} has {size} weights, or the name of an earlier one")
         kept = fields.integer("kept", 0, size)

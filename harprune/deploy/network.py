@@ -6,9 +6,8 @@ they do not check it again.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,8 +29,6 @@ from harprune.kernels.graph import (
     Window,
 )
 from harprune.kernels.lists import NEARLY_DENSE, Pattern
-from harprune.kernels.plan import Plan
-from harprune.kernels.runtime import Executable
 
 LARGEST_MAP = 2**26
 """Numbers of one image's map with its border; the kernels' offsets then fit 32 bits."""
@@ -87,7 +84,7 @@ class Network:
         pattern = self.patterns[name]
         if pattern.index is None:
             return self.values[name].reshape(pattern.shape)
-        full = np.zeros(pattern.filters * pattern.window, np.float32)
+        full = np.zeros(pattern.size, np.float32)
         full[pattern.index] = self.values[name]
         return full.reshape(pattern.shape)
 
@@ -114,35 +111,24 @@ class Network:
                 f"give {usual[0]} x {usual[1]}"
             ) from None
 
-    def executable(self, *, kernels: native.Kernels | None = None, threads: int = 1) -> Executable:
-        """The network ready to run on blocks of 16 images: `forward([images])`.
+    def runner(self, *, kernels: native.Kernels | None = None, threads: int = 1) -> Forward:
+        """The network ready to run: `forward([images])`.
 
         Args:
             kernels: the instruction set and precision; None takes the fastest there is.
-            threads: how many blocks are run at once.
+            threads: how many blocks, or groups of images, are run at once.
 
         Raises:
             ValueError: the kernels were not built.
         """
         kernels = kernels or _fastest()
-        return self._loaded(partial(Executable, Plan(self.graph, kernels)), kernels, threads)
-
-    def runner(self, *, kernels: native.Kernels | None = None, threads: int = 1) -> Forward:
-        """The network ready to run in rows or in blocks: `forward([images])`.
-
-        Args and errors are those of `executable`.
-        """
-        kernels = kernels or _fastest()
-        return self._loaded(partial(Forward, self.graph, kernels), kernels, threads)
-
-    def _loaded(self, make: Callable, kernels: native.Kernels, threads: int):
         patterns, values = dict(self.patterns), dict(self.values)
         for name, pattern in self.patterns.items():
-            if pattern.index is not None and len(pattern.index) > NEARLY_DENSE * _size(pattern):
+            if pattern.index is not None and len(pattern.index) > NEARLY_DENSE * pattern.size:
                 patterns[name] = Pattern(pattern.shape, None)
                 values[name] = self.weight(name).reshape(-1)
         vectors = {n: v.astype(kernels.dtype, copy=False) for n, v in self.vectors.items()}
-        made = make(patterns, vectors, threads=threads)
+        made = Forward(self.graph, kernels, patterns, vectors, threads=threads)
         for name, kept in values.items():
             made.load(name, kept.astype(kernels.dtype, copy=False))
         return made
@@ -317,7 +303,7 @@ def _check_parameters(network: Network) -> None:
 
 
 def _check_weights(name: str, pattern: Pattern, values: np.ndarray) -> None:
-    size, index = _size(pattern), pattern.index
+    size, index = pattern.size, pattern.index
     if size > LARGEST_LAYER:
         raise ValueError(f"{name}: {size} weights exceed {LARGEST_LAYER}")
     if index is not None:
@@ -365,11 +351,6 @@ def require_words(classes: Sequence[str], metadata: Mapping[str, Any], outputs: 
 def _is_unicode(text: str) -> bool:
     """Not so with half of a surrogate pair, which no file can hold."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _size(pattern: Pattern) -> int:
-    filters, channels, rows, columns = pattern.shape
-    return filters * channels * rows * columns
 
 
 def _kind(node: Node) -> str:

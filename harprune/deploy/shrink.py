@@ -364,7 +364,7 @@ def _require_equal(network: Network, smaller: Network) -> None:
     images = random.random((_TRIALS, *network.input_shape))
     images[_TRIALS // 2 :] = random.standard_normal(images[_TRIALS // 2 :].shape)
     expected, found = (
-        one.executable(kernels=kernels).forward([images])[0][0] for one in (network, smaller)
+        one.runner(kernels=kernels).forward([images])[0] for one in (network, smaller)
     )
     error, scale = np.abs(found - expected).max(), np.abs(expected).max()
     if not error <= TOLERANCE * max(scale, 1.0):

@@ -75,7 +75,7 @@ class Layouts(ABC, Generic[Stage]):
     def for_few(self) -> list[Stage]:
         """What runs on less than a block of images."""
         rows = self._rows(self.graph)
-        return [self._in_blocks if rows is None else rows]
+        return [self.whole_in_blocks if rows is None else rows]
 
     @cached_property
     def for_blocks(self) -> list[Stage]:
@@ -85,11 +85,11 @@ class Layouts(ABC, Generic[Stage]):
             return self.for_few
         rows = self._rows(large) if large.nodes else None
         if rows is None:
-            return [self._in_blocks]
+            return [self.whole_in_blocks]
         return [rows, self._loaded(small, self.in_blocks(small))]
 
     @cached_property
-    def _in_blocks(self) -> Stage:
+    def whole_in_blocks(self) -> Stage:
         """The whole graph in blocks."""
         return self._loaded(self.graph, self.in_blocks(self.graph))
 
@@ -129,7 +129,7 @@ class Layouts(ABC, Generic[Stage]):
                 _, height, width = self.graph.shapes[node.out]
                 pattern = self.patterns[node.name]
                 kept += height * width * int(pattern.starts[-1])
-                total += height * width * pattern.filters * pattern.window
+                total += height * width * pattern.size
         return kept > BUSY * total
 
     @property

@@ -8,6 +8,7 @@ the gradient to the input.
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import numpy as np
 
@@ -43,8 +44,13 @@ class Pattern:
 
     @property
     def window(self) -> int:
-        """Weights of one filter."""
-        return int(np.prod(self.shape[1:]))
+        """Weights of one filter, zeros included."""
+        return prod(self.shape[1:])
+
+    @property
+    def size(self) -> int:
+        """Weights of the layer, zeros included."""
+        return prod(self.shape)
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -167,7 +173,7 @@ def forward_list(
     channels, window = pattern.shape[1], node.window
     table = window_offsets(node, channels, memory)
     if pattern.index is None and node.groups == 1 and pattern.filters % QUAD == 0:
-        order = np.arange(pattern.filters * pattern.window).reshape(pattern.filters, -1)
+        order = np.arange(pattern.size).reshape(pattern.filters, -1)
         return _quads(table, order, dtype)
     filters, places = pattern.filter_and_place
     offsets = table[places]
@@ -185,11 +191,20 @@ def forward_list(
 
 def _ordered(key: np.ndarray, many: int, offsets: np.ndarray, dtype, *, reaches: bool) -> List:
     """Entries by their key below `many`, and by their position where that is the same."""
-    # Sixteen bits where they do, for numpy then sorts by radix.
-    order = np.argsort(key.astype(np.uint16 if many <= 65536 else np.int64), kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(key, minlength=many))]).astype(np.int64)
+    order, values = order_by(key, many), np.empty(len(key), dtype)
     offsets = offsets[order].astype(np.int32)
-    return List(starts, offsets, order, 1, np.empty(len(order), dtype), reaches)
+    return List(starts_by(key, many), offsets, order, 1, values, reaches)
+
+
+def order_by(key: np.ndarray, many: int) -> np.ndarray:
+    """Positions by their key below `many`, and as they stand where that is the same."""
+    # Sixteen bits where they do, for numpy then sorts by radix.
+    return np.argsort(key.astype(np.uint16 if many <= 65536 else np.int64), kind="stable")
+
+
+def starts_by(key: np.ndarray, many: int) -> np.ndarray:
+    """Where the entries of each key below `many` start in that order, and one more."""
+    return np.concatenate([[0], np.cumsum(np.bincount(key, minlength=many))])
 
 
 def transposed_list(

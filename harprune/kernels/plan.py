@@ -32,7 +32,21 @@ from harprune.kernels.native import Kernels
 
 @dataclass(eq=False)
 class Step:
-    """One `struct step` before its buffers have places."""
+    """One `struct step` before its buffers have places.
+
+    Attributes:
+        shape: of what the step walks over: its result, but what it reads in `pack`, `unpack`,
+            `moments`, a flattening and the way back of a pool.
+        other: what is added to the result.
+        second: what `moments` and `combine` read beside `source`.
+        signs_out: where the bits of its own ReLU go.
+        signs_in: those of an earlier ReLU, which cut its result.
+        signs_view: of a result that is every so many positions of a map: the first (row, column)
+            and the steps (down, right), by which it also reads signs.
+        vectors: names of scale, shift and slope; of `moments` who asks for the sums.
+        weights: the layer, and the first filter of its list.
+        external: number of the caller's array that a `pack` or `unpack` copies.
+    """
 
     kind: str
     shape: Shape
@@ -74,6 +88,33 @@ class Step:
         return [view.buffer.memory for view in views if view is not None]
 
 
+@dataclass(eq=False)
+class _Total:
+    """The gradient to a value, while its readers give their shares of it.
+
+    Attributes:
+        signs: of the ReLU that made the value; the last share's step applies them.
+        left: readers that have not given theirs, the caller among them if it is an output.
+        deferred: the first share, where it is another value's gradient as it is: whoever writes
+            the next one adds it in the same step.
+        buffer: where the gradient stands.
+    """
+
+    signs: Signs | None
+    left: int = 0
+    deferred: Buffer | None = None
+    buffer: Buffer | None = None
+
+    @property
+    def begun(self) -> bool:
+        return self.deferred is not None or self.buffer is not None
+
+    def counted(self) -> Signs | None:
+        """One reader less to wait for; the signs to apply, if it was the last."""
+        self.left -= 1
+        return self.signs if self.left == 0 else None
+
+
 class Plan:
     """Forward and backward steps of a graph on one block of images.
 
@@ -86,6 +127,9 @@ class Plan:
     Attributes:
         forward, backward: the symbolic steps. In training a step `moments` ends a stretch: its sums
             over all blocks must be known before the next step runs.
+        maps: where each value lies that a step makes or reads.
+        gradient_of: where the gradient lies to each value that has one; that of a value behind a
+            ReLU is cut by its signs.
         spare: memory of earlier batches, for the next ones.
     """
 
@@ -106,10 +150,12 @@ class Plan:
         self.forward: list[Step] = []
         self.backward: list[Step] = []
         self._forward()
-        self.gradient_of: dict[int, Buffer] = {}
+        self._totals: dict[int, _Total] = {}  # of the values whose gradient is wanted
         if gradients is not None:
-            self._needless = set(graph.inputs).difference(gradients)
-            self._backward()
+            self._backward(set(graph.inputs).difference(gradients))
+        self.gradient_of = {
+            value: total.buffer for value, total in self._totals.items() if total.buffer is not None
+        }
         steps = [*self.forward, *self.backward]
         onto: dict[Buffer, Buffer] = {}
         if not training:
@@ -191,41 +237,36 @@ class Plan:
 
     # Backward -------------------------------------------------------------------------------
 
-    def _backward(self) -> None:
+    def _backward(self, needless: Collection[int]) -> None:
         """Steps in reverse, each giving one reader's share of the gradient to what it read."""
-        self._shares = dict.fromkeys(range(len(self.graph.shapes)), 0)
-        for fused in self.fused:
-            for source in fused.sources:
-                self._shares[source] += 1
-        self._waiting: dict[int, View] = {}  # a gradient that is a share as it is
+        values = set(range(len(self.graph.shapes))).difference(needless)
+        self._totals = {value: _Total(self.signs.get(value)) for value in values}
+        readers = [source for fused in self.fused for source in fused.sources]
+        for value in [*readers, *self.graph.outputs]:
+            if value in self._totals:
+                self._totals[value].left += 1
         first = len(self.graph.inputs) + len(self.graph.outputs)
         for number, value in enumerate(self.graph.outputs, start=first):
-            self._shares[value] += 1
-            shape = self.graph.shapes[value]
-            arrived = Buffer(shape)
-            self.backward.append(Step("pack", shape, out=View(arrived), external=number))
-            self._share_as_it_is(value, View(arrived))
+            arrived = Buffer(self.graph.shapes[value])
+            step = Step("pack", arrived.shape, out=View(arrived), external=number)
+            self.backward.append(step)
+            self._share_as_it_is(value, arrived)
         for fused in reversed(self.fused):
-            if fused.out in self.gradient_of:
-                self._step_backward(fused)
+            gradient = self._totals[fused.out].buffer
+            if gradient is not None:
+                self._step_backward(fused, gradient)
         first += len(self.graph.outputs)
         for number, value in enumerate(self.graph.inputs, start=first):
-            if value in self.gradient_of:
-                self.backward.append(
-                    Step(
-                        "unpack",
-                        self.graph.shapes[value],
-                        View(self.gradient_of[value]),
-                        external=number,
-                    )
-                )
+            gradient = self._totals[value].buffer if value in self._totals else None
+            if gradient is not None:
+                step = Step("unpack", gradient.shape, View(gradient), external=number)
+                self.backward.append(step)
 
-    def _step_backward(self, fused: Fused) -> None:
-        main, gradient = fused.main, self.gradient_of[fused.out]
-        shape = self.graph.shapes[main.sources[0]]
+    def _step_backward(self, fused: Fused, gradient: Buffer) -> None:
+        main, shape = fused.main, self.graph.shapes[fused.main.sources[0]]
         step = Step("scale", shape, View(gradient))
         if fused.other is not None:
-            self._share_as_it_is(fused.other, View(gradient))
+            self._share_as_it_is(fused.other, gradient)
         match main:
             case Convolution():
                 if self.training and main.bias:
@@ -234,7 +275,7 @@ class Plan:
                     self.backward.append(moments)
                 self._share_of_convolution(main, gradient)
             case Copy():
-                self._share_as_it_is(main.sources[0], View(gradient))
+                self._share_as_it_is(main.sources[0], gradient)
             case Affine():
                 step.vectors = (f"{main.name}/scale", "", "")
                 self._share(main.sources[0], step)
@@ -251,7 +292,7 @@ class Plan:
                 step.kind = "max_pool_back" if isinstance(main, MaxPool) else "mean_pool_back"
                 step.shape = self.graph.shapes[fused.out]
                 step.pool, step.winners = main, self.winners.get(fused.out)
-                self._share(main.sources[0], step)
+                self._share_of_pool(main.sources[0], step)
             case Flatten():
                 step.source = View(Unflattened(gradient, shape))
                 self._share(main.sources[0], step)
@@ -264,10 +305,12 @@ class Plan:
 
     def _share_of_convolution(self, node: Convolution, gradient: Buffer) -> None:
         value = node.sources[0]
-        if value in self._needless:
+        if value not in self._totals:
             return
         shape, out, w = self.graph.shapes[value], gradient.shape, node.window
         (sy, sx) = w.stride
+        # With a stride, positions of the input fall into phases that different taps see: each is a
+        # step with lists of its own, and reads the gradient as `lists.transposed_list` lays it.
         reach = []
         for k, s, p, d, n, m in zip(w.size, w.stride, w.padding, w.dilation, shape[1:], out[1:]):
             taps = p - np.arange(k) * d
@@ -281,56 +324,57 @@ class Plan:
             for left in range(min(sx, shape.width)):
                 rows, columns = -(-(shape.height - top) // sy), -(-(shape.width - left) // sx)
                 step = Step("convolve", Shape(shape.channels, rows, columns), View(gradient))
-                step.weights, step.transposed = (
-                    (node.name, (top * sx + left) * shape.channels),
-                    True,
-                )
+                step.weights = node.name, (top * sx + left) * shape.channels
+                step.transposed = True
                 step.signs_view = (top, left, sy, sx)
                 steps.append(step)
         self._share(value, *steps)
 
-    def _share_as_it_is(self, value: int, view: View) -> None:
-        """The gradient of a reader that only adds `value`."""
-        if value in self._needless:
+    def _share_as_it_is(self, value: int, gradient: Buffer) -> None:
+        """The share of a reader that only adds `value`: the gradient to the sum, as it is."""
+        total = self._totals.get(value)
+        if total is None:
             return
-        first = value not in self._waiting and value not in self.gradient_of
-        if first and self._shares[value] > 1:
-            self._shares[value] -= 1
-            self._waiting[value] = view
-            return
-        if first and value not in self.signs and view.channel == 0:
-            self._shares[value] = 0
-            self.gradient_of[value] = view.buffer
-            return
-        self._share(value, Step("scale", self.graph.shapes[value], view))
+        if not total.begun and total.left > 1:
+            total.deferred = gradient
+            total.counted()
+        elif not total.begun and total.signs is None:  # the only reader's, with nothing to apply
+            total.buffer = gradient
+            total.counted()
+        else:
+            self._share(value, Step("scale", gradient.shape, View(gradient)))
 
     def _share(self, value: int, *steps: Step) -> None:
-        """Steps that together write a reader's share of the gradient to `value`."""
-        if value in self._needless:
+        """The share of a reader that `steps` together write, each adding what was there before."""
+        total = self._totals.get(value)
+        if total is None:
             return
-        self._shares[value] -= 1
-        waiting, held = self._waiting.pop(value, None), self.gradient_of.get(value)
-        signs = self.signs.get(value) if self._shares[value] == 0 else None
-        if held is None:
-            held = self.gradient_of[value] = Buffer(self.graph.shapes[value])
-            other = waiting
-        else:
-            other = View(held)
-        whole = View(held)
-        pooling = steps[0].pool is not None
-        if pooling and waiting is not None:
-            self.backward.append(Step("scale", held.shape, waiting, whole))
-            other = whole
+        signs, before = total.counted(), total.deferred or total.buffer
+        total.deferred = None
+        total.buffer = total.buffer or Buffer(self.graph.shapes[value])
         for step in steps:
             (top, left), skip = step.signs_view[:2], step.signs_view[2:]
-            step.out = View(held, 0, top, left, skip)
-            if other is not None:
-                step.other = View(other.buffer, other.channel, top, left, skip)
-            if not pooling:
-                step.signs_in = signs
+            step.out = View(total.buffer, 0, top, left, skip)
+            if before is not None:
+                step.other = View(before, 0, top, left, skip)
+            step.signs_in = signs
             self.backward.append(step)
-        if pooling and signs is not None:
-            self.backward.append(Step("scale", held.shape, whole, whole, signs_in=signs))
+
+    def _share_of_pool(self, value: int, step: Step) -> None:
+        """The share of a pool, whose step adds in place alone, and applies no signs."""
+        total = self._totals.get(value)
+        if total is None:
+            return
+        signs, begun, shape = total.counted(), total.begun, self.graph.shapes[value]
+        total.buffer = total.buffer or Buffer(shape)
+        whole = View(total.buffer)
+        if total.deferred is not None:
+            self.backward.append(Step("scale", shape, View(total.deferred), whole))
+            total.deferred = None
+        step.out, step.other = whole, whole if begun else None
+        self.backward.append(step)
+        if signs is not None:
+            self.backward.append(Step("scale", shape, whole, whole, signs_in=signs))
 
     def made_by(self, node: Node) -> int:
         """The value that the step of `node` makes, sum and ReLU included."""

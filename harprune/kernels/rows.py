@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from math import prod
 from queue import SimpleQueue
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 
 from harprune.kernels.adjoint import adjoint
 from harprune.kernels.graph import Convolution, Graph, MeanPool, Pool
-from harprune.kernels.lists import QUAD, List, Pattern
+from harprune.kernels.lists import QUAD, List, Pattern, order_by, starts_by
 from harprune.kernels.memory import ALIGNMENT, place_maps
 from harprune.kernels.native import (
     DISPLACEMENT,
@@ -336,15 +337,16 @@ class _Program:
     def _link_list(self, row: np.void, step: RowStep) -> None:
         name = step.convolution.name
         pattern, read, lanes = self.patterns[name], step.read.whole, self.kernels.lanes
-        width = QUAD if _in_quads(step, pattern) else 1
-        row["whole"] = in_tiles = reads_whole(step, width, self.kernels)
-        made = _row_list(step, pattern, width, 0 if in_tiles else lanes, self.kernels.dtype)
-        self._lists[name] = made
+        quads = _in_quads(step, pattern)
+        row["whole"] = as_it_is = reads_whole(step, QUAD if quads else 1, self.kernels)
+        taps = _taps_of(step, as_it_is)
+        listed = _row_quads if quads else _row_list
+        self._lists[name] = made = listed(step, pattern, taps, self.kernels.dtype)
         row["starts"], row["offsets"] = made.starts.ctypes.data, made.offsets.ctypes.data
-        row["values"], row["list_width"] = made.values.ctypes.data, width
-        moves, taps = np.zeros(len(step.taps), DISPLACEMENT), np.array(step.taps, np.int64)
-        moves["vectors"], moves["lanes"] = np.divmod(taps, lanes)
-        place = np.arange(lanes) % read.pitch + taps[:, None]
+        row["values"], row["list_width"] = made.values.ctypes.data, made.width
+        moves, moved = np.zeros(len(step.taps), DISPLACEMENT), np.array(step.taps, np.int64)
+        moves["vectors"], moves["lanes"] = np.divmod(moved, lanes)
+        place = np.arange(lanes) % read.pitch + moved[:, None]
         moves["mask"] = as_bits((place >= 0) & (place < read.pitch) | (not read.packed))
         row["displacements"], row["displaced"] = self._address(moves), len(moves)
 
@@ -364,39 +366,83 @@ def _in_quads(step: RowStep, pattern: Pattern) -> bool:
     return pattern.filters % QUAD == 0
 
 
-def _row_list(step: RowStep, pattern: Pattern, width: int, lanes: int, dtype) -> List:
-    """A layer's kept weights, those of each filter ordered by displacement.
+class _Taps(NamedTuple):
+    """Of each tap of a convolution's window, row by row.
 
-    Transposed, the input's planes are the filters and the layer's filters are what they read. With
-    `lanes` the offsets hold the whole vectors of a displacement.
+    Attributes:
+        displacement: its number among the step's; -1 where no output position sees the tap within
+            the map.
+        offset: numbers from an output position to what is read for it in a plane.
+        phase: which of a channel's planes it meets, where a stride has split the map.
+        phases: how many there are.
     """
-    node, read, many = step.convolution, step.read.whole, len(step.taps)
-    (sy, sx), (_, channels, *size) = node.window.stride, pattern.shape
-    (down, phase_y), (across, phase_x) = (taps_and_phases(node.window, axis) for axis in (0, 1))
+
+    displacement: np.ndarray
+    offset: np.ndarray
+    phase: np.ndarray
+    phases: int
+
+    def planes(self, channels: int) -> np.ndarray:
+        """The plane that each place (channel, tap) of a filter meets."""
+        return np.arange(channels)[:, None] * self.phases + self.phase
+
+
+def _taps_of(step: RowStep, as_it_is: bool) -> _Taps:
+    """The taps of a convolution's step, or of its way back.
+
+    With `as_it_is` a row is read from its start, else from the vector where it begins displaced.
+    """
+    (sy, sx), read, size = step.window.stride, step.read.whole, step.window.size
+    (down, phase_y), (across, phase_x) = (taps_and_phases(step.window, axis) for axis in (0, 1))
     if step.transposed:
         down, across = -down, -across
-    rows = down[:, None] * read.pitch + (across // lanes * lanes if lanes else 0)
-    # Taps that no output position sees within the map have no displacement.
-    moved = np.array([step.taps.index(tap) if tap in step.taps else -1 for tap in across])
-    moved = np.broadcast_to(moved, (channels, *size)).ravel()
-    planes = (np.arange(channels)[:, None, None] * sy + phase_y[:, None]) * sx + phase_x
+    displacement = np.array([step.taps.index(x) if x in step.taps else -1 for x in across])
+    begin = np.zeros_like(across) if as_it_is else across // read.lanes * read.lanes
+    return _Taps(
+        np.broadcast_to(displacement, size).ravel(),
+        (down[:, None] * read.pitch + begin).ravel(),
+        (phase_y[:, None] * sx + phase_x).ravel(),
+        sy * sx,
+    )
+
+
+def _row_list(step: RowStep, pattern: Pattern, taps: _Taps, dtype) -> List:
+    """A layer's kept weights, by the plane that they make and then by their displacement.
+
+    A weight meets one plane of the input and one filter: forwards it reads the plane and makes the
+    filter's, on the way back the other way round.
+    """
+    channels, displacements = pattern.shape[1], len(step.taps)
     filters, places = pattern.filter_and_place
     filters = filters.astype(np.int64)
-    group = filters // (pattern.filters // node.groups)
-    given = group * (channels * sy * sx) + planes.ravel()[places]
-    reading, making = (filters, given) if step.transposed else (given, filters)
-    counted = moved[places] >= 0
-    if width > 1:
-        counted &= making % width == 0  # for the others, the same entries
-    key = making // width * many + moved[places]
-    lists = step.shape.channels // width
-    # Sixteen bits where they do, for numpy then sorts by radix.
-    small = np.uint16 if lists * many <= 65536 else np.int64
-    order = np.argsort(key.astype(small), kind="stable")
-    order = order[counted[order]]
-    starts = np.concatenate([[0], np.cumsum(np.bincount(key[order], minlength=lists * many))])
-    entries = (reading * read.plane + np.broadcast_to(rows, planes.shape).ravel()[places])[order]
-    if width > 1:
-        next_filter = prod(size) if step.transposed else pattern.window
-        order = order[:, None] + np.arange(width) * next_filter
-    return List(starts, entries.astype(np.int32), order, width, np.empty(order.shape, dtype))
+    group = filters // (pattern.filters // step.convolution.groups)
+    planes = group * (channels * taps.phases) + taps.planes(channels).ravel()[places]
+    reading, making = (filters, planes) if step.transposed else (planes, filters)
+    displacement = np.tile(taps.displacement, channels)[places]
+    offsets = reading * step.read.whole.plane + np.tile(taps.offset, channels)[places]
+    key, many = making * displacements + displacement, step.shape.channels * displacements
+    order = order_by(key, many)
+    order = order[displacement[order] >= 0]
+    starts, values = starts_by(key[order], many), np.empty(len(order), dtype)
+    return List(starts, offsets[order].astype(np.int32), order, 1, values)
+
+
+def _row_quads(step: RowStep, pattern: Pattern, taps: _Taps, dtype) -> List:
+    """Every weight kept: four of the planes that are made walk one list, the same for all fours."""
+    filters, channels = pattern.shape[:2]
+    weights = np.arange(pattern.size).reshape(filters, channels, -1)
+    if step.transposed:
+        weights = weights.swapaxes(0, 1)
+    made, read, _ = weights.shape
+    displacement = np.tile(taps.displacement, read)
+    order = np.argsort(displacement, kind="stable")
+    order = order[displacement[order] >= 0]
+    offsets = (taps.planes(read) * step.read.whole.plane + taps.offset).ravel()[order]
+    starts = starts_by(displacement[order], len(step.taps))
+    fours, entries = made // QUAD, len(order)
+    first = np.arange(fours)[:, None] * entries
+    starts = np.append((first + starts[:-1]).ravel(), fours * entries)
+    weights = weights.reshape(fours, QUAD, -1)[:, :, order].transpose(0, 2, 1).reshape(-1, QUAD)
+    offsets = np.tile(offsets, fours).astype(np.int32)
+    values = np.empty(weights.shape, dtype)
+    return List(starts, offsets, np.ascontiguousarray(weights), QUAD, values)

@@ -59,7 +59,12 @@ class Memory:
 
 
 Normalise = Callable[[str, np.ndarray, int], None]
-"""(name, sums of every channel as float64 [channels, 2], values they count) -> sets vectors."""
+"""(name, sums, how many values of a channel they count) -> None: called at a step `moments`.
+
+Sums are float64 [channels, 2]: of the values, and of these times what the step reads beside them.
+Forwards the name is a batch norm's, and the vectors that the next step reads are set here; on the
+way back it is "NAME/gradient", also of a convolution with a bias, whose gradient is the first sum.
+"""
 
 
 class Executable:
@@ -87,7 +92,7 @@ class Executable:
         self._nodes = {n.name: n for n in plan.graph.nodes if isinstance(n, Convolution)}
         self._forward_lists: dict[str, List] = {}
         self._transposed_lists: dict[str, List] = {}
-        self._moments: dict[int, int] = {}
+        self._moments: dict[Step, int] = {}  # their numbers among the arrays that a step names
         self._externals = 2 * (len(plan.graph.inputs) + len(plan.graph.outputs))
         self._forward = self._link(plan.forward)
         self._backward = self._link(plan.backward)
@@ -148,9 +153,8 @@ class Executable:
         if step.weights is not None:
             self._link_list(row, step, *step.weights)
         if step.kind == "moments":
-            row["external"] = self._moments.setdefault(
-                id(step), self._externals + len(self._moments)
-            )
+            row["external"] = self._externals + len(self._moments)
+            self._moments[step] = self._externals + len(self._moments)
         else:
             row["external"] = step.external
             for name, vector in zip(("scale", "shift", "slope"), step.vectors):
@@ -245,19 +249,38 @@ class Executable:
         arena = aligned((arenas, self.plan.arena_bytes))
         return Memory(images, arena, aligned((blocks, self.plan.kept_bytes)))
 
-    def _run(self, linked, steps, arrays, first, memory, normalise) -> None:
-        """All steps on all blocks; a step `moments` makes the blocks wait for each other."""
+    def _run(
+        self,
+        linked: np.ndarray,
+        steps: Sequence[Step],
+        arrays: Sequence[np.ndarray],
+        first: int,
+        memory: Memory,
+        normalise: Normalise | None,
+    ) -> None:
+        """All steps on all blocks; a step `moments` makes the blocks wait for each other.
+
+        `arrays` are the caller's, and `first` is the number by which steps name the first.
+        """
         begin = 0
         for number, step in enumerate(steps):
             if step.kind == "moments":
                 sums = np.empty((memory.blocks, step.shape.channels, 2))
                 self._stretch(linked[begin : number + 1], arrays, first, memory, (step, sums))
                 positions = step.shape.height * step.shape.width
-                normalise(step.vectors[0], sums.sum(0), memory.images * positions)
+                cast(Normalise, normalise)(step.vectors[0], sums.sum(0), memory.images * positions)
                 begin = number + 1
         self._stretch(linked[begin:], arrays, first, memory, None)
 
-    def _stretch(self, steps: np.ndarray, arrays, first: int, memory: Memory, moments) -> None:
+    def _stretch(
+        self,
+        steps: np.ndarray,
+        arrays: Sequence[np.ndarray],
+        first: int,
+        memory: Memory,
+        moments: tuple[Step, np.ndarray] | None,
+    ) -> None:
+        """Steps on all blocks; of `moments`, the last of them, sums of each block come out."""
         free: SimpleQueue[int] = SimpleQueue()
         for arena in range(len(memory.arena)):
             free.put(arena)
@@ -267,7 +290,7 @@ class Executable:
             for number, array in enumerate(arrays, start=first):
                 external[number] = array[block * LANES :].ctypes.data
             if moments is not None:
-                external[self._moments[id(moments[0])]] = moments[1][block].ctypes.data
+                external[self._moments[moments[0]]] = moments[1][block].ctypes.data
             arena = block if self.plan.training else free.get()
             try:
                 self.plan.kernels.run(
@@ -285,9 +308,10 @@ class Executable:
     # Gradients to weights -------------------------------------------------------------------
 
     def weight_gradient(self, name: str, memory: Memory, which: int = KEPT) -> np.ndarray:
-        """The gradient to the kept weights of layer `name`, or to all of them, after `backward`.
+        """The gradient to the weights of layer `name`, after `backward`.
 
-        Returns one number per kept weight in ascending position, or per weight.
+        Returns one number per kept weight in ascending position; with `which` = ALL, or ALL_BF16
+        for products in bf16, one per weight.
         """
         node, pattern = self._nodes[name], self.patterns[name]
         source = View(self.plan.maps[node.sources[0]], skip=node.window.stride)
@@ -308,7 +332,7 @@ class Executable:
             groups = np.arange(node.groups, dtype=np.int32) * (pattern.shape[1] * strides.plane)
             offsets = (groups[:, None] + table).astype(np.int32)
             row["per_group"], row["window"] = pattern.filters // node.groups, pattern.window
-            result = np.empty(pattern.filters * pattern.window, self.plan.kernels.dtype)
+            result = np.empty(pattern.size, self.plan.kernels.dtype)
         row["starts"], row["offsets"] = starts.ctypes.data, offsets.ctypes.data
         share = -(-pattern.filters // (8 * self.threads)) * 8
 

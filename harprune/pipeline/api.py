@@ -14,6 +14,7 @@ from torch import nn
 
 from harprune.arguments import require_text, require_whole
 from harprune.files import make_folder
+from harprune.kernels import Backend
 from harprune.models.registry import require_module
 from harprune.pipeline import checks, hardening, machinery, pruning, supply
 from harprune.pipeline.console import Console
@@ -30,7 +31,7 @@ from harprune.robustness.identity import model_digest
 from harprune.robustness.record import Evaluation
 from harprune.robustness.threat import Linf, Threat, require_threat
 from harprune.sparsity.audit import Audit
-from harprune.sparsity.execution import Execution
+from harprune.sparsity.execution import require_backend
 from harprune.training.splits import Images, as_split, to_float
 
 
@@ -136,7 +137,7 @@ def evaluate(
     batch_size: int = 250,
     out: str | Path | None = None,
     name: str = "model",
-    execution: Execution = Execution.AUTO,
+    execution: Backend = "auto",
     twin: bool = True,
     quiet: bool = False,
 ) -> Evaluation:
@@ -149,7 +150,8 @@ def evaluate(
         size: number of images, drawn by `seed`; all if absent.
         out: a folder for per-image outcomes, from which an interrupted evaluation goes on; refused
             while another process works in it.
-        execution: whether attacks run on the sparse kernels; verdicts are always the model's own.
+        execution: what runs the attacks on a CPU, as a recipe's execution.backend; verdicts are
+            always the model's own.
         twin: whether attacks run on an equivalent of the model, batch norm folded and masks
             multiplied out, on the kernels if `execution` has it so; else on the plain model.
 
@@ -161,7 +163,8 @@ def evaluate(
     require_whole("seed", seed)
     require_whole("batch_size", batch_size, 1)
     require_text("name", name, "model")
-    execution, threat = Execution(execution), _threat(threat)
+    require_backend(execution)
+    threat = _threat(threat)
     attacks = (attacks,) if isinstance(attacks, str) else attacks
     if not isinstance(attacks, Sequence):
         raise ValueError(f"attacks = {attacks!r} must be names in a list, as ['autoattack']")
@@ -234,7 +237,7 @@ def evaluate_recipe(
         seed=section.seed,
         batch_size=section.batch_size,
         out=out,
-        execution=Execution(recipe.execution.backend),
+        execution=recipe.execution.backend,
         twin=recipe.execution.twin,
         name=recipe.name,
     )

@@ -17,7 +17,7 @@ from harprune.robustness.awp import AWP
 from harprune.robustness.pwoa import PwoA
 from harprune.robustness.threat import Linf, Threat, make_threat, parse_epsilon
 from harprune.sparsity import execution
-from harprune.sparsity.execution import Execution, Twin
+from harprune.sparsity.execution import Twin
 
 _PARITY_EPSILON, _PARITY_STEP = 0.031, 0.0078
 
@@ -40,8 +40,7 @@ def step_size(recipe: Recipe, section: recipes.Objective) -> float:
 
 def twin(recipe: Recipe, model: nn.Module, dtype: torch.dtype | None = None) -> Twin | None:
     """The fixed function of `model`, on the backend of the recipe; None where it has none."""
-    backend = Execution(recipe.execution.backend)
-    return execution.twin(model, dtype=dtype, execution=backend)
+    return execution.twin(model, dtype=dtype, execution=recipe.execution.backend)
 
 
 class _Wrapped:

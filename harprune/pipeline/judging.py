@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from harprune.arguments import require_whole
+from harprune.kernels import Backend
 from harprune.pipeline import hardening
 from harprune.pipeline.console import Console
 from harprune.robustness import evaluation
@@ -15,7 +16,6 @@ from harprune.robustness.images import subset
 from harprune.robustness.record import Evaluation
 from harprune.robustness.threat import Threat
 from harprune.sparsity import execution as executions
-from harprune.sparsity.execution import Execution
 from harprune.training.splits import Floats, Split
 
 
@@ -62,7 +62,7 @@ def judge(
     seed: int,
     batch_size: int,
     folder: str | Path | None,
-    execution: Execution,
+    execution: Backend,
     twin: bool,
     console: Console,
     name: str,
@@ -81,7 +81,7 @@ def judge(
     def told(reason: str) -> None:
         console.say(f"note: attacks search on the network itself, in torch: {reason}")
 
-    fast = executions.twin(model, execution=execution, told=told) if twin else None
+    found = executions.twin(model, execution=execution, told=told) if twin else None
     named = {a: hardening.attack(a, threat, seed=seed, batch_size=batch_size) for a in attacks}
     doing = "attack" if attacks else "evaluate"
     with console.bar(f"{doing} {name}", len(index)) as bar:
@@ -97,6 +97,6 @@ def judge(
             num_classes=num_classes,
             progress=bar.update_of,
             threat=threat,
-            function=None if fast is None else fast.current(),
+            twin=None if found is None else found.current(),
             name=name,
         )

@@ -23,7 +23,7 @@ from harprune.pipeline.validation import (
 )
 from harprune.pipeline.workshop import Workshop, load_network
 from harprune.robustness.objectives import Free, Objective
-from harprune.sparsity.execution import Execution, Twin, training_twin
+from harprune.sparsity.execution import Twin, training_twin
 from harprune.sparsity.layers import Layer
 from harprune.training.averaging import Average
 from harprune.training.loop import Diverged, fit
@@ -91,7 +91,7 @@ def learn(
     course = Course(
         shop.run, stage, model, optimiser, objective, method, len(batches), average, divisible
     )
-    fast = hardening.twin(shop.recipe, course.network)
+    twin = hardening.twin(shop.recipe, course.network)
     others = shop.run.histories()
     advice = f"; lower {stage}.learning_rate in a new run"
     if method is not None:
@@ -115,7 +115,7 @@ def learn(
             return context
 
         def after_epoch(epoch: int) -> bool:
-            _end_epoch(shop, course, epoch, fast)
+            _end_epoch(shop, course, epoch, twin)
             shop.run.write_metrics({**others, stage: course.history})
             left = bar.left((epoch + 1) * len(batches))
             shop.console.say(
@@ -170,7 +170,7 @@ def _objectives(
     looks_inside = distillation is None and wanted.name == "pwoa"  # where no twin has layers
     teacher = load_network(shop, "pretrain").eval() if looks_inside or distillation else None
     soft = _fixed(shop, teacher) if teacher is not None and distillation is not None else None
-    backend = Execution(shop.recipe.execution.backend)
+    backend = shop.recipe.execution.backend
 
     def make(network: nn.Module) -> tuple[Objective, nn.Module | None]:
         attacked = under_attack(shop, network)
@@ -209,19 +209,19 @@ def under_attack(shop: Workshop, model: nn.Module) -> Twin | None:
 
 def _fixed(shop: Workshop, model: nn.Module) -> nn.Module:
     """A network in eval mode as a fixed function: its twin, never in the precision of attacks."""
-    fast = hardening.twin(shop.recipe, model) if shop.recipe.execution.twin else None
-    return model if fast is None else fast.current()
+    twin = hardening.twin(shop.recipe, model) if shop.recipe.execution.twin else None
+    return model if twin is None else twin.current()
 
 
-def _end_epoch(shop: Workshop, course: Course, epoch: int, fast: Twin | None) -> None:
+def _end_epoch(shop: Workshop, course: Course, epoch: int, twin: Twin | None) -> None:
     """Validate, let the method react, checkpoint."""
-    clean, robust = validate(shop, course.network, fast)
+    clean, robust = validate(shop, course.network, twin)
     record = {"epoch": epoch, "clean": clean, "robust": robust}
     record["learning_rate"] = course.optimiser.param_groups[0]["lr"]
     eligible = True
     if course.method is not None:
         if course.method.watches:
-            course.method.judged(*overfitting(shop, course.model, fast))
+            course.method.judged(*overfitting(shop, course.model, twin))
             course.passes += overfitting_passes(shop)
         record |= course.method.metrics(course.model)
         eligible = course.method.budget_met(course.model)

@@ -9,7 +9,6 @@ from harprune.kernels import native
 from harprune.pipeline import pruning
 from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.supply import Materials
-from harprune.sparsity.execution import Execution
 from harprune.sparsity.extraction import require_extractable
 from harprune.sparsity.layers import prunable_layers
 from harprune.sparsity.tracing import Untraceable, traced
@@ -40,8 +39,8 @@ def outlook(recipe: Recipe, materials: Materials, device: torch.device) -> Itera
         method = pruning.method(recipe)
         for option, what in method.beyond(recipe.prune.epochs, steps).items():
             yield f"note: method.{option} = {getattr(method, option)} {what}"
-    backend = Execution(recipe.execution.backend)
-    if device.type == "cpu" and backend is not Execution.DENSE and native.best() is None:
+    backend = recipe.execution.backend
+    if device.type == "cpu" and backend != "dense" and native.best() is None:
         yield (
             "note: the sparse kernels are not built, so torch runs pruned networks, at the cost of "
             "dense ones; `harprune doctor` says more"

@@ -15,6 +15,8 @@ from pydantic import (
     field_validator,
 )
 
+from harprune.kernels import Backend
+
 Epsilon = float | str
 
 
@@ -280,7 +282,7 @@ class Execution(Section):
     """Number format of training."""
     attack_precision: Literal["32", "bf16"] = "32"
     """Number format inside training attacks; bf16 is a different, cheaper attack, on the twin."""
-    backend: Literal["auto", "sparse", "dense"] = "auto"
+    backend: Backend = "auto"
     """What runs masked networks on a CPU: the sparse kernels where they are built, or torch."""
     twin: bool = True
     """Attack an equivalent of the model with batch norm folded and masks multiplied out, or where

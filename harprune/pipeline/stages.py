@@ -32,7 +32,6 @@ from harprune.robustness.images import subset
 from harprune.sparsity import masks
 from harprune.sparsity.audit import Audit, connected
 from harprune.sparsity.costs import multiply_add_prices
-from harprune.sparsity.execution import Execution
 from harprune.sparsity.layers import prunable_layers
 from harprune.training import checkpoint
 from harprune.training.splits import to_float
@@ -156,7 +155,7 @@ def attack(shop: Workshop) -> None:
             seed=section.seed,
             batch_size=section.batch_size,
             folder=shop.run.attack(name),
-            execution=Execution(shop.recipe.execution.backend),
+            execution=shop.recipe.execution.backend,
             twin=shop.recipe.execution.twin,
             num_classes=shop.materials.num_classes,
             console=shop.console,

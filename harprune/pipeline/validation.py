@@ -18,16 +18,16 @@ _GUESSING = 1.2
 """Times the share of one class, up to which accuracy may be luck."""
 
 
-def validate(shop: Workshop, model: nn.Module, fast: Twin | None) -> tuple[float, float]:
+def validate(shop: Workshop, model: nn.Module, twin: Twin | None) -> tuple[float, float]:
     """Clean and PGD accuracy on the validation images, in [0, 1]; the same images each time."""
-    clean, robust, _ = _judge(shop, model, fast, shop.materials.validation)
+    clean, robust, _ = _judge(shop, model, twin, shop.materials.validation)
     return clean, robust
 
 
-def overfitting(shop: Workshop, model: nn.Module, fast: Twin | None) -> tuple[float, float]:
+def overfitting(shop: Workshop, model: nn.Module, twin: Twin | None) -> tuple[float, float]:
     """Robust accuracy on training minus validation images, and the robust validation loss."""
-    _, seen, _ = _judge(shop, model, fast, shop.materials.train)
-    _, unseen, loss = _judge(shop, model, fast, shop.materials.validation)
+    _, seen, _ = _judge(shop, model, twin, shop.materials.train)
+    _, unseen, loss = _judge(shop, model, twin, shop.materials.validation)
     return seen - unseen, loss
 
 
@@ -47,13 +47,13 @@ def _passes(shop: Workshop, split: Split) -> int:
 
 
 def _judge(
-    shop: Workshop, model: nn.Module, fast: Twin | None, split: Split
+    shop: Workshop, model: nn.Module, twin: Twin | None, split: Split
 ) -> tuple[float, float, float]:
     """Clean accuracy, PGD accuracy and mean PGD loss on the same images of `split` each time."""
     section = shop.recipe.validation
     attack = hardening.attack(f"pgd-{section.steps}", hardening.threat(shop.recipe))
     index = subset(split.labels, section.size, shop.recipe.seed)
-    function = model if fast is None else fast.current()
+    function = model if twin is None else twin.current()
     hits, loss = torch.zeros(2, dtype=torch.int64), 0.0
     random = seeded(shop.recipe.seed, shop.engine.device)
     with parametrize.cached(), eval_mode(function), random:

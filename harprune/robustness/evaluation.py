@@ -47,7 +47,7 @@ def evaluate(
     progress: Progress | None = None,
     checks: bool = True,
     threat: Threat | None = None,
-    function: nn.Module | None = None,
+    twin: nn.Module | None = None,
     name: str = "model",
 ) -> Evaluation:
     """Clean accuracy of `model`, then accuracy under each attack, in eval mode.
@@ -65,7 +65,7 @@ def evaluate(
             interrupted evaluation goes on.
         num_classes: checked against labels and logits.
         threat: what every x_adv must keep to; also sets the norm of the sanity checks.
-        function: computes the same as `model` at less cost; attacks run on it, but every verdict
+        twin: computes the same as `model` at less cost; attacks run on it, but every verdict
             is the model's own, and a check compares the two.
         name: the model's name in the record.
 
@@ -79,12 +79,12 @@ def evaluate(
         raise ValueError(f"{len(index)} images in batches of {batch_size}: both must be at least 1")
     device = device_of(model)
     data = ChosenImages(images, labels.cpu().long()[index], index, batch_size, device, num_classes)
-    attacked = model if function is None else function
+    attacked = model if twin is None else twin
     report = progress or (lambda done, total, text: None)
     with eval_mode(model):
         identity = {}
         if folder is not None:
-            identity = identity_of(model, function, data, seed, attacks, threat)
+            identity = identity_of(model, twin, data, seed, attacks, threat)
         ledger = Ledger.open(folder, identity, data)
         for row in ("clean", *attacks):
             for batch in range(ledger.done.get(row, 0), len(data)):

@@ -33,7 +33,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 def identity_of(
     model: nn.Module,
-    function: nn.Module | None,
+    twin: nn.Module | None,
     data: ChosenImages,
     seed: int,
     attacks: Mapping[str, Attack],
@@ -47,7 +47,7 @@ def identity_of(
         images.update(_bytes(data.batch(batch)[0]))
     return {
         "model": model_digest(model),
-        _ATTACKED: "the model" if function is None else "its twin",
+        _ATTACKED: "the model" if twin is None else "its twin",
         "data": chosen.hexdigest(),
         _IMAGES: images.hexdigest(),
         "seed": str(seed),

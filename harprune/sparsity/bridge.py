@@ -6,10 +6,11 @@
 weights.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from harprune.kernels.graph import Graph, Shape
 from harprune.kernels.lists import NEARLY_DENSE, Pattern, shape_of
 from harprune.kernels.plan import Plan
 from harprune.kernels.runtime import Executable, Memory
+from harprune.sparsity.frozen import FrozenLayer, FrozenNorm
+from harprune.sparsity.kinds import RunningNorm, Trained, Weighted
+from harprune.sparsity.masks import Held
 from harprune.sparsity.regions import Role, output_axes, translate
 
 
@@ -51,58 +55,7 @@ def array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
-Weighted = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
-"""Layers with weights to prune."""
-
-Trained = Weighted | nn.BatchNorm2d
-"""Layers that the kernels run while they train."""
-
-
-class FrozenWeights(Protocol):
-    """A convolution or linear layer as it is now; `kept` is a fixed mask, if it has one."""
-
-    weight: Tensor
-    bias: Tensor | None
-    kept: Tensor | None
-
-
-class FrozenScaling(Protocol):
-    """scale[c] x + shift[c]."""
-
-    scale: Tensor
-    shift: Tensor
-
-
-class RunningNorm(Protocol):
-    """A batch norm with running statistics."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    momentum: float | None
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """How a layer holds its weights while it trains.
-
-    Attributes:
-        tensor: what learns: the weight in force, or a vector of its kept values alone.
-        kept: which weights are kept, where that is fixed: only these then get a gradient.
-    """
-
-    tensor: Tensor
-    kept: Tensor | None = None
-
-    @property
-    def compact(self) -> bool:
-        return self.tensor.dim() == 1
-
-
-class _Region(nn.Module):
+class _Region(nn.Module, ABC):
     """A part of a traced network, with the layers that it holds."""
 
     def __init__(self, region: fx.GraphModule, role: Role):
@@ -111,21 +64,23 @@ class _Region(nn.Module):
         self._region, self._role = (region,), role
         self._axes = output_axes(region)
 
+    def forward(self, *inputs: Tensor):
+        """As the region in torch: one output, or a tuple of several."""
+        if len({len(x) for x in inputs}) > 1:
+            # One of them is no batch of images, but something for torch to broadcast.
+            return self._region[0](*inputs)
+        outputs = self.outputs(_computable(inputs))
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    @abstractmethod
+    def outputs(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the kernels make of batches of as many images each, in a type of theirs."""
+
     def translated(self, inputs: tuple[Tensor, ...]) -> tuple[Graph, dict[str, nn.Module]]:
         """The region's graph for inputs of this shape, and its layers by name."""
         (region,) = self._region
         shapes = [Shape(*x.shape[1:]) for x in inputs]
         return translate(region, dict(region.named_modules()), self._role, shapes)
-
-    @staticmethod
-    def computable(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Inputs in a type that kernels compute in; what torch runs may have rounded some."""
-        double = any(x.dtype == torch.float64 for x in inputs)
-        return tuple(x.to(torch.float64 if double else torch.float32) for x in inputs)
-
-    def in_torch(self, inputs: tuple[Tensor, ...]) -> bool:
-        """Whether an input is no batch of images, but something for torch to broadcast."""
-        return len({len(x) for x in inputs}) > 1
 
     @staticmethod
     def kernels(inputs: tuple[Tensor, ...]) -> native.Kernels:
@@ -140,9 +95,10 @@ class _Region(nn.Module):
         )
 
 
-def _one_or_all(outputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-    first, *more = outputs
-    return outputs if more else first
+def _computable(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Inputs in a type that kernels compute in; what torch runs may have rounded some."""
+    double = any(x.dtype == torch.float64 for x in inputs)
+    return tuple(x.to(torch.float64 if double else torch.float32) for x in inputs)
 
 
 Runs = TypeVar("Runs", Forward, Gradient)
@@ -154,68 +110,67 @@ class FunctionRegion(_Region):
     def __init__(self, region: fx.GraphModule, role: Role, version: Callable[[], int]):
         super().__init__(region, role)
         self.version = version
-        self._plans: dict[tuple, tuple] = {}
+        self._readings: dict[tuple, _Reading] = {}
 
-    def forward(self, *inputs: Tensor):
-        if self.in_torch(inputs):
-            return self._region[0](*inputs)
-        inputs = self.computable(inputs)
+    def outputs(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-            outputs = _Function.apply(self, *inputs)
-        else:
-            executable = self.executable(inputs, Forward)
-            outputs = self.shaped(executable.forward([array(x) for x in inputs]))
-        return _one_or_all(outputs)
+            return cast(tuple[Tensor, ...], _Function.apply(self, *inputs))
+        executable = self.executable(inputs, Forward)
+        return self.shaped(executable.forward([array(x) for x in inputs]))
 
     def executable(self, inputs: tuple[Tensor, ...], kind: type[Runs]) -> Runs:
         """What runs inputs of this shape, with the weights of now."""
         threads, shapes = torch.get_num_threads(), (tuple(x.shape[1:]) for x in inputs)
         key = (kind, inputs[0].dtype, threads, *shapes)
-        if key not in self._plans:
-            self._plans[key] = (-1, *self._planned(inputs, kind), None)
-        version, make, graph, layers, executable = self._plans[key]
-        if version != self.version():
-            executable = _load(make, graph, layers, executable)
-            self._plans[key] = (self.version(), make, graph, layers, executable)
+        if key not in self._readings:
+            graph, layers = self.translated(inputs)
+            make = partial(kind, graph, self.kernels(inputs), threads=threads)
+            self._readings[key] = _Reading(make, layers)
+        return self._readings[key].at(self.version())
+
+
+@dataclass(eq=False)
+class _Reading(Generic[Runs]):
+    """What runs a region for inputs of one shape, with the weights that were read last.
+
+    Attributes:
+        make: (patterns, vectors) -> it, without values of weights.
+        layers: the frozen layers that these are read from, among other modules.
+    """
+
+    make: Callable[..., Runs]
+    layers: Mapping[str, nn.Module]
+    version: int = -1
+    executable: Runs | None = None
+
+    def at(self, version: int) -> Runs:
+        """The executable with the weights of `version`, which are those of now."""
+        if self.executable is None or self.version != version:
+            self.executable, self.version = self._read(self.executable), version
+        return self.executable
+
+    def _read(self, before: Runs | None) -> Runs:
+        """The weights of now, in `before` where all masks are still the same."""
+        known = before.patterns if before is not None else {}
+        patterns, values, vectors = {}, {}, {}
+        for name, layer in self.layers.items():
+            if isinstance(layer, FrozenLayer):
+                patterns[name] = _pattern(Held(layer.weight, layer.kept), known.get(name))
+                values[name] = kept_values(array(layer.weight), patterns[name])
+                if layer.bias is not None:
+                    vectors[f"{name}/bias"] = array(layer.bias)
+            elif isinstance(layer, FrozenNorm):
+                vectors[f"{name}/scale"] = array(layer.scale)
+                vectors[f"{name}/shift"] = array(layer.shift)
+        if before is None or any(known[n] is not p for n, p in patterns.items()):
+            executable = self.make(patterns, vectors)
+        else:
+            executable = before
+            for name, vector in vectors.items():
+                executable.vectors[name][...] = vector
+        for name, kept in values.items():
+            executable.load(name, kept)
         return executable
-
-    def _planned(
-        self, inputs: tuple[Tensor, ...], kind: type[Runs]
-    ) -> tuple[Callable[..., Runs], Graph, dict[str, nn.Module]]:
-        graph, layers = self.translated(inputs)
-        make = partial(kind, graph, self.kernels(inputs), threads=torch.get_num_threads())
-        return make, graph, layers
-
-
-def _load(
-    make: Callable[..., Runs],
-    graph: Graph,
-    layers: Mapping[str, nn.Module],
-    executable: Runs | None,
-) -> Runs:
-    """`graph` with the weights of now; in `executable`, where all masks are still the same."""
-    known = executable.patterns if executable is not None else {}
-    patterns, values, vectors = {}, {}, {}
-    for node in graph.nodes:
-        if isinstance(node, g.Convolution):
-            layer = cast(FrozenWeights, layers[node.name])
-            held = Held(layer.weight, layer.kept)
-            patterns[node.name] = pattern = _pattern(held, known.get(node.name))
-            values[node.name] = kept_values(array(layer.weight), pattern)
-            if layer.bias is not None:
-                vectors[f"{node.name}/bias"] = array(layer.bias)
-        elif isinstance(node, g.Affine):
-            scaling = cast(FrozenScaling, layers[node.name])
-            vectors[f"{node.name}/scale"] = array(scaling.scale)
-            vectors[f"{node.name}/shift"] = array(scaling.shift)
-    if executable is None or any(known[n] is not p for n, p in patterns.items()):
-        executable = make(patterns, vectors)
-    else:
-        for name, vector in vectors.items():
-            executable.vectors[name][...] = vector
-    for name, kept in values.items():
-        executable.load(name, kept)
-    return executable
 
 
 class _Function(torch.autograd.Function):
@@ -251,26 +206,20 @@ class TrainingRegion(_Region):
     Args:
         region: its nodes, with the model's own layers.
         role: what they are to the kernels.
-        held: how a convolution or linear layer holds its weights now.
     """
 
-    def __init__(self, region: fx.GraphModule, role: Role, held: Callable[[Trained], Held]):
+    def __init__(self, region: fx.GraphModule, role: Role):
         super().__init__(region, role)
-        self._held = held
         self._plans: dict[tuple, tuple[Plan, dict[str, Trained]]] = {}
         self._executables: dict[Plan, Executable] = {}
 
-    def forward(self, *inputs: Tensor):
-        if self.in_torch(inputs):
-            return self._region[0](*inputs)
-        inputs = self.computable(inputs)
+    def outputs(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         plan, layers = self._plan(inputs)
-        held = {name: self._held(layers[name]) for name in _convolutions(plan)}
-        parameters = []
-        for name, layer in layers.items():
-            parameters += [held[name].tensor if name in held else layer.weight, layer.bias]
-        outputs = _Training.apply(self, plan, layers, held, len(inputs), *inputs, *parameters)
-        return _one_or_all(outputs)
+        held = {name: Held.of(cast(Weighted, layers[name])) for name in _convolutions(plan)}
+        weights = [held[n].tensor if n in held else layer.weight for n, layer in layers.items()]
+        biases = [layer.bias for layer in layers.values()]
+        outputs = _Training.apply(self, plan, layers, held, *inputs, *weights, *biases)
+        return cast(tuple[Tensor, ...], outputs)
 
     def _plan(self, inputs: tuple[Tensor, ...]) -> tuple[Plan, dict[str, Trained]]:
         wanted = tuple(x.requires_grad for x in inputs)
@@ -353,9 +302,11 @@ def _vectors(plan: Plan, layers: Mapping[str, Trained]) -> dict[str, np.ndarray]
 
 
 class _Training(torch.autograd.Function):
+    """Its tensors are the inputs, then what learns of each layer's weight, then each one's bias."""
+
     @staticmethod
-    def forward(ctx, region: TrainingRegion, plan: Plan, layers, held, count: int, *tensors):
-        ctx.layers, ctx.held, ctx.count = layers, held, count
+    def forward(ctx, region: TrainingRegion, plan: Plan, layers, held, *tensors):
+        ctx.layers, ctx.held = layers, held
         ctx.executable = executable = region.executable(plan, layers, held)
         ctx.low = torch.is_autocast_enabled("cpu") and plan.kernels.has_bf16
         ctx.statistics = statistics = {}
@@ -363,47 +314,59 @@ class _Training(torch.autograd.Function):
         def normalise(name: str, sums: np.ndarray, many: int) -> None:
             statistics[name] = _normalise(layers[name], executable.vectors, name, sums, many)
 
-        inputs = [array(x) for x in tensors[:count]]
-        outputs, ctx.memory = executable.forward(inputs, normalise)
-        ctx.shapes = [x.shape for x in tensors[:count]]
+        inputs = tensors[: len(plan.graph.inputs)]
+        outputs, ctx.memory = executable.forward([array(x) for x in inputs], normalise)
+        ctx.shapes = [x.shape for x in inputs]
         return region.shaped(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor):
         memory, ctx.memory = _taken(ctx), None
-        executable = ctx.executable
-        found: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
+        to_inputs, to_scale, to_bias = _run_back(ctx, memory, gradients)
 
-        def normalise(name: str, sums: np.ndarray, many: int) -> None:
-            layer = name.removesuffix("/gradient")
-            if layer in ctx.statistics:
-                found[layer] = _denormalise(
-                    executable.vectors, layer, ctx.statistics[layer], sums, many
-                )
-            else:
-                found[layer] = (None, sums[:, 0])
+        def to_weight(name: str) -> np.ndarray:
+            return _weight_gradient(ctx, name, memory) if name in ctx.held else to_scale[name]
 
-        results = iter(executable.backward(memory, [array(x) for x in gradients], normalise))
-        needed = ctx.needs_input_grad[5:]
-        inputs = [
-            torch.from_numpy(next(results)).view(shape) if want else None
+        def tensor(gradient: np.ndarray) -> Tensor:
+            # Sums over a batch are float64.
+            return torch.from_numpy(gradient.astype(ctx.executable.plan.kernels.dtype, copy=False))
+
+        needed = ctx.needs_input_grad[4:]  # after region, plan, layers and held
+        first, last = len(ctx.shapes), len(ctx.shapes) + len(ctx.layers)
+        found = iter(to_inputs)  # of those that want one
+        results: list[Tensor | None] = [
+            tensor(next(found)).view(shape) if want else None
             for want, shape in zip(needed, ctx.shapes)
         ]
-        weights = []
-        for position, name in enumerate(ctx.layers):
-            wants_weight, wants_bias = needed[ctx.count + 2 * position :][:2]
-            to_weight, to_bias = found.get(name, (None, None))
-            if name in ctx.held and wants_weight:
-                to_weight = _weight_gradient(ctx, name, memory)
-            for value, want in ((to_weight, wants_weight), (to_bias, wants_bias)):
-                gradient = cast(np.ndarray, value)  # of what is wanted
-                dtype = executable.plan.kernels.dtype
-                weights.append(
-                    torch.from_numpy(gradient.astype(dtype, copy=False)) if want else None
-                )
-        executable.release(memory)
-        return None, None, None, None, None, *inputs, *weights
+        results += [
+            tensor(to_weight(name)) if want else None
+            for want, name in zip(needed[first:last], ctx.layers)
+        ]
+        results += [
+            tensor(to_bias[name]) if want else None for want, name in zip(needed[last:], ctx.layers)
+        ]
+        ctx.executable.release(memory)
+        return None, None, None, None, *results
+
+
+def _run_back(ctx, memory: Memory, gradients: tuple[Tensor, ...]):
+    """The gradients to inputs, to the scales of batch norms, and to their shifts and all biases.
+
+    The last two by layer; those to kept weights can be taken from `memory` afterwards.
+    """
+    vectors, to_scale, to_bias = ctx.executable.vectors, {}, {}
+
+    def normalise(name: str, sums: np.ndarray, many: int) -> None:
+        layer = name.removesuffix("/gradient")
+        if layer in ctx.statistics:
+            found = _denormalise(vectors, layer, ctx.statistics[layer], sums, many)
+            to_scale[layer], to_bias[layer] = found
+        else:
+            to_bias[layer] = sums[:, 0]
+
+    to_inputs = ctx.executable.backward(memory, [array(x) for x in gradients], normalise)
+    return to_inputs, to_scale, to_bias
 
 
 def _weight_gradient(ctx, name: str, memory: Memory) -> np.ndarray:
@@ -422,8 +385,21 @@ def _weight_gradient(ctx, name: str, memory: Memory) -> np.ndarray:
     return full.reshape(held.tensor.shape)
 
 
-def _normalise(norm: RunningNorm, vectors, name: str, sums: np.ndarray, many: int):
-    """Set scale and shift from the batch's sums, and move the running statistics (eq. of torch)."""
+class _Statistics(NamedTuple):
+    """Of one batch, a number a channel: mean, 1 / deviation, and the factor of the batch norm."""
+
+    mean: np.ndarray
+    inverse: np.ndarray
+    gamma: np.ndarray | float
+
+
+def _normalise(
+    norm: RunningNorm, vectors: Mapping[str, np.ndarray], name: str, sums: np.ndarray, many: int
+) -> _Statistics:
+    """Set scale and shift from the batch's sums, and move the running statistics as torch does.
+
+    `sums` are of x and of x squared, over `many` values of each channel.
+    """
     if many < 2:
         raise ValueError(
             f"batch norm {name} sees one value per channel; train with at least two images a batch"
@@ -443,11 +419,19 @@ def _normalise(norm: RunningNorm, vectors, name: str, sums: np.ndarray, many: in
         unbiased = variance * (many / (many - 1))
         for running, now in ((norm.running_mean, mean), (norm.running_var, unbiased)):
             running.lerp_(torch.as_tensor(now, dtype=running.dtype), rate)
-    return mean, inverse, gamma
+    return _Statistics(mean, inverse, gamma)
 
 
-def _denormalise(vectors, name: str, statistics, sums: np.ndarray, many: int):
-    """Set the backward vectors; the gradients to scale and shift.
+def _denormalise(
+    vectors: Mapping[str, np.ndarray],
+    name: str,
+    statistics: _Statistics,
+    sums: np.ndarray,
+    many: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Set the backward vectors; returns the gradients to scale and shift.
+
+    `sums` are of g and of g x, over `many` values of each channel.
 
     With x' = (x - mean) inverse and g the gradient of gamma x' + beta, the gradient to x is
     gamma inverse (g - mean(g) - x' mean(g x')): a multiple of g, one of x, and a constant.

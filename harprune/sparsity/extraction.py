@@ -10,7 +10,7 @@ for zeros after the normalisation.
 import operator
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from harprune.kernels import graph as g
 from harprune.kernels.graph import Graph, Shape
 from harprune.kernels.lists import Pattern, sift
-from harprune.sparsity.bridge import FrozenScaling, FrozenWeights
-from harprune.sparsity.execution import Frozen, affine, frozen, role_of_frozen
+from harprune.sparsity.frozen import Frozen, FrozenLayer, FrozenNorm, affine, frozen, role_of_frozen
 from harprune.sparsity.regions import first_unsupported, translate
 
 
@@ -120,18 +119,18 @@ def _require_whole(network: fx.GraphModule, example: Tensor) -> None:
 def _with_weights(graph: Graph, layers: dict[str, nn.Module]) -> Extracted:
     found = Extracted(graph, {}, {}, {})
     for number, node in enumerate(graph.nodes):
-        if isinstance(node, g.Convolution):
-            layer = cast(FrozenWeights, layers[node.name])
-            pattern, values = sift(_array(layer.weight))
-            found.patterns[node.name], found.values[node.name] = pattern, values
+        if not isinstance(node, g.Named):
+            continue
+        name, layer = node.name, layers[node.name]
+        if isinstance(layer, FrozenLayer):
+            found.patterns[name], found.values[name] = sift(_array(layer.weight))
             # The layer itself may have none, and a bias from the batch norm behind it.
             graph.nodes[number] = replace(node, bias=layer.bias is not None)
             if layer.bias is not None:
-                found.vectors[f"{node.name}/bias"] = _array(layer.bias)
-        elif isinstance(node, g.Affine):
-            scaling = cast(FrozenScaling, layers[node.name])
-            found.vectors[f"{node.name}/scale"] = _array(scaling.scale)
-            found.vectors[f"{node.name}/shift"] = _array(scaling.shift)
+                found.vectors[f"{name}/bias"] = _array(layer.bias)
+        elif isinstance(layer, FrozenNorm | _Affine):
+            found.vectors[f"{name}/scale"] = _array(layer.scale)
+            found.vectors[f"{name}/shift"] = _array(layer.shift)
     return found
 
 

@@ -10,6 +10,7 @@ A parametrised model cannot be pickled whole, `type(layer) is nn.Conv2d` is fals
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from harprune.sparsity.density import Density
+from harprune.sparsity.kinds import Weighted
 from harprune.sparsity.layers import Layer, parametrizations, prunable_layers
 from harprune.sparsity.selection import keep_top, top_fraction
 
@@ -181,10 +183,10 @@ def expand(model: nn.Module) -> None:
         for name, chain in parametrizations(module).items():
             if isinstance(chain[0], KeptWeights):
                 places.setdefault(chain.original, []).append((module, name))
-    for values, held in places.items():
-        module, name = held[0]
+    for values, shared in places.items():
+        module, name = shared[0]
         weights = cast(KeptWeights, parametrizations(module)[name][0])
-        _exchange(held, FixedMask(weights.kept), weights(values))
+        _exchange(shared, FixedMask(weights.kept), weights(values))
 
 
 def _exchange(places, parametrization: nn.Module, values: Tensor) -> None:
@@ -200,6 +202,37 @@ def _exchange(places, parametrization: nn.Module, values: Tensor) -> None:
 def kept_masks(model: nn.Module) -> dict[str, Tensor]:
     """The boolean masks of all layers under a `FixedMask`."""
     return {name: mask.kept for name, (_, mask) in of_kind(model, FixedMask).items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """How a layer holds its weights while it trains.
+
+    Attributes:
+        tensor: what learns: the weight in force, or a vector of its kept values alone.
+        kept: which weights are kept, where that is fixed: only these then get a gradient.
+    """
+
+    tensor: Tensor
+    kept: Tensor | None = None
+
+    @classmethod
+    def of(cls, layer: Weighted) -> "Held":
+        """How `layer` holds them now: dense, under a fixed mask, or as kept values alone."""
+        chain = parametrizations(layer).get("weight")
+        if chain is None:
+            return cls(layer.weight)
+        match chain[0]:
+            case KeptWeights(kept=kept):
+                return cls(chain.original, kept)
+            case FixedMask(kept=kept) if kept.shape == layer.weight.shape:
+                return cls(layer.weight, kept)
+        return cls(layer.weight)
+
+    @property
+    def compact(self) -> bool:
+        """Whether `tensor` is that vector."""
+        return self.tensor.dim() == 1
 
 
 @torch.no_grad()

@@ -26,12 +26,15 @@ _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _RECTIFIERS = (torch.relu, F.relu, torch.relu_)
 
 
-def split(network: fx.GraphModule, x: Tensor, role: Role) -> bool:
-    """Gather the nodes that the kernels run into submodules `fused_...` of `network`, in place.
+def split(
+    network: fx.GraphModule, x: Tensor, role: Role, make: Callable[[fx.GraphModule], nn.Module]
+) -> bool:
+    """Gather the nodes of `network` that the kernels run into regions, in place.
 
     Args:
         network: a trace; it is run once on `x`, for shapes.
         role: what a leaf module is to the kernels, see `Role`.
+        make: gives the module that runs a region, which it gets as a graph of its own.
 
     Returns:
         whether there is any region with a convolution or a linear layer.
@@ -53,9 +56,14 @@ def split(network: fx.GraphModule, x: Tensor, role: Role) -> bool:
         for node in [n for n in part.nodes if not supported.is_node_supported(modules, n)]:
             part.remove_node(node)
     worthwhile = [
-        part for part in proposed if any(_is_weighted(node, modules, role) for node in part.nodes)
+        part
+        for part in proposed
+        if any(_is_convolution(node, modules, role) for node in part.nodes)
     ]
-    partitioner.fuse_partitions(worthwhile)
+    partitioner.fuse_partitions(worthwhile, prefix="fused_")
+    for name, region in list(network.named_children()):
+        if isinstance(region, fx.GraphModule) and name.startswith("fused_"):
+            setattr(network, name, make(region))
     network.recompile()
     return bool(worthwhile)
 
@@ -107,12 +115,16 @@ def output_axes(region: fx.GraphModule) -> list[int]:
     return [len(node.meta["tensor_meta"].shape) for node in outputs]
 
 
-def _is_weighted(node: fx.Node, modules, role) -> bool:
+def _is_convolution(node: fx.Node, modules: Mapping[str, nn.Module], role: Role) -> bool:
     return node.op == "call_module" and role(modules[str(node.target)]) is g.Convolution
 
 
 class _Translation:
-    """One walk over the nodes of a trace. A `make` gives the graph's node, or None."""
+    """Nodes of a trace as nodes of a graph.
+
+    Every function from here on that takes a `node`, a `graph` and its `values` adds what the node
+    does to the graph and enters the value that it makes, and says whether the kernels can run it.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module], role: Role):
         self._modules, self._role = modules, role
@@ -132,7 +144,10 @@ class _Translation:
         made = self._make(node, probe, values)
         return made and probe.shapes[values[node]] == shape
 
-    def run(self, region: fx.GraphModule, inputs: list[Shape]):
+    def run(
+        self, region: fx.GraphModule, inputs: list[Shape]
+    ) -> tuple[Graph, dict[str, nn.Module]]:
+        """As `translate`."""
         graph, values, layers = Graph(), {}, {}
         given = iter(inputs)
         for node in region.graph.nodes:

@@ -8,8 +8,10 @@ from torch.nn import functional as F
 
 from harprune.deploy.network import Network, made_shape, vector_names
 from harprune.kernels import graph as g
+from harprune.kernels import native
 from harprune.kernels.graph import Graph, Shape, Window
 from harprune.kernels.lists import sift
+from harprune.kernels.runtime import Executable
 from harprune.models.normalised import Normalised
 from harprune.sparsity.allocation import erk
 from harprune.sparsity.extraction import extract
@@ -146,9 +148,16 @@ def by_torch(network: Network, images: np.ndarray) -> np.ndarray:
     return values[network.graph.outputs[0]].numpy()
 
 
+def in_blocks(network: Network, kernels: native.Kernels | None = None) -> Executable:
+    """All of `network` in blocks, as C runs it; its runner may take rows, which add otherwise."""
+    executable = network.runner(kernels=kernels).whole_in_blocks
+    assert isinstance(executable, Executable)
+    return executable
+
+
 def logits(network: Network, images: np.ndarray) -> np.ndarray:
-    """What the kernels make of `images`, (N, channels)."""
-    return network.executable().forward([images])[0][0].reshape(len(images), -1)
+    """What blocks make of `images`, (N, channels)."""
+    return in_blocks(network).forward([images])[0][0].reshape(len(images), -1)
 
 
 def identical(one: Network, other: Network) -> bool:

@@ -17,7 +17,7 @@ from harprune.models import create_model
 from tests.oracles import literal_artifact
 
 from .files import PREAMBLE, put_together, signed, taken_apart
-from .networks import Branching, Drawn, deployed, drawn, identical, logits, pruned
+from .networks import Branching, Drawn, deployed, drawn, identical, in_blocks, logits, pruned
 
 LARGEST_ARENA = 2**24
 """Bytes up to which an altered network is run: sound ones may ask for gigabytes of padding."""
@@ -125,7 +125,7 @@ def test_resnet18_is_near_its_entropy_and_fast_to_read(tmp_path, resnet, density
     bound = sum(width * v.size for v in network.vectors.values())
     for name, pattern in network.patterns.items():
         kept = len(network.values[name])
-        bound += kept * values.dtype.itemsize + _entropy(pattern.filters * pattern.window, kept)
+        bound += kept * values.dtype.itemsize + _entropy(pattern.size, kept)
     begin = time.process_time()
     load(path)
     seconds = time.process_time() - begin
@@ -351,7 +351,7 @@ def _loads_or_refuses(path, images) -> bool:
     except ValueError as error:
         assert str(error).startswith(str(path))
         return False
-    executable = network.executable()
+    executable = in_blocks(network)
     if network.input_shape == images.shape[1:] and executable.plan.arena_bytes < LARGEST_ARENA:
         executable.forward([images])
     return True

@@ -22,7 +22,7 @@ from harprune.kernels.lists import Pattern
 from tests.oracles import literal_artifact
 
 from .files import put_together, taken_apart
-from .networks import by_torch, drawn
+from .networks import by_torch, drawn, in_blocks
 
 ALLOWANCE = 2**20
 """Bytes that loading may take beside those in proportion to the file: Python's own objects."""
@@ -98,12 +98,12 @@ def check(content: bytes, path: Path) -> bool:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < ALLOWANCE + TIMES * len(content)
-    if sum(p.filters * p.window for p in network.patterns.values()) < LARGEST_READ:
+    if sum(p.size for p in network.patterns.values()) < LARGEST_READ:
         _, numbers = literal_artifact.read(content)
         for name, values in numbers.items():
             read = network.vectors[name] if "/" in name else network.weight(name).reshape(-1)
             assert np.array_equal(read, np.array(values, np.float32))
-    if network.executable().plan.arena_bytes < LARGEST_ARENA:
+    if in_blocks(network).plan.arena_bytes < LARGEST_ARENA:
         _require_right(network)
     return True
 

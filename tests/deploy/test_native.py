@@ -20,7 +20,7 @@ from harprune.models import create_model
 from tests.kernels.test_memory_safety import sanitizer
 
 from .files import put_together, signed, taken_apart
-from .networks import Branching, deployed, drawn, normalised, pruned
+from .networks import Branching, deployed, drawn, in_blocks, logits, normalised, pruned
 from .test_fuzz import LARGEST_ARENA, altered
 
 ROOT = Path(harprune.__file__).parents[1]
@@ -91,18 +91,12 @@ class InC:
         return [None if name is None else name.decode() for name in found]
 
 
-def in_blocks(network: Network, images: np.ndarray) -> np.ndarray:
-    """The logits by blocks, as the library runs; an engine may take rows, which add otherwise."""
-    ((maps,), _) = network.executable().forward([images])
-    return maps.reshape(len(images), -1)
-
-
 def same_bits(library: ctypes.CDLL, network: Network, path: Path, values=Values.FLOAT32) -> None:
     save(path, network, values=values)
     images = np.random.default_rng(0).random((19, *network.input_shape), np.float32)
     with InC(library, path) as engine:
         assert engine.image == list(network.input_shape)
-        expected = in_blocks(artifact.load(path), images)
+        expected = logits(artifact.load(path), images)
         for count in (1, 19, 16):
             assert engine(images[:count]).tobytes() == expected[:count].tobytes()
 
@@ -153,7 +147,7 @@ def agrees(library: ctypes.CDLL, content: bytes, path: Path) -> bool:
     path.write_bytes(content)
     try:
         engine = Engine(artifact.load(path))
-        blocks = engine.network.executable()
+        blocks = in_blocks(engine.network)
         if blocks.plan.arena_bytes > LARGEST_ARENA:
             return True
     except ValueError:
@@ -257,11 +251,11 @@ def test_the_example_classifies(tmp_path):
     images.tofile(tmp_path / "images.raw")
     command = [program, tmp_path / "a.hpn", tmp_path / "images.raw"]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    expected = in_blocks(network, images)
-    for line, logits in zip(said.splitlines(), expected, strict=True):
+    expected = logits(network, images)
+    for line, numbers in zip(said.splitlines(), expected, strict=True):
         *name, _, _, _ = line.split()
-        assert " ".join(name) == network.classes[logits.argmax()]
-        assert np.array_equal(np.array(line.split()[-3:], np.float32), logits)
+        assert " ".join(name) == network.classes[numbers.argmax()]
+        assert np.array_equal(np.array(line.split()[-3:], np.float32), numbers)
     (tmp_path / "images.raw").write_bytes(images[:3].tobytes()[:-1])
     cut = subprocess.run(command, capture_output=True, text=True)
     assert cut.returncode == 2 and f"an image of {images[0].nbytes} bytes" in cut.stderr
@@ -284,7 +278,7 @@ def test_altered_files_reach_no_memory_but_their_own(files, tmp_path):
         path.write_bytes(altered(files[number % len(files)], chance))
         try:
             network = artifact.load(path)
-            if network.executable().plan.arena_bytes > LARGEST_ARENA:
+            if in_blocks(network).plan.arena_bytes > LARGEST_ARENA:
                 continue
         except ValueError:
             pass

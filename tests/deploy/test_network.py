@@ -14,7 +14,7 @@ from harprune.kernels import native
 from harprune.kernels.graph import Graph, Shape, Window
 from harprune.kernels.lists import Pattern
 
-from .networks import Drawn, by_torch, drawn
+from .networks import Drawn, by_torch, drawn, in_blocks
 
 
 @given(st.integers(0, 10**9))
@@ -22,7 +22,7 @@ from .networks import Drawn, by_torch, drawn
 def test_the_kernels_compute_what_torch_computes(seed):
     network = drawn(seed)
     images = np.random.default_rng(1).standard_normal((19, *network.input_shape))
-    made = network.executable(kernels=native.named("float64"))
+    made = in_blocks(network, native.named("float64"))
     assert np.allclose(made.forward([images])[0][0], by_torch(network, images), rtol=1e-9)
 
 
@@ -34,7 +34,7 @@ def test_a_flattened_map_may_get_a_border():
     made.convolution(flat, 3, Window((3, 3), padding=(1, 1)))
     network = made.finished()
     images = np.random.default_rng(0).standard_normal((5, 2, 3, 4))
-    found = network.executable(kernels=native.named("float64")).forward([images])[0][0]
+    found = in_blocks(network, native.named("float64")).forward([images])[0][0]
     assert np.allclose(found, by_torch(network, images), rtol=1e-9)
 
 
@@ -117,8 +117,8 @@ def test_nearly_dense_layers_run_as_dense_ones():
     made = Drawn(0)
     made._sparse = lambda shape: (np.arange(np.prod(shape)) % 4).reshape(shape).astype(np.float32)
     network = made.finished()
-    executable = network.executable()
+    runner = network.runner()
     assert all(p.index is not None for p in network.patterns.values())
-    assert all(p.index is None for p in executable.patterns.values())
+    assert all(p.index is None for p in runner.patterns.values())
     images = np.ones((1, *network.input_shape), np.float32)
-    assert np.allclose(executable.forward([images])[0][0], by_torch(network, images), rtol=1e-5)
+    assert np.allclose(runner.forward([images])[0], by_torch(network, images), rtol=1e-5)

@@ -40,7 +40,7 @@ def test_random_networks_stay_what_they_are(seed):
     x = images_for(network)
     expected = by_torch(network, x)
     assert np.allclose(by_torch(smaller, x), expected, rtol=1e-4, atol=1e-5)
-    found = smaller.executable().forward([x])[0][0]
+    found = smaller.runner().forward([x])[0]
     assert np.allclose(found, expected, rtol=1e-3, atol=1e-3)
     assert report.weights_removed >= 0 and report.channels_removed >= 0
     assert (smaller.classes, smaller.metadata) == (network.classes, network.metadata)

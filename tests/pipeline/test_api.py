@@ -16,7 +16,9 @@ from torch import nn
 
 import harprune
 from harprune import Linf
+from harprune.kernels import native
 from harprune.reporting.report import write_report
+from harprune.sparsity.bridge import FunctionRegion
 from harprune.sparsity.layers import prunable_layers
 from harprune.training.splits import Split
 
@@ -278,6 +280,20 @@ def test_a_layer_of_zeros_has_nothing_to_keep(images):
 def test_a_network_without_parameters_is_evaluated(images):
     model = nn.Sequential(nn.AdaptiveAvgPool2d((1, 4)), nn.Flatten(), nn.AdaptiveAvgPool1d(4))
     assert harprune.evaluate(model, images, attacks=["fgsm"], quiet=True).size == 64
+
+
+def test_attacks_run_on_what_is_said(images, monkeypatch):
+    ran, forward = [], FunctionRegion.forward
+    monkeypatch.setattr(
+        FunctionRegion, "forward", lambda region, *x: ran.append(x) or forward(region, *x)
+    )
+    harprune.evaluate(mlp(), images, attacks=["fgsm"], execution="dense", quiet=True)
+    assert not ran
+    harprune.evaluate(mlp(), images, attacks=["fgsm"], execution="auto", quiet=True)
+    assert bool(ran) == (native.best() is not None)
+    for twin in (True, False):
+        with pytest.raises(ValueError, match="execution = 'fast' is unknown; choose one of auto, "):
+            harprune.evaluate(mlp(), images, attacks=["fgsm"], execution="fast", twin=twin)
 
 
 def test_the_example_runs(monkeypatch, capsys):

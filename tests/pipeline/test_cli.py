@@ -451,9 +451,9 @@ def test_evaluate_attacks_the_plain_model_where_the_recipe_says_so(command, fini
 
     attacked, whole = [], evaluation.evaluate
 
-    def seen(*arguments, function, **options):
-        attacked.append(function)
-        return whole(*arguments, function=function, **options)
+    def seen(*arguments, twin, **options):
+        attacked.append(twin)
+        return whole(*arguments, twin=twin, **options)
 
     monkeypatch.setattr(evaluation, "evaluate", seen)
     assert function_that_is_attacked() is not None

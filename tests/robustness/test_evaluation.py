@@ -242,7 +242,7 @@ def test_a_folder_of_something_else_is_refused(run, model, images, labels, make_
         ("batch_size", {"batch_size": 10}),
         ("attacks", {"attacks": {**ATTACKS, "fgsm": FGSM(L2(0.1))}}),
         ("attacks", {"attacks": {"fgsm": FGSM(THREAT)}}),
-        ("attacked function", {"function": model}),
+        ("attacked function", {"twin": model}),
         ("threat", {"threat": L2(0.1)}),
     ]
     for key, options in other:
@@ -411,7 +411,7 @@ class Shifted(nn.Module):
 
 @pytest.mark.parametrize(("share", "passed"), [(0.0, True), (0.05, True), (0.2, False)])
 def test_the_attacked_function_has_the_models_gradients(run, model, share, passed):
-    result = run(function=Shifted(model, share), checks=True)
+    result = run(twin=Shifted(model, share), checks=True)
     check = result.checks["attacked function"]
     assert check.passed is passed
     assert check.detail.endswith(f"point alike on {round((1 - share) * 50 - 0.1)}")
@@ -419,7 +419,7 @@ def test_the_attacked_function_has_the_models_gradients(run, model, share, passe
 
 def test_where_no_image_has_a_gradient_none_differs(run, model, images):
     flat = Masked(model, 1)
-    result = run(net=flat, y=flat(images).argmax(1), function=Masked(model, 1), checks=True)
+    result = run(net=flat, y=flat(images).argmax(1), twin=Masked(model, 1), checks=True)
     assert result.checks["attacked function"].passed
 
 
@@ -434,7 +434,7 @@ def test_small_gradients_are_compared_too(run, model):
             return logits.detach() + self.sign * 1e-12 * (logits - logits.detach())
 
     for sign, passed in ((1, True), (-1, False)):
-        result = run(net=Faint(1), function=Faint(sign), attacks={}, checks=True)
+        result = run(net=Faint(1), twin=Faint(sign), attacks={}, checks=True)
         assert result.checks["attacked function"].passed is passed
 
 
@@ -443,7 +443,7 @@ def test_logits_that_differ_fail_the_check(run, model):
         def forward(self, x):
             return 2 * self.model(x)
 
-    assert not run(function=Louder(model, 0), checks=True).checks["attacked function"].passed
+    assert not run(twin=Louder(model, 0), checks=True).checks["attacked function"].passed
 
 
 def test_a_weaker_attack_that_wins_fails_the_check():
