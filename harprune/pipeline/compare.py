@@ -139,9 +139,8 @@ def cells_of(
                     attacked_in.setdefault(dense, name)
                 point = {"name": name, "seed": seed, "budget": {"density": density}}
                 attacks = given.attack.dense and attacked_in.get(dense) == name
-                point["attack"] = {"dense": attacks}
-                if given.attack.dense and not attacks:
-                    point["attack"]["dense_size"] = None
+                idle = {"dense_size": None} if given.attack.dense and not attacks else {}
+                point["attack"] = {"dense": attacks, **idle}
                 if anew:
                     point["model"] = {"weights": None}
                 elif dense is not None:
