@@ -94,7 +94,8 @@ def rows(
         runtimes: some of `RUNTIMES`; when absent, all that are installed but for AVX2 alone.
         processes: also start one for each runtime and batch, and note the seconds from importing
             the runtime to its first answer, and the peak memory.
-        console: shows how far it is, between two measurements.
+        console: says which runtimes are left out and why, and shows how far it is, between two
+            measurements.
 
     Raises:
         ValueError: an unknown runtime or one that is not installed, or runtimes that differ.
@@ -102,14 +103,15 @@ def rows(
     unknown = set(runtimes or ()) - RUNTIMES.keys()
     if unknown:
         raise ValueError(f"runtime {min(unknown)!r} is unknown; choose among {', '.join(RUNTIMES)}")
+    console = console or Console(quiet=True)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with tempfile.TemporaryDirectory() as folder:
             files = _Files(network, Path(folder))
-            made = dict(_candidates(files, runtimes, threads))
+            made = dict(_candidates(files, runtimes, threads, console))
             total = len(batches) * len(made) * (rounds + processes)
-            with (console or Console(quiet=True)).bar("bench deploy", total) as bar:
+            with console.bar("bench deploy", total) as bar:
                 done = count(1)
                 for batch in batches:
 
@@ -336,15 +338,17 @@ RUNTIMES: dict[str, Callable[[_Files, int], Candidate]] = {
 
 
 def _candidates(
-    files: _Files, runtimes: Sequence[str] | None, threads: int
+    files: _Files, runtimes: Sequence[str] | None, threads: int, console: Console
 ) -> Iterator[tuple[str, Candidate]]:
     for name in runtimes or [name for name in RUNTIMES if name != OWN_AVX2]:
+        console.say(f"{name} reads the network")  # compilers take a minute
         try:
             made = RUNTIMES[name](files, threads)
             made.run(files.example.numpy())
         except Exception as error:  # a package that is missing, a compiler that is
             if runtimes is not None or name == OWN:
                 raise ValueError(f"runtime {name} cannot run here ({first_line(error)})") from None
+            console.say(f"{name} is left out ({first_line(error)})")
             continue
         yield name, made
 

@@ -19,7 +19,8 @@ def test_a_file_is_timed_beside_other_runtimes(command, finished):
     assert command("export", finished, "--out", "a.hpn").code == 0
     few = ["--runtime", "harprune", "--runtime", "torch", "--rounds", 2, "--batch", 1, "--batch", 3]
     said = command("bench", "deploy", "a.hpn", *few, "--no-processes", "--json", "--plot", "a.svg")
-    assert said.code == 0 and said.err == ""
+    assert said.code == 0
+    assert said.err == "harprune reads the network\ntorch reads the network\n"
     rows = json.loads(said.out)
     assert [(r["runtime"], r["batch"]) for r in rows] == [
         ("harprune", 1), ("torch", 1), ("harprune", 3), ("torch", 3)
@@ -110,8 +111,22 @@ def test_what_differs_or_is_unknown_is_not_timed(command, finished, monkeypatch)
         return latency.Candidate(lambda images: made.run(images) + np.float32(1.0), made.file)
 
     monkeypatch.setitem(latency.RUNTIMES, "torch", wrong)
-    refusal = command("bench", "deploy", finished, "--runtime", "torch").refusal
-    assert refusal.startswith("torch: its logits differ by")
+    fault = command("bench", "deploy", finished, "--runtime", "torch").last_line
+    assert fault.startswith("torch: its logits differ by")
+
+
+def test_a_runtime_that_is_not_there_is_left_out_with_a_word(command, finished, monkeypatch):
+    def absent(files, threads):
+        raise ModuleNotFoundError("No module named 'openvino'")
+
+    some = {"openvino": absent, "harprune": latency.RUNTIMES["harprune"]}
+    monkeypatch.setattr(latency, "RUNTIMES", some)
+    few = ["--rounds", 1, "--batch", 1, "--no-processes"]
+    said = command("bench", "deploy", finished, *few)
+    assert said.code == 0 and len(said.out.splitlines()) == 3
+    assert "openvino is left out (No module named 'openvino')" in said.err
+    fault = command("bench", "deploy", finished, "--runtime", "openvino", *few).last_line
+    assert fault == "runtime openvino cannot run here (No module named 'openvino')"
 
 
 @pytest.mark.parametrize("option", ["--batch", "--rounds", "--threads"])
