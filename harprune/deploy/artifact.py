@@ -37,6 +37,7 @@ _OPERATIONS: dict[str, type[Node]] = {
     "convolution": g.Convolution,
     "affine": g.Affine,
     "relu": g.Rectifier,
+    "swish": g.Swish,
     "sum": g.Sum,
     "concatenation": g.Concatenation,
     "max_pool": g.MaxPool,

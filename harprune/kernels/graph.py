@@ -75,6 +75,11 @@ class Rectifier(Node):
 
 
 @dataclass(frozen=True)
+class Swish(Node):
+    """x / (1 + exp(-x)), which torch calls SiLU."""
+
+
+@dataclass(frozen=True)
 class Sum(Node):
     """x + y."""
 

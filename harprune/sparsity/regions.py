@@ -173,6 +173,8 @@ class _Translation:
             return not node.kwargs and self._make_sum(node, graph, values)
         if call in _RECTIFIERS or call in ("relu", "relu_"):
             return _same(node, graph, values, g.Rectifier)
+        if call is F.silu:
+            return _same(node, graph, values, g.Swish)
         if call is torch.cat or call is torch.concat:
             return self._make_concatenation(node, graph, values)
         if call is torch.flatten or call == "flatten":
@@ -197,6 +199,8 @@ class _Translation:
         match module:
             case nn.ReLU():
                 return _same(node, graph, values, g.Rectifier)
+            case nn.SiLU():
+                return _same(node, graph, values, g.Swish)
             case nn.Identity():
                 values[node] = values[node.args[0]]
                 return True
