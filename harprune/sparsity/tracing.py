@@ -233,7 +233,8 @@ def _refused_functions() -> Iterator[None]:
         if any(isinstance(argument, fx.Proxy) for argument in args):
             raise _Unwritten(
                 f"it calls {cls.__name__}, whose backward a trace loses",
-                "to pass gradients straight through, write x + (f(x) - x).detach()",
+                "use torch's own operations, as nn.SiLU for a swish; to pass gradients straight "
+                "through, write x + (f(x) - x).detach()",
             )
         return super(above, cls).apply(*args, **kwargs)
 
