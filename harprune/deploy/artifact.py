@@ -38,6 +38,7 @@ _OPERATIONS: dict[str, type[Node]] = {
     "affine": g.Affine,
     "relu": g.Rectifier,
     "swish": g.Swish,
+    "relu6": g.Rectifier6,
     "sum": g.Sum,
     "concatenation": g.Concatenation,
     "max_pool": g.MaxPool,

@@ -15,6 +15,7 @@ import numpy as np
 from harprune.kernels import native
 from harprune.kernels.forward import Forward
 from harprune.kernels.graph import (
+    Activation,
     Affine,
     Concatenation,
     Convolution,
@@ -26,7 +27,6 @@ from harprune.kernels.graph import (
     Rectifier,
     Shape,
     Sum,
-    Swish,
     Window,
 )
 from harprune.kernels.lists import NEARLY_DENSE, QUAD, Pattern
@@ -214,7 +214,7 @@ def _made_shape(node: Node, sources: Sequence[Shape], filters: int) -> Shape:
             if sources[0] != sources[1]:
                 raise ValueError(f"maps of {_listed(sources)} cannot be added")
             return first
-        case Affine() | Rectifier() | Swish():
+        case Affine() | Rectifier() | Activation():
             return first
     raise ValueError(f"{_kind(node)} is no node of a deployed network; fold or replace it")
 

@@ -143,6 +143,8 @@ class _Work:
             case g.Swish():
                 with np.errstate(over="ignore"):  # far below zero it is 0
                     return known[0] / (1 + np.exp(-known[0]))
+            case g.Rectifier6():
+                return np.clip(known[0], 0, 6)
             case g.Sum():
                 return known[0] + known[1]
             case g.Concatenation():

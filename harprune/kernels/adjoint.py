@@ -126,9 +126,9 @@ class _Walk:
                 height, width = step.window.size
                 step.kept = Bits(step.made.whole, parts=height * width)
                 return RowStep("max_spread", shape, gradient, node=step.node, kept=step.kept)
-            case "swish":
+            case "swish" | "relu6":
                 numbers = LANES * self.kernels.dtype.itemsize // self.kernels.sign_bytes
                 step.kept = Bits(step.made.whole, parts=numbers)
-                return RowStep("swish_back", shape, gradient, kept=step.kept)
+                return RowStep("times_slopes", shape, gradient, kept=step.kept)
             case _:
                 return RowStep("mean_spread", shape, gradient, node=step.node)

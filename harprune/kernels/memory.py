@@ -74,7 +74,7 @@ class View:
 @dataclass(eq=False)
 class Kept:
     """What a forward step leaves of a map for the way back, `size` bytes of each position: the bits
-    of a ReLU, the winners of a pool, the slopes of a swish."""
+    of a ReLU, the winners of a pool, the slopes of another activation."""
 
     shape: Shape
     size: int

@@ -70,7 +70,8 @@ KINDS = [
     "mean_pool",
     "mean_pool_back",
     "swish",
-    "swish_back",
+    "relu6",
+    "times_slopes",
 ]
 ROW_KINDS = [
     "pack",
@@ -86,7 +87,8 @@ ROW_KINDS = [
     "max_spread",
     "mean_spread",
     "swish",
-    "swish_back",
+    "relu6",
+    "times_slopes",
 ]
 ROW_STORES = ["plain", "split", "max_pool"]
 """How a convolution stores its sums: the kinds of the steps that it makes needless."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from harprune.kernels.fusion import Copy, Fused, fuse
 from harprune.kernels.graph import (
+    Activation,
     Affine,
     Concatenation,
     Convolution,
@@ -25,7 +26,6 @@ from harprune.kernels.graph import (
     Normalisation,
     Pool,
     Shape,
-    Swish,
 )
 from harprune.kernels.memory import Buffer, Kept, Unflattened, View, place_kept, place_maps
 from harprune.kernels.native import LANES, Kernels
@@ -47,7 +47,7 @@ class Step:
         vectors: names of scale, shift and slope; of `moments` who asks for the sums.
         weights: the layer, and the first filter of its list.
         external: number of the caller's array that a `pack` or `unpack` copies.
-        kept: the winners of a max-pool, the slopes of a swish.
+        kept: the winners of a max-pool, the slopes of an activation.
     """
 
     kind: str
@@ -213,8 +213,8 @@ class Plan:
                 step.pool = main
                 if isinstance(main, MaxPool):
                     step.kept = self.kept[fused.out] = Kept(shape, LANES)
-            case Swish():
-                step.kind = "swish"
+            case Activation():
+                step.kind = main.kind
                 if self.gradients is not None:
                     size = LANES * self.kernels.dtype.itemsize
                     step.kept = self.kept[fused.out] = Kept(shape, size)
@@ -300,8 +300,8 @@ class Plan:
                 step.shape = self.graph.shapes[fused.out]
                 step.pool, step.kept = main, self.kept.get(fused.out)
                 self._share_of_pool(main.sources[0], step)
-            case Swish():
-                step.kind, step.kept = "swish_back", self.kept[fused.out]
+            case Activation():
+                step.kind, step.kept = "times_slopes", self.kept[fused.out]
                 self._share(main.sources[0], step)
             case Flatten():
                 step.source = View(Unflattened(gradient, shape))

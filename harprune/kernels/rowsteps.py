@@ -13,6 +13,7 @@ import numpy as np
 
 from harprune.kernels.fusion import Copy, Fused, fuse
 from harprune.kernels.graph import (
+    Activation,
     Affine,
     Concatenation,
     Convolution,
@@ -22,7 +23,6 @@ from harprune.kernels.graph import (
     MeanPool,
     Pool,
     Shape,
-    Swish,
     Window,
 )
 from harprune.kernels.lists import Pattern
@@ -154,7 +154,7 @@ class RowStep:
         node: the convolution or pooling that it is of; `transposed` on the way back.
         taps: horizontal displacements of a convolution's taps, in ascending order, none last.
         sums: the map that the result is laid out for: what is stored may be another.
-        kept: what won each window of a pool, or the slopes of a swish.
+        kept: what won each window of a pool, or the slopes of an activation.
     """
 
     kind: str
@@ -229,10 +229,10 @@ class RowPlan:
         match main:
             case Convolution():
                 step = self._convolution(main, fused.out)
-            case Affine() | Copy() | Swish():
+            case Affine() | Copy() | Activation():
                 source = self._read(main.sources[0])
                 out = self._map(fused.out, source.pitch)
-                kind = "swish" if isinstance(main, Swish) else "scale"
+                kind = main.kind if isinstance(main, Activation) else "scale"
                 step = RowStep(kind, shape, Part(source), Part(out))
                 if isinstance(main, Affine):
                     step.vectors = (f"{main.name}/scale", f"{main.name}/shift")

@@ -31,6 +31,7 @@ _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 _ACTIVATIONS = {
     **dict.fromkeys((nn.ReLU, F.relu, torch.relu_, "relu_"), torch.relu),
     **dict.fromkeys((nn.SiLU, F.silu), F.silu),
+    **dict.fromkeys((nn.ReLU6, F.relu6), F.relu6),
 }
 """What may work in place, and the function that never does."""
 _RESHAPES = {"view": "reshape", "view_as": "reshape_as"}
@@ -310,7 +311,7 @@ def _is_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         return _says_in_place(str(node.target))
     if node.op != "call_function":
         return False
-    said = node.target in (F.relu, F.silu) and True in node.args[1:]
+    said = node.target in (F.relu, F.relu6, F.silu) and True in node.args[1:]
     asked = node.kwargs.get("inplace", said) is True
     named = _says_in_place(getattr(node.target, "__name__", ""))
     return asked or named or node.target in _IN_PLACE

@@ -107,7 +107,7 @@ def drawn(seed: int, nodes: int = 10) -> Network:
                 others = [int(v) for v in random.choice(like, 2)]
                 made.add(g.Concatenation, source, *others)
             case 8:
-                made.add(g.Swish, source)
+                made.add(g.Swish if random.random() < 0.5 else g.Rectifier6, source)
             case 7:
                 size = tuple(min(2, n) for n in shape[1:])
                 window = Window(size, (1, 2), tuple(int(k // 2) for k in size))
@@ -137,6 +137,8 @@ def by_torch(network: Network, images: np.ndarray) -> np.ndarray:
                 y = x[0].relu()
             case g.Swish():
                 y = F.silu(x[0])
+            case g.Rectifier6():
+                y = F.relu6(x[0])
             case g.Sum():
                 y = x[0] + x[1]
             case g.Concatenation():

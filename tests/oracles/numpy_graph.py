@@ -27,6 +27,8 @@ def _node(node, sources, shape, weights, vectors):
             return np.where(x > 0, x, 0.0)
         case g.Swish():
             return x / (1 + np.exp(-x))
+        case g.Rectifier6():
+            return np.clip(x, 0.0, 6.0)
         case g.Sum():
             return x + sources[1]
         case g.Concatenation():

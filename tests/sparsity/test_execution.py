@@ -97,6 +97,7 @@ CHANGES = {
     "positional": lambda model, x: F.relu(x, True),
     "swish": lambda model, x: model.swish(x),
     "silu": lambda model, x: F.silu(x, inplace=True),
+    "relu6": lambda model, x: F.relu6(x, True),
     "silu, positional": lambda model, x: F.silu(x, True),
     "iadd": lambda model, x: operator.iadd(x, 1.0),
     "add_": lambda model, x: x.add_(x),

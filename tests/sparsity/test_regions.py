@@ -32,17 +32,19 @@ def test_every_model_of_the_registry_is_one_region(name):
     assert len(found) == 1 and not others
 
 
-def with_swish(model):
+def with_activation(model, activation):
     for name, child in model.named_children():
-        setattr(model, name, nn.SiLU() if isinstance(child, nn.ReLU) else with_swish(child))
+        given = isinstance(child, nn.ReLU)
+        setattr(model, name, activation() if given else with_activation(child, activation))
     return model
 
 
 @pytest.mark.parametrize("images", [3, 20])  # in rows, and in blocks too
 @pytest.mark.parametrize("name", ["resnet18", "preact_resnet18"])
-def test_swish_leaves_a_network_one_region(name, images):
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU6])
+def test_activations_leave_a_network_one_region(activation, name, images):
     torch.manual_seed(0)
-    model = with_swish(create_model(name, 10, width=4)).double()
+    model = with_activation(create_model(name, 10, width=4), activation).double()
     x = torch.rand(images, 3, 16, 16, dtype=torch.float64, requires_grad=True)
     trained = training_twin(model.train())
     wanted, got = (

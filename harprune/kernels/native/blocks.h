@@ -30,7 +30,8 @@ enum kind {
     MEAN_POOL,     /* mean of a window over what lies inside the map, or over its full area */
     MEAN_POOL_BACK,
     SWISH,         /* x / (1 + exp(-x)), and its slopes */
-    SWISH_BACK     /* x times these slopes */
+    RELU6,         /* min(max(x, 0), 6), and its slopes */
+    TIMES_SLOPES   /* x times what one of these left */
 };
 
 /* A map in the arena: the byte offset of channel 0, row 0, column 0, and strides in numbers. */
@@ -68,8 +69,8 @@ struct step {
     int64_t band;         /* rows of the output done for all channels before the next rows */
     int64_t in_height, in_width;          /* pooling: the map that the windows slide over */
     int64_t size_y, size_x, stride_y, stride_x, pad_y, pad_x, full_area;
-    int64_t index;        /* max pooling: byte offset of the winners, one byte a number; swish: of the
-                             slopes, -1 for none */
+    int64_t index;        /* max pooling: byte offset of the winners, one byte a number; of slopes, or
+                             -1 for none */
 };
 
 /* One layer's gradient to its weights, summed over blocks `arena_stride` bytes apart. */

@@ -11,10 +11,10 @@
  * A strided layer reads a map that was split: channel c, rows y = i (mod stride) and columns
  * x = j (mod stride) form a plane of their own.
  *
- * A step is linear but for ReLU, swish and the largest of a window. What these decide is kept in the
+ * A step is linear but for activations and the largest of a window. What these decide is kept in the
  * image's record: for a ReLU one bit a number, in vectors as the map's; for a window as many as it
- * has positions, by vector of the pooled map; for a swish its slopes, in vectors as the map's. Steps
- * back read them, and give gradients to inputs.
+ * has positions, by vector of the pooled map; for any other activation its slopes, in vectors as the
+ * map's. Steps back read them, and give gradients to inputs.
  */
 #ifndef HARPRUNE_ROWS_H
 #define HARPRUNE_ROWS_H
@@ -37,7 +37,8 @@ enum row_kind {
     ROW_MAX_SPREAD, /* each number to the position that won its window */
     ROW_MEAN_SPREAD, /* each number in equal parts to its window */
     ROW_SWISH,      /* x / (1 + exp(-x)), and its slopes */
-    ROW_SWISH_BACK  /* x times these slopes */
+    ROW_RELU6,      /* min(max(x, 0), 6), and its slopes */
+    ROW_TIMES_SLOPES /* x times what one of these left */
 };
 
 /* How a convolution stores its sums: as they are, or as the step that alone would have read them,
@@ -85,7 +86,7 @@ struct row_step {
     int64_t record, record_bytes;    /* which array holds the images' records, bytes of one */
     int64_t signs_out, signs_in;     /* byte offsets in it, or -1: the result's signs are kept; the
                                         result is zero where these are not set */
-    int64_t kept;                    /* the same of what won each window, or of a swish's slopes */
+    int64_t kept;                    /* the same of what won each window, or of slopes */
 };
 
 #endif
