@@ -37,6 +37,8 @@ _OPERATIONS: dict[str, type[Node]] = {
     "convolution": g.Convolution,
     "affine": g.Affine,
     "relu": g.Rectifier,
+    "swish": g.Swish,
+    "relu6": g.Rectifier6,
     "sum": g.Sum,
     "concatenation": g.Concatenation,
     "max_pool": g.MaxPool,

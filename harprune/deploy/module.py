@@ -54,6 +54,10 @@ def _module(node: Node, network: Network, source: Shape) -> nn.Module:
             return _Affine(*vectors)
         case g.Rectifier():
             return nn.ReLU()
+        case g.Swish():
+            return nn.SiLU()
+        case g.Rectifier6():
+            return nn.ReLU6()
         case g.MaxPool(window=w):
             return nn.MaxPool2d(w.size, w.stride, w.padding)
         case g.MeanPool(window=w, adaptive=True):

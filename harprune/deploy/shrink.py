@@ -140,6 +140,11 @@ class _Work:
                 return np.where(scale == 0, shift, scale * known[0] + shift)
             case g.Rectifier():
                 return np.maximum(known[0], 0)
+            case g.Swish():
+                with np.errstate(over="ignore"):  # far below zero it is 0
+                    return known[0] / (1 + np.exp(-known[0]))
+            case g.Rectifier6():
+                return np.clip(known[0], 0, 6)
             case g.Sum():
                 return known[0] + known[1]
             case g.Concatenation():

@@ -9,7 +9,7 @@ step that adds the last of it also applies these, so no step reads a gradient th
 
 from collections.abc import Sequence
 
-from harprune.kernels.native import Kernels
+from harprune.kernels.native import LANES, Kernels
 from harprune.kernels.rowsteps import (
     Bits,
     Map,
@@ -39,7 +39,7 @@ class _Walk:
     """From the last step to the first."""
 
     def __init__(self, kernels: Kernels, inputs: int, outputs: int):
-        self.lanes, self.inputs, self.outputs = kernels.lanes, inputs, outputs
+        self.kernels, self.inputs, self.outputs = kernels, inputs, outputs
         self.steps: list[RowStep] = []
         self._gradients: dict[Map, Part] = {}  # of maps forwards, as far as they are summed
         self._makers: dict[Map, RowStep] = {}  # steps that made a gradient nobody has read
@@ -63,7 +63,7 @@ class _Walk:
         if step.kind == "scale" and not step.vectors[0]:
             self._add(read, gradient)
         else:
-            self._make(_undoing(step, gradient), read)
+            self._make(self._undoing(step, gradient), read)
 
     def _whole(self, step: RowStep) -> Part | None:
         """The gradient to what `step` makes, behind its ReLU; None where no output reads it."""
@@ -91,7 +91,7 @@ class _Walk:
 
     def _append(self, step: RowStep, to: Map) -> Part:
         """Let `step` make the gradient to the map `to`, in a map of its own."""
-        made = Map(to.shape, to.pitch, self.lanes)
+        made = Map(to.shape, to.pitch, self.kernels.lanes)
         step.out, step.sums = Part(made), made
         if step.kind == "convolve":
             down, _ = taps_and_phases(step.window, 0)
@@ -108,23 +108,27 @@ class _Walk:
         else:
             self._gradients[to] = part
 
-
-def _undoing(step: RowStep, gradient: Part) -> RowStep:
-    """The step back of `step`, from the gradient of its result."""
-    shape = step.read.whole.shape
-    match step.kind:
-        case "convolve":
-            taps = mirrored(step.taps)
-            return RowStep("convolve", shape, gradient, node=step.node, taps=taps, transposed=True)
-        case "scale":
-            return RowStep("scale", shape, gradient, vectors=(step.vectors[0], ""))
-        case "split":
-            return RowStep("join", shape, gradient, stride=step.stride)
-        case "flatten":
-            return RowStep("unflatten", shape, gradient)
-        case "max_pool":
-            height, width = step.window.size
-            step.winners = Bits(step.made.whole, parts=height * width)
-            return RowStep("max_spread", shape, gradient, node=step.node, winners=step.winners)
-        case _:
-            return RowStep("mean_spread", shape, gradient, node=step.node)
+    def _undoing(self, step: RowStep, gradient: Part) -> RowStep:
+        """The step back of `step`, from the gradient of its result."""
+        shape = step.read.whole.shape
+        match step.kind:
+            case "convolve":
+                back = RowStep("convolve", shape, gradient, node=step.node, transposed=True)
+                back.taps = mirrored(step.taps)
+                return back
+            case "scale":
+                return RowStep("scale", shape, gradient, vectors=(step.vectors[0], ""))
+            case "split":
+                return RowStep("join", shape, gradient, stride=step.stride)
+            case "flatten":
+                return RowStep("unflatten", shape, gradient)
+            case "max_pool":
+                height, width = step.window.size
+                step.kept = Bits(step.made.whole, parts=height * width)
+                return RowStep("max_spread", shape, gradient, node=step.node, kept=step.kept)
+            case "swish" | "relu6":
+                numbers = LANES * self.kernels.dtype.itemsize // self.kernels.sign_bytes
+                step.kept = Bits(step.made.whole, parts=numbers)
+                return RowStep("times_slopes", shape, gradient, kept=step.kept)
+            case _:
+                return RowStep("mean_spread", shape, gradient, node=step.node)

@@ -6,7 +6,7 @@ computation and each makes one value; parameters are named, and given to the pla
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 Pair = tuple[int, int]
 
@@ -72,6 +72,27 @@ class Normalisation(Named):
 @dataclass(frozen=True)
 class Rectifier(Node):
     """max(x, 0)."""
+
+
+@dataclass(frozen=True)
+class Activation(Node):
+    """A function of each number, zero at zero, in a step of its own of this kind."""
+
+    kind: ClassVar[str]
+
+
+@dataclass(frozen=True)
+class Swish(Activation):
+    """x / (1 + exp(-x)), which torch calls SiLU."""
+
+    kind = "swish"
+
+
+@dataclass(frozen=True)
+class Rectifier6(Activation):
+    """min(max(x, 0), 6)."""
+
+    kind = "relu6"
 
 
 @dataclass(frozen=True)

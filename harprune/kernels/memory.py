@@ -72,10 +72,12 @@ class View:
 
 
 @dataclass(eq=False)
-class Signs:
-    """One bit a number: what a ReLU let through."""
+class Kept:
+    """What a forward step leaves of a map for the way back, `size` bytes of each position: the bits
+    of a ReLU, the winners of a pool, the slopes of another activation."""
 
     shape: Shape
+    size: int
     at: int = -1
 
 
@@ -186,12 +188,12 @@ def place_maps(
     return at
 
 
-def place_bits(signs: Iterable[Signs], winners: Iterable[Signs], sign_bytes: int) -> int:
-    """Give signs, and winners of one byte a number, their places; the bytes of all."""
+def place_kept(parts: Iterable[Kept]) -> int:
+    """Give each its place; the bytes of all."""
     at = 0
-    for kept, size in (*((s, sign_bytes) for s in signs), *((w, LANES) for w in winners)):
+    for kept in parts:
         kept.at = at
-        at += _aligned(prod(kept.shape) * size)
+        at += _aligned(prod(kept.shape) * kept.size)
     return at
 
 

@@ -46,7 +46,7 @@ ROW_STEP = np.dtype(
     + [(name, "i8") for name in ("external", "in_height", "in_width")]
     + [(name, "i8") for name in ("size_y", "size_x", "stride_y", "stride_x")]
     + [(name, "i8") for name in ("pad_y", "pad_x", "full_area")]
-    + [(name, "i8") for name in ("record", "record_bytes", "signs_out", "signs_in", "winners")]
+    + [(name, "i8") for name in ("record", "record_bytes", "signs_out", "signs_in", "kept")]
 )
 """`struct row_step` of rows.h."""
 DISPLACEMENT = np.dtype([(name, "i8") for name in ("vectors", "lanes", "mask")])
@@ -69,6 +69,9 @@ KINDS = [
     "max_pool_back",
     "mean_pool",
     "mean_pool_back",
+    "swish",
+    "relu6",
+    "times_slopes",
 ]
 ROW_KINDS = [
     "pack",
@@ -83,6 +86,9 @@ ROW_KINDS = [
     "unflatten",
     "max_spread",
     "mean_spread",
+    "swish",
+    "relu6",
+    "times_slopes",
 ]
 ROW_STORES = ["plain", "split", "max_pool"]
 """How a convolution stores its sums: the kinds of the steps that it makes needless."""

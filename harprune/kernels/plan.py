@@ -2,9 +2,9 @@
 """From a graph to steps over an arena, forwards and backwards.
 
 A *forward* step computes relu(main(x) + other), main being a convolution, an affine map, a batch
-norm or nothing. A *backward* step computes what one reader of a value adds to its gradient; the
-last reader also applies the signs of the value's ReLU, so a gradient in the arena is always that
-of the sum before the ReLU.
+norm or nothing; what else a graph knows is a step of its own. A *backward* step computes what one
+reader of a value adds to its gradient; the last reader also applies the signs of the value's ReLU,
+so a gradient in the arena is always that of the sum before the ReLU.
 """
 
 from collections.abc import Collection
@@ -15,6 +15,7 @@ import numpy as np
 
 from harprune.kernels.fusion import Copy, Fused, fuse
 from harprune.kernels.graph import (
+    Activation,
     Affine,
     Concatenation,
     Convolution,
@@ -26,8 +27,8 @@ from harprune.kernels.graph import (
     Pool,
     Shape,
 )
-from harprune.kernels.memory import Buffer, Signs, Unflattened, View, place_bits, place_maps
-from harprune.kernels.native import Kernels
+from harprune.kernels.memory import Buffer, Kept, Unflattened, View, place_kept, place_maps
+from harprune.kernels.native import LANES, Kernels
 
 
 @dataclass(eq=False)
@@ -46,6 +47,7 @@ class Step:
         vectors: names of scale, shift and slope; of `moments` who asks for the sums.
         weights: the layer, and the first filter of its list.
         external: number of the caller's array that a `pack` or `unpack` copies.
+        kept: the winners of a max-pool, the slopes of an activation.
     """
 
     kind: str
@@ -55,15 +57,15 @@ class Step:
     other: View | None = None
     second: View | None = None
     rectify: bool = False
-    signs_out: Signs | None = None
-    signs_in: Signs | None = None
+    signs_out: Kept | None = None
+    signs_in: Kept | None = None
     signs_view: tuple[int, int, int, int] = (0, 0, 1, 1)
     vectors: tuple[str, str, str] = ("", "", "")
     weights: tuple[str, int] | None = None
     transposed: bool = False
     external: int = -1
     pool: Pool | None = None
-    winners: Signs | None = None
+    kept: Kept | None = None
 
     @property
     def read(self) -> View:
@@ -100,7 +102,7 @@ class _Total:
         buffer: where the gradient stands.
     """
 
-    signs: Signs | None
+    signs: Kept | None
     left: int = 0
     deferred: Buffer | None = None
     buffer: Buffer | None = None
@@ -109,7 +111,7 @@ class _Total:
     def begun(self) -> bool:
         return self.deferred is not None or self.buffer is not None
 
-    def counted(self) -> Signs | None:
+    def counted(self) -> Kept | None:
         """One reader less to wait for; the signs to apply, if it was the last."""
         self.left -= 1
         return self.signs if self.left == 0 else None
@@ -145,8 +147,8 @@ class Plan:
         self.training, self.gradients = training, gradients
         self.fused = fuse(graph)
         self.maps: dict[int, Buffer] = {}
-        self.signs: dict[int, Signs] = {}
-        self.winners: dict[int, Signs] = {}
+        self.signs: dict[int, Kept] = {}
+        self.kept: dict[int, Kept] = {}
         self.forward: list[Step] = []
         self.backward: list[Step] = []
         self._forward()
@@ -163,7 +165,7 @@ class Plan:
         viewed = [step.buffers() for step in steps]
         size = kernels.dtype.itemsize
         self.arena_bytes = place_maps(viewed, size, reuse=not training, onto=onto)
-        self.kept_bytes = place_bits(self.signs.values(), self.winners.values(), kernels.sign_bytes)
+        self.kept_bytes = place_kept((*self.signs.values(), *self.kept.values()))
         self.spare: list = []
 
     # Forward --------------------------------------------------------------------------------
@@ -192,7 +194,7 @@ class Plan:
         if fused.other is not None:
             step.other = View(self._map(fused.other))
         if fused.rectify and self.gradients is not None:
-            step.signs_out = self.signs[fused.out] = Signs(shape)
+            step.signs_out = self.signs[fused.out] = Kept(shape, self.kernels.sign_bytes)
         match main:
             case Convolution():
                 self._reach(main, source, shape)
@@ -210,7 +212,12 @@ class Plan:
                 step.kind = "max_pool" if isinstance(main, MaxPool) else "mean_pool"
                 step.pool = main
                 if isinstance(main, MaxPool):
-                    step.winners = self.winners[fused.out] = Signs(shape)
+                    step.kept = self.kept[fused.out] = Kept(shape, LANES)
+            case Activation():
+                step.kind = main.kind
+                if self.gradients is not None:
+                    size = LANES * self.kernels.dtype.itemsize
+                    step.kept = self.kept[fused.out] = Kept(shape, size)
             case Flatten():
                 step.shape, step.out = source.shape, View(Unflattened(out, source.shape))
             case Concatenation():
@@ -291,8 +298,11 @@ class Plan:
             case Pool():
                 step.kind = "max_pool_back" if isinstance(main, MaxPool) else "mean_pool_back"
                 step.shape = self.graph.shapes[fused.out]
-                step.pool, step.winners = main, self.winners.get(fused.out)
+                step.pool, step.kept = main, self.kept.get(fused.out)
                 self._share_of_pool(main.sources[0], step)
+            case Activation():
+                step.kind, step.kept = "times_slopes", self.kept[fused.out]
+                self._share(main.sources[0], step)
             case Flatten():
                 step.source = View(Unflattened(gradient, shape))
                 self._share(main.sources[0], step)

@@ -178,7 +178,7 @@ def _room(graph: Graph, values: Sequence[int], images: int, kernels: Kernels) ->
 def _place_bits(steps: Sequence[RowStep], kernels: Kernels) -> int:
     """Give the bits that steps leave their places in an image's record; the bytes of one."""
     vector_bytes, at = kernels.sign_bytes * kernels.lanes // LANES, 0
-    for bits in (b for step in steps for b in (step.signs_out, step.winners) if b is not None):
+    for bits in (b for step in steps for b in (step.signs_out, step.kept) if b is not None):
         bits.at = at
         at += bits.vectors * vector_bytes
     return max(ALIGNMENT, whole(at, ALIGNMENT))
@@ -312,7 +312,7 @@ class _Program:
         for name, bits in (
             ("signs_out", step.signs_out),
             ("signs_in", step.signs_in),
-            ("winners", step.winners),
+            ("kept", step.kept),
         ):
             row[name] = -1 if bits is None else bits.at
         row["record"] = self._record if self._record_bytes else -1

@@ -13,6 +13,7 @@ import numpy as np
 
 from harprune.kernels.fusion import Copy, Fused, fuse
 from harprune.kernels.graph import (
+    Activation,
     Affine,
     Concatenation,
     Convolution,
@@ -153,6 +154,7 @@ class RowStep:
         node: the convolution or pooling that it is of; `transposed` on the way back.
         taps: horizontal displacements of a convolution's taps, in ascending order, none last.
         sums: the map that the result is laid out for: what is stored may be another.
+        kept: what won each window of a pool, or the slopes of an activation.
     """
 
     kind: str
@@ -171,7 +173,7 @@ class RowStep:
     sums: Map | None = None
     signs_out: Bits | None = None
     signs_in: Bits | None = None
-    winners: Bits | None = None
+    kept: Bits | None = None
     together: int = 1
 
     def __post_init__(self):
@@ -227,10 +229,11 @@ class RowPlan:
         match main:
             case Convolution():
                 step = self._convolution(main, fused.out)
-            case Affine() | Copy():
+            case Affine() | Copy() | Activation():
                 source = self._read(main.sources[0])
                 out = self._map(fused.out, source.pitch)
-                step = RowStep("scale", shape, Part(source), Part(out))
+                kind = main.kind if isinstance(main, Activation) else "scale"
+                step = RowStep(kind, shape, Part(source), Part(out))
                 if isinstance(main, Affine):
                     step.vectors = (f"{main.name}/scale", f"{main.name}/shift")
             case MeanPool() if main.window == Window((1, 1)) and fused.other is None:

@@ -160,6 +160,7 @@ class Executable:
             for name, vector in zip(("scale", "shift", "slope"), step.vectors):
                 if vector in self.vectors:
                     row[name] = self.vectors[vector].ctypes.data
+        row["index"] = -1 if step.kept is None else step.kept.at
         if step.pool is not None:
             self._link_pool(row, step, step.pool)
 
@@ -191,8 +192,6 @@ class Executable:
             y, x = getattr(pool.window, name)
             short = name.removesuffix("ding")
             row[f"{short}_y"], row[f"{short}_x"] = y, x
-        if step.winners is not None:
-            row["index"] = step.winners.at
         if isinstance(pool, MeanPool):
             row["full_area"] = pool.full_area
 

@@ -108,7 +108,7 @@ def _require_whole(network: fx.GraphModule, example: Tensor) -> None:
         raise ValueError(
             f"{node.name} ({what}, in {place}) cannot run without torch; deploy a network of 2-d "
             "convolutions (zeros as padding, as many at both ends), linear layers, batch norm, "
-            "ReLU, sums, concatenations, pooling and flattening"
+            "ReLU, ReLU6, SiLU, sums, concatenations, pooling and flattening"
         )
     inputs = [n for n in network.graph.nodes if n.op == "placeholder"]
     (output,) = (n for n in network.graph.nodes if n.op == "output")

@@ -24,6 +24,7 @@ Role = Callable[[nn.Module], "type[g.Node] | None"]
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _RECTIFIERS = (torch.relu, F.relu, torch.relu_)
+_ACTIVATIONS = {F.silu: g.Swish, F.relu6: g.Rectifier6}
 
 
 def split(
@@ -173,6 +174,8 @@ class _Translation:
             return not node.kwargs and self._make_sum(node, graph, values)
         if call in _RECTIFIERS or call in ("relu", "relu_"):
             return _same(node, graph, values, g.Rectifier)
+        if call in _ACTIVATIONS:
+            return _same(node, graph, values, _ACTIVATIONS[call])
         if call is torch.cat or call is torch.concat:
             return self._make_concatenation(node, graph, values)
         if call is torch.flatten or call == "flatten":
@@ -197,6 +200,10 @@ class _Translation:
         match module:
             case nn.ReLU():
                 return _same(node, graph, values, g.Rectifier)
+            case nn.SiLU():
+                return _same(node, graph, values, g.Swish)
+            case nn.ReLU6():
+                return _same(node, graph, values, g.Rectifier6)
             case nn.Identity():
                 values[node] = values[node.args[0]]
                 return True

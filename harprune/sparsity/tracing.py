@@ -28,6 +28,12 @@ from harprune.randomness import python_generators_kept
 from harprune.user_code import in_a_line, place_of
 
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+_ACTIVATIONS = {
+    **dict.fromkeys((nn.ReLU, F.relu, torch.relu_, "relu_"), torch.relu),
+    **dict.fromkeys((nn.SiLU, F.silu), F.silu),
+    **dict.fromkeys((nn.ReLU6, F.relu6), F.relu6),
+}
+"""What may work in place, and the function that never does."""
 _RESHAPES = {"view": "reshape", "view_as": "reshape_as"}
 _VIEWS = {
     *("getitem", "getattr", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten"),
@@ -228,7 +234,8 @@ def _refused_functions() -> Iterator[None]:
         if any(isinstance(argument, fx.Proxy) for argument in args):
             raise _Unwritten(
                 f"it calls {cls.__name__}, whose backward a trace loses",
-                "to pass gradients straight through, write x + (f(x) - x).detach()",
+                "use torch's own operations, as nn.SiLU for a swish; to pass gradients straight "
+                "through, write x + (f(x) - x).detach()",
             )
         return super(above, cls).apply(*args, **kwargs)
 
@@ -304,7 +311,8 @@ def _is_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         return _says_in_place(str(node.target))
     if node.op != "call_function":
         return False
-    asked = node.kwargs.get("inplace", node.target is F.relu and True in node.args[1:]) is True
+    said = node.target in (F.relu, F.relu6, F.silu) and True in node.args[1:]
+    asked = node.kwargs.get("inplace", said) is True
     named = _says_in_place(getattr(node.target, "__name__", ""))
     return asked or named or node.target in _IN_PLACE
 
@@ -321,9 +329,10 @@ def _is_cast(node: fx.Node) -> bool:
 
 def _make_pure(node: fx.Node, changed: fx.Node, modules: Mapping[str, nn.Module]) -> None:
     """What the kernels know under another name gets it; anything else works on a copy."""
-    rectifies = node.target in (F.relu, torch.relu_, "relu_")
-    if rectifies or (node.op == "call_module" and type(modules[str(node.target)]) is nn.ReLU):
-        node.op, node.target, node.args, node.kwargs = "call_function", torch.relu, (changed,), {}
+    what = type(modules[str(node.target)]) if node.op == "call_module" else node.target
+    if what in _ACTIVATIONS:
+        node.op, node.target = "call_function", _ACTIVATIONS[what]
+        node.args, node.kwargs = (changed,), {}
     elif node.target is operator.iadd:
         node.target = operator.add
     elif node.target == "add_":

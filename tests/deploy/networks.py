@@ -86,7 +86,7 @@ def drawn(seed: int, nodes: int = 10) -> Network:
         source = int(random.integers(max(0, len(shapes) - 4), len(shapes)))
         shape = shapes[source]
         like = [v for v, s in enumerate(shapes) if s[1:] == shape[1:]]
-        match random.integers(8):
+        match random.integers(9):
             case 0 | 1 | 2:
                 size = tuple(int(min(n, random.integers(1, 4))) for n in shape[1:])
                 window = Window(
@@ -106,6 +106,8 @@ def drawn(seed: int, nodes: int = 10) -> Network:
             case 6:
                 others = [int(v) for v in random.choice(like, 2)]
                 made.add(g.Concatenation, source, *others)
+            case 8:
+                made.add(g.Swish if random.random() < 0.5 else g.Rectifier6, source)
             case 7:
                 size = tuple(min(2, n) for n in shape[1:])
                 window = Window(size, (1, 2), tuple(int(k // 2) for k in size))
@@ -133,6 +135,10 @@ def by_torch(network: Network, images: np.ndarray) -> np.ndarray:
                 y = x[0] * vectors[0].view(-1, 1, 1) + vectors[1].view(-1, 1, 1)
             case g.Rectifier():
                 y = x[0].relu()
+            case g.Swish():
+                y = F.silu(x[0])
+            case g.Rectifier6():
+                y = F.relu6(x[0])
             case g.Sum():
                 y = x[0] + x[1]
             case g.Concatenation():

@@ -113,12 +113,13 @@ def test_nodes_that_the_kernels_would_run_wrong_are_refused(node):
         Network(Graph([Shape(3, 32, 32)] * 2, [node], [0], [1]), {}, {}, {})
 
 
-def test_nearly_dense_layers_run_as_dense_ones():
+@pytest.mark.parametrize("classes, dense", [(8, True), (6, False)])  # four filters go together
+def test_nearly_dense_layers_run_as_dense_ones(classes, dense):
     made = Drawn(0)
     made._sparse = lambda shape: (np.arange(np.prod(shape)) % 4).reshape(shape).astype(np.float32)
-    network = made.finished()
+    network = made.finished(classes)
     runner = network.runner()
     assert all(p.index is not None for p in network.patterns.values())
-    assert all(p.index is None for p in runner.patterns.values())
+    assert all((p.index is None) == dense for p in runner.patterns.values())
     images = np.ones((1, *network.input_shape), np.float32)
     assert np.allclose(runner.forward([images])[0], by_torch(network, images), rtol=1e-5)

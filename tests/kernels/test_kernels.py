@@ -263,10 +263,12 @@ def branching(rng, dtype):
     a = add(g.Rectifier, (convolve(first, "a", 6, three, 3),), Shape(6, 9, 7))
     vectors["affine/scale"], vectors["affine/shift"] = rng.standard_normal((2, 6))
     b = add(g.Affine, (second,), Shape(6, 9, 7), name="affine")
+    b = add(g.Swish, (b,), Shape(6, 9, 7))
     b = add(g.Rectifier, (add(g.Sum, (b, a), Shape(6, 9, 7)),), Shape(6, 9, 7))
     c = add(g.Sum, (convolve(a, "c", 6, three), add(g.Sum, (b, b), Shape(6, 9, 7))), Shape(6, 9, 7))
     c = add(g.Rectifier, (c,), Shape(6, 9, 7))
-    d = add(g.Concatenation, (c, b, a), Shape(18, 9, 7))
+    s, t = (add(kind, (c,), Shape(6, 9, 7)) for kind in (g.Swish, g.Rectifier6))
+    d = add(g.Concatenation, (s, b, t), Shape(18, 9, 7))
     window = Window((3, 2), (2, 2), (1, 1))
     e = add(g.MaxPool, (d,), Shape(18, *window.over(9, 7)), window=window)
     e = add(g.MeanPool, (e,), Shape(18, *window.over(5, 4)), window=window, full_area=False)
@@ -782,6 +784,31 @@ def test_weight_gradients_do_not_depend_on_threads():
         results.append([executable.weight_gradient("layer", memory, kind) for kind in kinds])
     for other in results[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("kind", BACKWARDS)
+@pytest.mark.parametrize(
+    "node, function", [(g.Swish, F.silu), (g.Rectifier6, F.relu6)], ids=["swish", "relu6"]
+)
+def test_activations_and_their_slopes_at_any_size_of_number(name, kind, node, function):
+    kernels = native.named(name)
+    graph = Graph([Shape(3, 5, 7)] * 2, [node((0,), 1)], [0], [1])
+    sizes = np.logspace(-20, 30, 17 * 105 - 5)  # of 17 images, with the five numbers below
+    signs = np.random.default_rng(0).choice([-1, 1], len(sizes))
+    x = np.append(sizes * signs, [0.0, np.nan, 6.0, -87.5, 88.5]).astype(kernels.dtype)
+    exact = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    wanted = function(exact)
+    (slope,) = torch.autograd.grad(wanted.sum(), exact)
+    executable = kind(graph, kernels, {}, {})
+    (y,), memory = executable.forward([x.reshape(17, 3, 5, 7)])
+    (back,) = executable.backward(memory, [np.ones_like(y)])
+    wanted, slope, limit = wanted.detach().numpy(), slope.numpy(), tolerance(kernels)
+    number = ~np.isnan(x)
+    assert np.isnan(y.ravel()[~number]).all()
+    # What exp cannot say counts as zero, or nearly.
+    assert np.allclose(y.ravel()[number], wanted[number], rtol=limit, atol=1e-6)
+    assert np.allclose(back.ravel()[number], slope[number], rtol=limit, atol=100 * limit)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -25,6 +25,10 @@ def _node(node, sources, shape, weights, vectors):
             return x * scale[:, None, None] + shift[:, None, None]
         case g.Rectifier():
             return np.where(x > 0, x, 0.0)
+        case g.Swish():
+            return x / (1 + np.exp(-x))
+        case g.Rectifier6():
+            return np.clip(x, 0.0, 6.0)
         case g.Sum():
             return x + sources[1]
         case g.Concatenation():

@@ -79,6 +79,7 @@ class InPlace(nn.Module):
         super().__init__()
         self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
         self.norm, self.rectify, self.change = nn.BatchNorm2d(4), nn.ReLU(inplace=True), change
+        self.swish = nn.SiLU(inplace=True)
 
     def forward(self, x):
         x = self.first(x)
@@ -94,6 +95,10 @@ CHANGES = {
     "method": lambda model, x: x.relu_(),
     "inplace": lambda model, x: F.relu(x, inplace=True),
     "positional": lambda model, x: F.relu(x, True),
+    "swish": lambda model, x: model.swish(x),
+    "silu": lambda model, x: F.silu(x, inplace=True),
+    "relu6": lambda model, x: F.relu6(x, True),
+    "silu, positional": lambda model, x: F.silu(x, True),
     "iadd": lambda model, x: operator.iadd(x, 1.0),
     "add_": lambda model, x: x.add_(x),
     "imul": lambda model, x: operator.imul(x, 2.0),

@@ -32,6 +32,36 @@ def test_every_model_of_the_registry_is_one_region(name):
     assert len(found) == 1 and not others
 
 
+def with_activation(model, activation):
+    for name, child in model.named_children():
+        given = isinstance(child, nn.ReLU)
+        setattr(model, name, activation() if given else with_activation(child, activation))
+    return model
+
+
+@pytest.mark.parametrize("images", [3, 20])  # in rows, and in blocks too
+@pytest.mark.parametrize("name", ["resnet18", "preact_resnet18"])
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU6])
+def test_activations_leave_a_network_one_region(activation, name, images):
+    torch.manual_seed(0)
+    model = with_activation(create_model(name, 10, width=4), activation).double()
+    x = torch.rand(images, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    trained = training_twin(model.train())
+    wanted, got = (
+        torch.autograd.grad(function(x).square().sum(), [x, *model.parameters()])
+        for function in (model, trained)
+    )
+    for a, b in zip(got, wanted):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-9)
+    found, others = parts(model.eval(), x.detach())
+    assert len(found) == 1 and not others
+    wanted, got = (
+        torch.autograd.grad(function(x).square().sum(), x)[0]
+        for function in (model, twin(model).current())
+    )
+    assert torch.allclose(got, wanted, rtol=1e-9, atol=1e-12)
+
+
 class Styles(nn.Module):
     """Poolings and flattenings as functions and methods, as models in the wild have them."""
 
@@ -81,7 +111,7 @@ class Mixed(nn.Module):
         return self.second(self.between(kept) + kept).flatten(1)
 
 
-@pytest.mark.parametrize("between", [nn.SiLU(), nn.GroupNorm(2, 4), nn.Softmax(1)], ids=repr)
+@pytest.mark.parametrize("between", [nn.Tanh(), nn.GroupNorm(2, 4), nn.Softmax(1)], ids=repr)
 def test_torch_runs_what_lies_between(between):
     torch.manual_seed(0)
     model = Mixed(between).double()

@@ -147,6 +147,8 @@ static void add_fused(struct hpn *h, const struct fused *s) {
         memcpy(p->in.skip, node->window.stride, sizeof p->in.skip);
     } else if (op == LARGEST || op == MEAN) {
         p->kind = op == LARGEST ? MAX_POOL : MEAN_POOL;
+    } else if (op == SILU || op == CLIPPED) {
+        p->kind = op == SILU ? SWISH : RELU6;
     } else if (op == FLATTEN) {
         p->shape = h->network.shapes[s->source];
         p->out.map = h->network.shapes + s->source;
@@ -347,6 +349,7 @@ static void link_step(struct hpn *h, const struct planned *p, struct step *s) {
     s->channels = p->shape.channels, s->height = p->shape.height, s->width = p->shape.width;
     s->rectify = p->rectify;
     s->signs_out = s->signs_in = -1;
+    if (p->kind == SWISH || p->kind == RELU6) s->index = -1; /* nobody asks for slopes */
     s->external = p->external;
     if (!n) return;
     s->scale = n->scale, s->shift = n->shift;

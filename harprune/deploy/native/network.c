@@ -312,8 +312,10 @@ static void read_weights(struct reader *r, struct node *n, struct json *fields) 
 static const struct {
     const char *name;
     int windowed, named;
-} OPS[] = {{"convolution", 1, 1}, {"affine", 0, 1},  {"relu", 0, 0},      {"sum", 0, 0},
-           {"concatenation", 0, 0}, {"max_pool", 1, 0}, {"mean_pool", 1, 0}, {"flatten", 0, 0}};
+} OPS[] = {{"convolution", 1, 1}, {"affine", 0, 1},        {"relu", 0, 0},
+           {"swish", 0, 0},       {"relu6", 0, 0},         {"sum", 0, 0},
+           {"concatenation", 0, 0}, {"max_pool", 1, 0},    {"mean_pool", 1, 0},
+           {"flatten", 0, 0}};
 
 /* Whether a string is just `word`, with no zero byte in it and more behind. */
 static int is_word(const struct json *v, const char *word) {

@@ -7,7 +7,7 @@
 #include "json.h"
 #include "work.h"
 
-enum op { CONVOLUTION, AFFINE, RELU, SUM, CONCATENATION, LARGEST, MEAN, FLATTEN };
+enum op { CONVOLUTION, AFFINE, RELU, SILU, CLIPPED, SUM, CONCATENATION, LARGEST, MEAN, FLATTEN };
 
 struct shape {
     int64_t channels, height, width;

@@ -5,8 +5,8 @@
  * [channel][row][column][LANES] with a border of zeros as wide as its readers reach. A kept weight
  * then costs one broadcast and one multiply-add per vector, all loads are aligned, and no position
  * needs a bounds check. A plan is an array of steps over two memories: the arena, with the maps, and
- * what the forward steps of a block keep for its backward steps, the signs of activations and the
- * winners of poolings. Every place in them is a byte offset, every stride is counted in numbers.
+ * what the forward steps of a block keep for its backward steps: signs and slopes of activations and
+ * the winners of poolings. Every place in them is a byte offset, every stride is counted in numbers.
  */
 #ifndef HARPRUNE_BLOCKS_H
 #define HARPRUNE_BLOCKS_H
@@ -28,7 +28,10 @@ enum kind {
     MAX_POOL,      /* largest of a window, and which it was */
     MAX_POOL_BACK,
     MEAN_POOL,     /* mean of a window over what lies inside the map, or over its full area */
-    MEAN_POOL_BACK
+    MEAN_POOL_BACK,
+    SWISH,         /* x / (1 + exp(-x)), and its slopes */
+    RELU6,         /* min(max(x, 0), 6), and its slopes */
+    TIMES_SLOPES   /* x times what one of these left */
 };
 
 /* A map in the arena: the byte offset of channel 0, row 0, column 0, and strides in numbers. */
@@ -66,7 +69,8 @@ struct step {
     int64_t band;         /* rows of the output done for all channels before the next rows */
     int64_t in_height, in_width;          /* pooling: the map that the windows slide over */
     int64_t size_y, size_x, stride_y, stride_x, pad_y, pad_x, full_area;
-    int64_t index;        /* max pooling: byte offset of the winners, one byte a number */
+    int64_t index;        /* max pooling: byte offset of the winners, one byte a number; of slopes, or
+                             -1 for none */
 };
 
 /* One layer's gradient to its weights, summed over blocks `arena_stride` bytes apart. */

@@ -11,9 +11,10 @@
  * A strided layer reads a map that was split: channel c, rows y = i (mod stride) and columns
  * x = j (mod stride) form a plane of their own.
  *
- * A step is linear but for ReLU and the largest of a window. What these decide is kept as bits, in
- * the image's record: one a number, in vectors as the map's, for a ReLU; for a window as many as it
- * has positions, by vector of the pooled map. Steps back read them, and give gradients to inputs.
+ * A step is linear but for activations and the largest of a window. What these decide is kept in the
+ * image's record: for a ReLU one bit a number, in vectors as the map's; for a window as many as it
+ * has positions, by vector of the pooled map; for any other activation its slopes, in vectors as the
+ * map's. Steps back read them, and give gradients to inputs.
  */
 #ifndef HARPRUNE_ROWS_H
 #define HARPRUNE_ROWS_H
@@ -34,7 +35,10 @@ enum row_kind {
     ROW_JOIN,     /* undoes a split */
     ROW_UNFLATTEN,
     ROW_MAX_SPREAD, /* each number to the position that won its window */
-    ROW_MEAN_SPREAD /* each number in equal parts to its window */
+    ROW_MEAN_SPREAD, /* each number in equal parts to its window */
+    ROW_SWISH,      /* x / (1 + exp(-x)), and its slopes */
+    ROW_RELU6,      /* min(max(x, 0), 6), and its slopes */
+    ROW_TIMES_SLOPES /* x times what one of these left */
 };
 
 /* How a convolution stores its sums: as they are, or as the step that alone would have read them,
@@ -82,7 +86,7 @@ struct row_step {
     int64_t record, record_bytes;    /* which array holds the images' records, bytes of one */
     int64_t signs_out, signs_in;     /* byte offsets in it, or -1: the result's signs are kept; the
                                         result is zero where these are not set */
-    int64_t winners;                 /* the same of what won each window */
+    int64_t kept;                    /* the same of what won each window, or of slopes */
 };
 
 #endif
