@@ -24,7 +24,7 @@ Role = Callable[[nn.Module], "type[g.Node] | None"]
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _RECTIFIERS = (torch.relu, F.relu, torch.relu_)
-_ACTIVATIONS = {F.silu: g.Swish, F.relu6: g.Rectifier6}
+_ACTIVATIONS: dict[object, type[g.Node]] = {F.silu: g.Swish, F.relu6: g.Rectifier6}
 
 
 def split(
