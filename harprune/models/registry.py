@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from harprune.arguments import require_text, require_whole
 from harprune.models.normalised import Normalised
@@ -96,6 +97,17 @@ def require_module(model: Any) -> None:
         raise ValueError(
             f"model is a {type(model).__name__}, not a torch.nn.Module; give a network, as "
             "harprune.create_model makes one by its name"
+        )
+    _require_shaped(model, "model")
+
+
+def _require_shaped(network: nn.Module, what: str) -> None:
+    tensors = (*network.named_parameters(), *network.named_buffers())
+    shapeless = next((name for name, tensor in tensors if is_lazy(tensor)), None)
+    if shapeless is not None:
+        raise ValueError(
+            f"{what}: {shapeless} has no shape yet; run the network on images once before it is "
+            "given"
         )
 
 
@@ -210,4 +222,5 @@ def _from_user(name: str, num_classes: int, in_channels: int, width: int | None)
         raise ValueError(
             f"{name} returned {type(network).__name__}; it must return a torch.nn.Module"
         )
+    _require_shaped(network, name)
     return network

@@ -179,6 +179,9 @@ def anything(**arguments):
 
 def wrong(num_classes):
     return num_classes
+
+def lazy(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
 """
 
 
@@ -207,6 +210,7 @@ def test_functions_of_the_user_get_what_they_take():
         ("my_networks:absent", "defines no function 'absent'"),
         ("my_networks_absent:plain", "cannot import 'my_networks_absent' from"),
         ("my_networks:wrong", "returned int; it must return a torch.nn.Module"),
+        ("my_networks:lazy", "my_networks:lazy: 1.weight has no shape yet; run the network on"),
         ("my_networks:", "is not of the form module:function"),
         (":plain", "is not of the form module:function"),
     ],

@@ -258,6 +258,7 @@ def one_layer(change):
         (Several([False]), {}, "the network gives a tuple, not logits"),
         (Several([True]), {}, "the network gives a tuple in training mode, not logits"),
         (one_layer(nn.utils.parametrizations.spectral_norm), {}, "1.weight is computed from other"),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), {}, "1.weight has no shape yet"),
         (nn.Sequential(nn.Flatten(), Standardised(192, 4)), {}, "1.weight is not what its layer"),
         (mlp(), {"options": {"model": {"mean": [0.5]}}}, r"options\['model'\] with 'mean' would"),
         (mlp(), {"options": {"attack": {"size": 9}}}, r"options\['attack'\] with 'size' would"),
