@@ -16,6 +16,7 @@ from harprune.arguments import require_text, require_whole
 from harprune.files import make_folder
 from harprune.kernels import Backend
 from harprune.models.registry import require_module
+from harprune.outcomes import Evaluation
 from harprune.pipeline import checks, hardening, machinery, pruning, supply
 from harprune.pipeline.console import Console
 from harprune.pipeline.judging import chosen, judge
@@ -28,7 +29,6 @@ from harprune.pipeline.workshop import Workshop, load_network
 from harprune.reporting.records import GIVEN_IN_PYTHON
 from harprune.robustness.evaluation import device_of
 from harprune.robustness.identity import model_digest
-from harprune.robustness.record import Evaluation
 from harprune.robustness.threat import Linf, Threat, require_threat
 from harprune.sparsity.audit import Audit
 from harprune.sparsity.execution import require_backend

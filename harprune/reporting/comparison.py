@@ -7,9 +7,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from harprune.outcomes import Evaluation, Measure
 from harprune.pairing import Outcomes, PairedDifference, paired_difference, pooled_difference
 from harprune.reporting.protocol import protocol_of, require_alike, uses_allocation
-from harprune.reporting.records import STAGES, Attacked, Measure, RunRecord, read_run
+from harprune.reporting.records import STAGES, RunRecord, read_run
 from harprune.reporting.summary import AUTOATTACK, measure_order
 from harprune.reporting.tables import format_budget
 
@@ -142,7 +143,7 @@ def _priced(budget: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in known.items() if value is not None}
 
 
-def _finetuned(run: RunRecord) -> Attacked:
+def _finetuned(run: RunRecord) -> Evaluation:
     return run.attacked["finetuned"]
 
 
@@ -152,8 +153,8 @@ def _row(group: Group) -> dict[str, Any]:
     return group.point | {
         "method": group.method,
         "seeds": list(group.runs),
-        "images": sorted({_finetuned(run).evaluation.size for run in runs}),
-        "measures": _measures([_finetuned(run).evaluation.measures for run in runs]),
+        "images": sorted({_finetuned(run).size for run in runs}),
+        "measures": _measures([_finetuned(run).measures for run in runs]),
         "kept": [audit.kept for audit in audits],
         "total": audits[0].total,
         "denominator": audits[0].denominator,
@@ -205,11 +206,11 @@ def _dense_row(name: str, networks: Sequence[Sequence[RunRecord]]) -> dict[str, 
     }
 
 
-def _widest(attacked: Iterable[Attacked]) -> dict[str, Measure]:
+def _widest(attacked: Iterable[Evaluation]) -> dict[str, Measure]:
     """Of each accuracy of one network the measure on most images."""
     found: dict[str, Measure] = {}
-    for member in sorted(attacked, key=lambda member: member.evaluation.size):
-        found |= member.evaluation.measures
+    for evaluation in sorted(attacked, key=lambda evaluation: evaluation.size):
+        found |= evaluation.measures
     return found
 
 
@@ -224,7 +225,7 @@ def _dense_network(run: RunRecord) -> Any:
     """
     if DENSE not in run.attacked:
         return run.began_with
-    evaluation = run.attacked[DENSE].evaluation
+    evaluation = run.attacked[DENSE]
     counted = ((name, m.correct, m.size) for name, m in evaluation.measures.items())
     return evaluation.identity.get("model") or (_seed(run), *counted)
 
@@ -253,8 +254,8 @@ class Pair:
     configuration: str
     group: Group
     seed: int
-    first: Sequence[Attacked]
-    second: Sequence[Attacked]
+    first: Sequence[Evaluation]
+    second: Sequence[Evaluation]
 
     @property
     def point(self) -> dict[str, Any]:
@@ -268,9 +269,9 @@ class Pair:
         return paired_difference(*self.outcomes(name), name)
 
 
-def _outcomes(attacked: Sequence[Attacked], name: str) -> Outcomes:
-    known = [member for member in attacked if name in (member.outcomes or {})]
-    return max(known, key=lambda member: member.evaluation.size).outcomes if known else None
+def _outcomes(attacked: Sequence[Evaluation], name: str) -> Outcomes:
+    known = [evaluation for evaluation in attacked if name in evaluation.outcomes]
+    return max(known, key=lambda evaluation: evaluation.size).outcomes if known else None
 
 
 def _pairs(groups: Sequence[Group], baseline: str) -> Iterator[Pair]:
@@ -297,11 +298,11 @@ def _pairs(groups: Sequence[Group], baseline: str) -> Iterator[Pair]:
                 yield Pair(name, group, seed, first, second)
 
 
-def _dense_of(run: RunRecord, groups: Sequence[Group]) -> list[Attacked]:
+def _dense_of(run: RunRecord, groups: Sequence[Group]) -> list[Evaluation]:
     """The dense network under attack, by whichever of the runs that began with it."""
     known = [run.attacked[DENSE]] if DENSE in run.attacked else []
     for other in (r for group in groups for r in group.runs.values() if DENSE in r.attacked):
-        digest = other.attacked[DENSE].evaluation.identity.get("model")
+        digest = other.attacked[DENSE].identity.get("model")
         if run.began_with is not None and digest == run.began_with:
             known.append(other.attacked[DENSE])
     return known
@@ -356,12 +357,12 @@ def _warnings(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
             for stage, warnings in run.warnings.items():
                 for warning in warnings:
                     yield where | {"model": STAGES[stage], "warning": warning}
-            for model, attacked in run.attacked.items():
-                for name, check in attacked.evaluation.checks.items():
+            for model, evaluation in run.attacked.items():
+                for name, check in evaluation.checks.items():
                     if not check.passed:
                         said = f"check '{name}' FAILED: {check.detail}"
                         yield where | {"model": model, "warning": said}
-                for flag in attacked.evaluation.flags:
+                for flag in evaluation.flags:
                     yield where | {"model": model, "warning": flag}
 
 

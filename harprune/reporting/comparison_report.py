@@ -9,11 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 from harprune.files import to_json, write
+from harprune.outcomes import WORST_CASE
 from harprune.reporting import comparison_plots
 from harprune.reporting.comparison import DENSE, compare_runs
 from harprune.reporting.document import Document, Plot, Section
 from harprune.reporting.plots import to_svg
-from harprune.reporting.records import WORST_CASE
 from harprune.reporting.summary import AUTOATTACK, measure_order
 from harprune.reporting.tables import (
     ABSENT,

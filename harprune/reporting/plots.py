@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harprune.files import require_writable
-from harprune.reporting.records import STAGES, Audit, Epoch, Evaluation, Measure
+from harprune.outcomes import Evaluation, Measure
+from harprune.reporting.records import STAGES, Audit, Epoch
 from harprune.reporting.summary import measure_order
 from harprune.reporting.tables import title_of
 

@@ -5,7 +5,6 @@ After the check lists of Carlini et al. 2019 and of RobustBench (Croce et al. 20
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import permutations
 from typing import TypeGuard
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harprune.outcomes import Check
 from harprune.robustness.attacks import APGD, FGSM, PGD, Attack, cross_entropy
 from harprune.robustness.autoattack import AutoAttack
 from harprune.robustness.threat import L2, Linf, Threat
@@ -34,14 +34,6 @@ _STRENGTH = {FGSM: 0, PGD: 1, APGD: 1, AutoAttack: 2}
 
 def _is_known(attack: Attack) -> TypeGuard[FGSM | PGD | APGD | AutoAttack]:
     return type(attack) in _STRENGTH
-
-
-@dataclass(frozen=True)
-class Check:
-    """Whether one check passed, and what was seen."""
-
-    passed: bool
-    detail: str
 
 
 def check_model(model: nn.Module, x: Tensor, y: Tensor, threat: Threat | None) -> dict[str, Check]:
