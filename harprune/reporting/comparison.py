@@ -154,7 +154,7 @@ def _row(group: Group) -> dict[str, Any]:
         "method": group.method,
         "seeds": list(group.runs),
         "images": sorted({_finetuned(run).size for run in runs}),
-        "measures": _measures([_finetuned(run).measures for run in runs]),
+        "measures": _measures({seed: _finetuned(run).measures for seed, run in group.runs.items()}),
         "kept": [audit.kept for audit in audits],
         "total": audits[0].total,
         "denominator": audits[0].denominator,
@@ -190,19 +190,20 @@ def _few(names: Sequence[str]) -> str:
 def _dense_row(name: str, networks: Sequence[Sequence[RunRecord]]) -> dict[str, Any]:
     """Of networks, each with the runs that began with it."""
     audits = [run.audit for known in networks for run in known[:1] if run.audit]
-    measures = [
-        _widest(run.attacked[DENSE] for run in k if DENSE in run.attacked) for k in networks
-    ]
+    measures = {
+        _seed(known[0]): _widest(run.attacked[DENSE] for run in known if DENSE in run.attacked)
+        for known in networks
+    }
     return {
         "configuration": name,
         "density": 1.0,
         "budget": "100 % kept",
-        "seeds": [_seed(known[0]) for known in networks],
+        "seeds": list(measures),
         "measures": _measures(measures),
         "kept": [audit.total for audit in audits],
         "total": audits[0].total,
         "denominator": audits[0].denominator,
-        "images": sorted({measure.size for known in measures for measure in known.values()}),
+        "images": sorted({m.size for known in measures.values() for m in known.values()}),
     }
 
 
@@ -230,21 +231,22 @@ def _dense_network(run: RunRecord) -> Any:
     return evaluation.identity.get("model") or (_seed(run), *counted)
 
 
-def _measures(known: Sequence[Mapping[str, Measure]]) -> dict[str, Any]:
-    """Mean and sample standard deviation of each accuracy that every member has."""
-    shared = [name for name in known[0] if all(name in measures for measures in known)]
-    return {
-        name: _statistics([measures[name].accuracy for measures in known])
-        for name in measure_order(shared)
-    }
+def _measures(known: Mapping[int, Mapping[str, Measure]]) -> dict[str, Any]:
+    """Mean and sample standard deviation of each accuracy, over those of the seeds that have it."""
+    found: dict[str, dict[int, float]] = {}
+    for seed, measures in known.items():
+        for name, measure in measures.items():
+            found.setdefault(name, {})[seed] = measure.accuracy
+    return {name: _statistics(found[name]) for name in measure_order(found)}
 
 
-def _statistics(values: list[float]) -> dict[str, Any]:
-    return {
-        "values": values,
-        "mean": fmean(values),
-        "spread": stdev(values) if len(values) > 1 else None,
-    }
+def _statistics(values: Mapping[int, float]) -> dict[str, Any]:
+    each = list(values.values())
+    return {"seeds": list(values), "values": each, "mean": fmean(each), "spread": _spread(each)}
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -333,7 +335,7 @@ def _pooled(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
                 each = {pair.seed: pair.difference(name) for pair in pairs}
                 known = {seed: paired.difference for seed, paired in each.items() if paired}
                 measured = {"measure": name, "seeds": list(known)}
-                spread = {"spread": _statistics(list(known.values()))["spread"]}
+                spread = {"spread": _spread(list(known.values()))}
                 yield pairs[0].point | measured | pooled.as_dict() | spread
 
 

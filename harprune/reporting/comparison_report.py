@@ -255,7 +255,7 @@ def _rows_table(comparison: Mapping[str, Any]) -> Table:
             _named(row, comparison["protocol"]["images"]),
             row["budget"],
             ", ".join(map(str, row["seeds"])),
-            *(_mean(row["measures"].get(name)) for name in measures),
+            *(_mean(row["measures"].get(name), len(row["seeds"])) for name in measures),
             _kept(row),
         )
         for row in comparison["rows"]
@@ -313,11 +313,13 @@ def _minutes(seconds: Sequence[float | None]) -> str:
     return f"{median(known) / 60:.1f}" if known else ABSENT
 
 
-def _mean(statistics: Mapping[str, Any] | None) -> str:
-    if statistics is None:
+def _mean(measured: Mapping[str, Any] | None, seeds: int) -> str:
+    """An accuracy over seeds, which says so where some of the row's `seeds` lack it."""
+    if measured is None:
         return "not run"
-    spread = statistics["spread"]
-    return f"{100 * statistics['mean']:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+    spread, known = measured["spread"], len(measured["seeds"])
+    text = f"{100 * measured['mean']:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+    return text if known == seeds else f"{text} ({known} of {seeds} seeds)"
 
 
 def _paired_table(paired: Sequence[Mapping[str, Any]]) -> Table | None:
