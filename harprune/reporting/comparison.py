@@ -76,12 +76,13 @@ def compare_runs(
     for group in groups:
         called = f"{group.configuration} at density {group.density}"
         require_alike(group.runs.values(), called, complete, without_allocation)
+    pairs = [] if baseline is None else list(_pairs(groups, baseline))
     return {
         "protocol": protocol,
         "rows": [*_dense_rows(runs), *map(_row, groups)],
         "baseline": baseline,
-        "paired": [] if baseline is None else list(_paired(groups, baseline)),
-        "pooled": [] if baseline is None else list(_pooled(groups, baseline)),
+        "paired": list(_paired(pairs)),
+        "pooled": list(_pooled(pairs)),
         "warnings": list(_warnings(groups)),
         "runs": [_made(run, label) for run, label in zip(runs, labels, strict=True)],
     }
@@ -310,33 +311,29 @@ def _dense_of(run: RunRecord, groups: Sequence[Group]) -> list[Evaluation]:
     return known
 
 
-def _paired(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
+def _paired(pairs: Iterable[Pair]) -> Iterator[dict[str, Any]]:
     """The difference to the baseline with each seed."""
-    for pair in _pairs(groups, baseline):
+    for pair in pairs:
         for name in ("clean", AUTOATTACK):
-            paired = pair.difference(name)
-            if paired:
-                measured = {"seed": pair.seed, "measure": name}
-                yield pair.point | measured | paired.as_dict()
+            if found := pair.difference(name):
+                yield pair.point | {"seed": pair.seed, "measure": name} | found.as_dict()
 
 
-def _pooled(groups: Sequence[Group], baseline: str) -> Iterator[dict[str, Any]]:
+def _pooled(pairs: Iterable[Pair]) -> Iterator[dict[str, Any]]:
     """The difference to the baseline over all seeds that both have.
 
     `spread` is the sample standard deviation of the seeds' own differences.
     """
-    found: dict[tuple[str, float], list[Pair]] = {}
-    for pair in _pairs(groups, baseline):
-        found.setdefault((pair.configuration, pair.group.density), []).append(pair)
-    for pairs in found.values():
+    grouped: dict[tuple[str, float], list[Pair]] = {}
+    for pair in pairs:
+        grouped.setdefault((pair.configuration, pair.group.density), []).append(pair)
+    for alike in grouped.values():
         for name in ("clean", AUTOATTACK):
-            pooled = pooled_difference([pair.outcomes(name) for pair in pairs], name)
+            pooled = pooled_difference([pair.outcomes(name) for pair in alike], name)
             if pooled:
-                each = {pair.seed: pair.difference(name) for pair in pairs}
-                known = {seed: paired.difference for seed, paired in each.items() if paired}
-                measured = {"measure": name, "seeds": list(known)}
-                spread = {"spread": _spread(list(known.values()))}
-                yield pairs[0].point | measured | pooled.as_dict() | spread
+                each = {p.seed: f.difference for p in alike if (f := p.difference(name))}
+                measured = {"measure": name, "seeds": list(each)} | pooled.as_dict()
+                yield alike[0].point | measured | {"spread": _spread(list(each.values()))}
 
 
 def _reference(groups: Sequence[Group], density: float, baseline: str) -> Group | None:
@@ -369,12 +366,10 @@ def _warnings(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
 
 
 def _made(run: RunRecord, configuration: str) -> dict[str, Any]:
-    made = {
+    return {
         "run": run.folder.name,
         "seed": run.recipe.get("seed"),
         "configuration": configuration,
-    }
-    return made | {
         "density": run.section("budget").get("density"),
         "environment": _environment(run),
     }

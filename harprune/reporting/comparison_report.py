@@ -2,7 +2,9 @@
 """Several runs side by side for people: comparison.md with its plots, and the same as .json."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median
 from types import MappingProxyType
@@ -24,6 +26,7 @@ from harprune.reporting.tables import (
     format_difference,
     format_kept,
     format_p,
+    short_title_of,
 )
 
 
@@ -122,7 +125,7 @@ def _pictures(out: Path, comparison: Mapping[str, Any]) -> Iterator[tuple[str, P
     title = comparison["title"]
     over_density, of_strategies = _plots_of(out)
     picture = to_svg(comparison_plots.points_by_row, comparison["rows"])
-    drawn = "clean and robust" if _is_known(AUTOATTACK, comparison) else "clean"
+    drawn = "clean and robust" if _has_autoattack(comparison) else "clean"
     yield "result", Plot(out.with_suffix(".svg").name, f"{title}: {drawn} accuracy", picture)
     rows = [row for row in comparison["rows"] if row["density"] < 1.0]
     if len({row["density"] for row in rows}) > 1:
@@ -143,7 +146,7 @@ def _document(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Do
     )
     robust = (
         "AutoAttack is the robust accuracy"
-        if _is_known(AUTOATTACK, comparison)
+        if _has_autoattack(comparison)
         else "none is AutoAttack's, so none is a robust accuracy"
     )
     explained = (
@@ -232,9 +235,8 @@ def _difference_section(comparison: Mapping[str, Any]) -> Section:
     return Section(f"Against {name}", table, text=text if table else text + none)
 
 
-def _is_known(name: str, comparison: Mapping[str, Any]) -> bool:
-    """Whether the accuracy `name` has a figure in some row."""
-    return any(name in row["measures"] for row in comparison["rows"])
+def _has_autoattack(comparison: Mapping[str, Any]) -> bool:
+    return any(AUTOATTACK in row["measures"] for row in comparison["rows"])
 
 
 def _each_alone(count: int) -> str:
@@ -260,8 +262,13 @@ def _rows_table(comparison: Mapping[str, Any]) -> Table:
         )
         for row in comparison["rows"]
     )
-    titles = ("AutoAttack" if name == AUTOATTACK else name for name in measures)
-    header = ("configuration", "budget", "seeds", *titles, "weights kept / total")
+    header = (
+        "configuration",
+        "budget",
+        "seeds",
+        *map(short_title_of, measures),
+        "weights kept / total",
+    )
     return Table(header, rows)
 
 
@@ -328,7 +335,7 @@ def _paired_table(paired: Sequence[Mapping[str, Any]]) -> Table | None:
             pair["configuration"],
             pair["budget"],
             str(pair["seed"]),
-            "AutoAttack" if pair["measure"] == AUTOATTACK else pair["measure"],
+            short_title_of(pair["measure"]),
             format_difference(pair),
             f"{pair['won']:,} / {pair['lost']:,}",
             format_p(pair["p_value"]),
@@ -345,18 +352,17 @@ def _pooled_table(comparison: Mapping[str, Any]) -> Table:
     found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for row in comparison["pooled"]:
         found.setdefault((row["configuration"], row["budget"]), {})[row["measure"]] = row
-    higher: dict[tuple[str, str], int] = {}
-    for pair in comparison["paired"]:
-        if pair["measure"] == AUTOATTACK and pair["difference"] > 0:
-            point = pair["configuration"], pair["budget"]
-            higher[point] = higher.get(point, 0) + 1
-    header = ("configuration", "budget", "clean", "AutoAttack", "seeds with more AutoAttack")
+    higher = Counter(
+        (pair["configuration"], pair["budget"])
+        for pair in comparison["paired"]
+        if pair["measure"] == AUTOATTACK and pair["difference"] > 0
+    )
     rows = tuple(
         (
             configuration,
             budget,
             *(cell for name in ("clean", AUTOATTACK) for cell in _over_seeds(known.get(name))),
-            f"{higher.get((configuration, budget), 0)} of {len(known[AUTOATTACK]['seeds'])}"
+            f"{higher[configuration, budget]} of {len(known[AUTOATTACK]['seeds'])}"
             if AUTOATTACK in known
             else ABSENT,
         )
@@ -390,7 +396,7 @@ def _warnings_table(warnings: Sequence[Mapping[str, Any]]) -> Table:
 def _successive(environment: Mapping[str, Any], key: str) -> str:
     """A value of the environment; several where a run was continued under another one."""
     every = [flatten(e.get(key)) for e in (environment, *environment.get("continued", []))]
-    return ", then ".join(v for i, v in enumerate(every) if i == 0 or v != every[i - 1])
+    return ", then ".join(value for value, _ in groupby(every))
 
 
 def _made_table(comparison: Mapping[str, Any]) -> Table:

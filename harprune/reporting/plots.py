@@ -16,7 +16,7 @@ from harprune.files import require_writable
 from harprune.outcomes import Evaluation, Measure
 from harprune.reporting.records import STAGES, Audit, Epoch
 from harprune.reporting.summary import measure_order
-from harprune.reporting.tables import title_of
+from harprune.reporting.tables import short_title_of, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -201,7 +201,7 @@ def accuracy_bars(evaluations: Mapping[str, Evaluation]) -> "Figure":
         shift = (row - (len(evaluations) - 1) / 2) * height
         known = {i + shift: evaluation.measures.get(m) for i, m in enumerate(measures)}
         _bars(axes, {place: m for place, m in known.items() if m}, 0.92 * height, model)
-    axes.set_yticks(range(len(measures)), [_short(name) for name in measures])
+    axes.set_yticks(range(len(measures)), [short_title_of(name) for name in measures])
     axes.invert_yaxis()
     axes.set_xlim(0, 108)
     axes.set_xticks(range(0, 101, 20))
@@ -299,7 +299,3 @@ def shortened(label: str, width: int) -> str:
 def positive(values: Sequence[float]) -> list[float]:
     """A logarithmic axis has no place for zero."""
     return [value if value > 0 else math.nan for value in values]
-
-
-def _short(attack: str) -> str:
-    return "AutoAttack" if attack == "autoattack" else attack

@@ -2,7 +2,7 @@
 """A run folder as checked, frozen records; what a stage has not written yet is None or empty."""
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -182,26 +182,27 @@ def read_run(folder: str | Path) -> RunRecord:
                 f"{folder} is no run folder but holds {held} of them; name those: {folder}/*"
             )
         raise ValueError(f"{folder} is no run folder: it holds no recipe.json; see `harprune run`")
-    environment, audit = folder / "environment.json", folder / "audit.json"
-    inputs, warnings = folder / "inputs.json", folder / "warnings.json"
-    validation, scoring = folder / "validation.json", folder / "scoring.json"
     finished = frozenset(s for s, a in STAGES.items() if (folder / f"{a}.safetensors").exists())
+    warned = _read(dict[Stage, tuple[str, ...]], folder / "warnings.json", {})
+    left = _read(dict[Stage, Validated], folder / "validation.json", {})
+    scoring = _read(dict[Literal["passes"], Count], folder / "scoring.json", {})
     return RunRecord(
         folder=folder,
-        recipe=_read_mapping(folder / "recipe.json"),
-        environment=_read_mapping(environment) if environment.exists() else {},
+        recipe=_read(dict[str, Any], folder / "recipe.json", {}),
+        environment=_read(dict[str, Any], folder / "environment.json", {}),
         finished=finished,
         epochs=_read_epochs(folder / "metrics.jsonl"),
-        audit=_parse(Audit, audit) if audit.exists() else None,
+        audit=_read(Audit, folder / "audit.json", None),
         attacked={
             model: read_evaluation(folder / "attack" / model)
             for model in ATTACKED
             if (folder / "attack" / model / "evaluation.json").exists()
         },
-        began_with=_read_mapping(inputs).get("dense network") if inputs.exists() else None,
-        warnings=_read_warnings(warnings) if warnings.exists() else {},
-        left=_read_left(validation, finished) if validation.exists() else {},
-        scoring=_read_scoring(scoring) if scoring.exists() else 0,
+        began_with=_read(dict[str, Any], folder / "inputs.json", {}).get("dense network"),
+        warnings={stage: warned[stage] for stage in STAGES if stage in warned},
+        # Where a stage is made again, what it left before is of no network.
+        left={stage: validated for stage, validated in left.items() if stage in finished},
+        scoring=scoring.get("passes", 0),
     )
 
 
@@ -210,22 +211,6 @@ def _read_epochs(path: Path) -> tuple[Epoch, ...]:
         return ()
     lines = enumerate(path.read_bytes().splitlines(), start=1)
     return tuple(parsed(Epoch, line, f"{path} line {number}", _DERIVED) for number, line in lines)
-
-
-def _read_warnings(path: Path) -> dict[str, tuple[str, ...]]:
-    """By stage, in the order of stages."""
-    found = _parse(dict[Stage, tuple[str, ...]], path)
-    return {stage: found[stage] for stage in STAGES if stage in found}
-
-
-def _read_left(path: Path, finished: Container[str]) -> dict[str, Validated]:
-    """Of finished stages: where a stage is made again, what it left before is of no network."""
-    found = _parse(dict[Stage, Validated], path)
-    return {stage: left for stage, left in found.items() if stage in finished}
-
-
-def _read_scoring(path: Path) -> int:
-    return _parse(dict[Literal["passes"], Count], path)["passes"]
 
 
 def _threat_section(record: str) -> Any:
@@ -239,14 +224,10 @@ def _threat_section(record: str) -> Any:
     return {"norm": found[1].lower(), "epsilon": f"{levels}/255" if whole else epsilon}
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
-    return _parse(dict[str, Any], path)
-
-
-def _parse(kind: Any, path: Path) -> Any:
-    return parsed(kind, path.read_bytes(), path, _way(path))
-
-
-def _way(path: Path) -> str:
-    """What helps where a file is garbled."""
-    return _DERIVED if path.name in _FROM_NETWORKS else "restore it"
+def _read(kind: Any, path: Path, absent: Any) -> Any:
+    """What a file says as a `kind`, or `absent` where there is none."""
+    if not path.exists():
+        return absent
+    return parsed(
+        kind, path.read_bytes(), path, _DERIVED if path.name in _FROM_NETWORKS else "restore it"
+    )
