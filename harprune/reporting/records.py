@@ -143,6 +143,11 @@ class RunRecord:
         """The method's name, with its plug-ins."""
         return str(self.section("method").get("name", "unknown"))
 
+    @property
+    def seed(self) -> int:
+        """0 where the recipe names none."""
+        return self.recipe.get("seed", 0)
+
     def of_stage(self, stage: str) -> tuple[Epoch, ...]:
         return tuple(epoch for epoch in self.epochs if epoch.stage == stage)
 
