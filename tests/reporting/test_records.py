@@ -55,6 +55,8 @@ def test_what_was_spent_on_scoring_counts_to_pruning(make_run):
     ]
     (folder / "metrics.jsonl").unlink()
     assert read_run(folder).passes("prune") == 7
+    (folder / "scoring.json").write_text("{}")
+    assert read_run(folder).passes("prune") == 0
 
 
 def test_a_diverged_loss_is_read(make_run):
