@@ -26,7 +26,7 @@ _HOMES = {
     "Split": "harprune.training.splits",
     "Linf": "harprune.robustness.threat",
     "L2": "harprune.robustness.threat",
-    "paired": "harprune.robustness.record",
+    "paired": "harprune.outcomes",
 }
 
 # Made of the table, which a type checker does not read.

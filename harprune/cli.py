@@ -251,10 +251,10 @@ def evaluate(
 
     Robust accuracy means autoattack; the other attacks only bound it from above.
     """
+    from harprune.outcomes import REPEATED, differing, load_evaluation
     from harprune.pipeline.api import evaluate_recipe
     from harprune.pipeline.recipe_text import make_recipe, settings
     from harprune.pipeline.source import find_source
-    from harprune.robustness.record import REPEATED, differing, load_evaluation
 
     if (source is None) == (model is None) or (source is None) == (data is None):
         raise ValueError(

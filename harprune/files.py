@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files written whole or not at all, JSON that any reader accepts, and archives of arrays."""
+"""Files written whole or not at all, JSON as any reader takes it and as records that are checked,
+and archives of arrays."""
 
 import errno
 import io
@@ -129,3 +130,25 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def parsed(kind: Any, text: str | bytes, where: str | Path, way: str) -> Any:
+    """JSON `text` as a `kind`: a class whose fields pydantic checks, or a hint such as a dict's.
+
+    Raises:
+        ValueError: it is none; as `garbled`, by the first fault.
+    """
+    # Not here where networks only run.
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise garbled(where, f"{place}: {fault['msg']}" if place else fault["msg"], way) from None
+
+
+def garbled(where: str | Path, reason: str, way: str) -> ValueError:
+    """The error, in one line, that `where` is garbled, with the `way` out."""
+    return ValueError(f"{where} is garbled ({' '.join(reason.split())}); {way}")

@@ -39,6 +39,7 @@ GROUND = {
     "intervals",
     "modes",
     "nested",
+    "outcomes",
     "pairing",
     "randomness",
     "user_code",

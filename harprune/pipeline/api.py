@@ -16,6 +16,7 @@ from harprune.arguments import require_text, require_whole
 from harprune.files import make_folder
 from harprune.kernels import Backend
 from harprune.models.registry import require_module
+from harprune.outcomes import Evaluation
 from harprune.pipeline import checks, hardening, machinery, pruning, supply
 from harprune.pipeline.console import Console
 from harprune.pipeline.judging import chosen, judge
@@ -28,7 +29,6 @@ from harprune.pipeline.workshop import Workshop, load_network
 from harprune.reporting.records import GIVEN_IN_PYTHON
 from harprune.robustness.evaluation import device_of
 from harprune.robustness.identity import model_digest
-from harprune.robustness.record import Evaluation
 from harprune.robustness.threat import Linf, Threat, require_threat
 from harprune.sparsity.audit import Audit
 from harprune.sparsity.execution import require_backend
@@ -153,16 +153,23 @@ def evaluate(
         execution: what runs the attacks on a CPU, as a recipe's execution.backend; verdicts are
             always the model's own.
         twin: whether attacks run on an equivalent of the model, batch norm folded and masks
-            multiplied out, on the kernels if `execution` has it so; else on the plain model.
+            multiplied out, on the kernels if `execution` has it so; else on the plain model, in
+            torch.
 
     Raises:
-        ValueError: an unknown attack, values of another kind, images or a network that do not fit.
+        ValueError: an unknown attack, values of another kind, images or a network that do not fit,
+            execution "sparse" without the twin.
     """
     require_module(model)
     _require_place(out)
     require_whole("seed", seed)
     require_whole("batch_size", batch_size, 1)
     require_text("name", name, "model")
+    if execution == "sparse" and not twin:
+        raise ValueError(
+            "execution = 'sparse' runs the twin, and twin = False leaves it out; give execution = "
+            "'auto', or leave out twin = False"
+        )
     require_backend(execution)
     threat = _threat(threat)
     attacks = (attacks,) if isinstance(attacks, str) else attacks

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from harprune.files import to_json, write
-from harprune.reporting.records import Evaluation, Measure, RunRecord, read_run
+from harprune.outcomes import Evaluation, Measure
+from harprune.reporting.records import RunRecord, read_run
 from harprune.robustness.threat import L2, Linf
 from harprune.sparsity.audit import budget_of
 from harprune.training import checkpoint
@@ -174,7 +175,7 @@ def _kept(run: RunRecord) -> str:
 
 def _attacked(run: RunRecord) -> tuple[Evaluation, Measure]:
     """The pruned network's evaluation and its robust accuracy, if a board can take them."""
-    evaluation = run.attacked["finetuned"].evaluation
+    evaluation = run.attacked["finetuned"]
     robust = evaluation.attacks.get("autoattack")
     if robust is None or "version='standard'" not in (robust.attack or ""):
         raise ValueError("robustness was not measured by autoattack; add it to attack.attacks")

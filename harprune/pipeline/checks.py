@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from harprune.modes import eval_mode
+from harprune.outcomes import load_evaluation
 from harprune.pipeline import hardening, machinery, pruning
 from harprune.pipeline.recipe import Budget, Objective, Recipe, Threat, Training
 from harprune.pipeline.run import begun_in
 from harprune.pipeline.supply import Materials
 from harprune.robustness.images import subset
-from harprune.robustness.record import load_evaluation
 from harprune.robustness.threat import parse_epsilon
 from harprune.sparsity.effective import require_zeros_kept
 from harprune.sparsity.layers import require_weights_of_its_own

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from harprune.arguments import require_whole
 from harprune.kernels import Backend
+from harprune.outcomes import Evaluation
 from harprune.pipeline import hardening
 from harprune.pipeline.console import Console
 from harprune.robustness import evaluation
 from harprune.robustness.autoattack import SQUARE_QUERIES, AutoAttack
 from harprune.robustness.images import subset
-from harprune.robustness.record import Evaluation
 from harprune.robustness.threat import Threat
 from harprune.sparsity import execution as executions
 from harprune.training.splits import Floats, Split

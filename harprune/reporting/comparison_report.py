@@ -4,26 +4,30 @@
 import json
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, median
 from types import MappingProxyType
 from typing import Any
 
 from harprune.files import to_json, write
 from harprune.reporting import comparison_plots
-from harprune.reporting.comparison import DENSE, compare_runs
+from harprune.reporting.comparison import compare_runs
+from harprune.reporting.comparison_tables import (
+    FEW,
+    cost_table,
+    made_table,
+    missing_table,
+    paired_table,
+    pooled_table,
+    rows_table,
+    warnings_table,
+)
 from harprune.reporting.document import Document, Plot, Section
+from harprune.reporting.groups import DENSE
 from harprune.reporting.plots import to_svg
-from harprune.reporting.records import WORST_CASE
-from harprune.reporting.summary import AUTOATTACK, measure_order
+from harprune.reporting.summary import AUTOATTACK
 from harprune.reporting.tables import (
-    ABSENT,
-    Table,
     flatten,
     format_budgets,
     format_density,
-    format_difference,
-    format_kept,
-    format_p,
 )
 
 
@@ -122,7 +126,7 @@ def _pictures(out: Path, comparison: Mapping[str, Any]) -> Iterator[tuple[str, P
     title = comparison["title"]
     over_density, of_strategies = _plots_of(out)
     picture = to_svg(comparison_plots.points_by_row, comparison["rows"])
-    drawn = "clean and robust" if _is_known(AUTOATTACK, comparison) else "clean"
+    drawn = "clean and robust" if _has_autoattack(comparison) else "clean"
     yield "result", Plot(out.with_suffix(".svg").name, f"{title}: {drawn} accuracy", picture)
     rows = [row for row in comparison["rows"] if row["density"] < 1.0]
     if len({row["density"] for row in rows}) > 1:
@@ -143,7 +147,7 @@ def _document(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Do
     )
     robust = (
         "AutoAttack is the robust accuracy"
-        if _is_known(AUTOATTACK, comparison)
+        if _has_autoattack(comparison)
         else "none is AutoAttack's, so none is a robust accuracy"
     )
     explained = (
@@ -158,12 +162,8 @@ def _document(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Do
     )
 
 
-_FEW = 5
-"""As many warnings stand above the result, and runs in a cell of a table; of more the number."""
-
-
 def _warned(warnings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    if len(warnings) > _FEW:
+    if len(warnings) > FEW:
         raised = len({(w["configuration"], w["density"], w["seed"]) for w in warnings})
         yield f"{raised} runs have warnings or failed checks; see Warnings and failed checks."
         return
@@ -173,35 +173,26 @@ def _warned(warnings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _sections(comparison: Mapping[str, Any], pictures: Mapping[str, Plot]) -> Iterator[Section]:
-    yield Section("Result", _rows_table(comparison), pictures["result"])
+    yield Section("Result", rows_table(comparison), pictures["result"])
     if comparison["failed"] or comparison["to_come"]:
-        yield Section("Missing", _missing_table(comparison))
+        yield Section("Missing", missing_table(comparison))
     if "density" in pictures:
         yield Section("Accuracy over density", plot=pictures["density"])
-    yield Section("What it costs", _cost_table(comparison), text=_COST)
+    yield Section("What it costs", cost_table(comparison), text=_COST)
     yield Section("Where weights are kept", plot=pictures["strategies"])
     if comparison["baseline"] is not None:
         yield _difference_section(comparison)
     elif comparison["awaited"] is not None:
         name = comparison["awaited"]
         yield Section(f"Against {name}", text=f"There is no finished run of {name} yet.")
-    if len(comparison["warnings"]) > _FEW:
-        yield Section("Warnings and failed checks", _warnings_table(comparison["warnings"]))
+    if len(comparison["warnings"]) > FEW:
+        yield Section("Warnings and failed checks", warnings_table(comparison))
     script = comparison["command"]
     if not comparison["makes_runs"]:
         held = [run["environment"] for run in comparison["runs"]]
         commands = [e.get("command") for run in held for e in (run, *run.get("continued", []))]
         script = "\n".join([*dict.fromkeys(filter(None, commands)), script])
-    yield Section("How this was made", _made_table(comparison), code=script)
-
-
-def _missing_table(comparison: Mapping[str, Any]) -> Table:
-    """A row for each run that failed, and one for all that are still to come."""
-    rows, to_come = list(comparison["failed"].items()), comparison["to_come"]
-    if to_come:
-        more = f" and {len(to_come) - _FEW} more" if len(to_come) > _FEW else ""
-        rows.append((", ".join(to_come[:_FEW]) + more, "not run yet"))
-    return Table(("run", "why"), tuple(rows), numeric=False)
+    yield Section("How this was made", made_table(comparison), code=script)
 
 
 def _difference_section(comparison: Mapping[str, Any]) -> Section:
@@ -221,20 +212,19 @@ def _difference_section(comparison: Mapping[str, Any]) -> Section:
             "Where the seeds disagree about its sign, it is no verdict about methods. "
             f"{_each_alone(len(comparison['pooled']))}The tests of each seed are in the JSON file."
         )
-        return Section(f"Against {name}", _pooled_table(comparison), text=text)
+        return Section(f"Against {name}", pooled_table(comparison), text=text)
     text = (
         f"{start} and seed, on the same images: percentage points with the paired 95 % interval, "
         "and the exact McNemar test. They take the trained networks as given: images are drawn, "
         f"seeds are not. {_each_alone(len(comparison['paired']))}"
     ).rstrip()
-    table = _paired_table(comparison["paired"])
+    table = paired_table(comparison)
     none = " There is no pair measured on the same images."
     return Section(f"Against {name}", table, text=text if table else text + none)
 
 
-def _is_known(name: str, comparison: Mapping[str, Any]) -> bool:
-    """Whether the accuracy `name` has a figure in some row."""
-    return any(name in row["measures"] for row in comparison["rows"])
+def _has_autoattack(comparison: Mapping[str, Any]) -> bool:
+    return any(AUTOATTACK in row["measures"] for row in comparison["rows"])
 
 
 def _each_alone(count: int) -> str:
@@ -247,36 +237,6 @@ def _each_alone(count: int) -> str:
     )
 
 
-def _rows_table(comparison: Mapping[str, Any]) -> Table:
-    known = measure_order(name for row in comparison["rows"] for name in row["measures"])
-    measures = [name for name in known if name != WORST_CASE]
-    rows = tuple(
-        (
-            _named(row, comparison["protocol"]["images"]),
-            row["budget"],
-            ", ".join(map(str, row["seeds"])),
-            *(_mean(row["measures"].get(name)) for name in measures),
-            _kept(row),
-        )
-        for row in comparison["rows"]
-    )
-    titles = ("AutoAttack" if name == AUTOATTACK else name for name in measures)
-    header = ("configuration", "budget", "seeds", *titles, "weights kept / total")
-    return Table(header, rows)
-
-
-def _named(row: Mapping[str, Any], images: int) -> str:
-    """A dense network may have been attacked on fewer images than the pruned ones."""
-    own = row.get("images", [images])
-    counts = " or ".join(f"{count:,}" for count in own)
-    return row["configuration"] + ("" if own == [images] else f" ({counts} images)")
-
-
-def _kept(row: Mapping[str, Any]) -> str:
-    least, most = min(row["kept"]), max(row["kept"])
-    return ("" if least == most else f"{least:,} to ") + format_kept(most, row["total"])
-
-
 _COST = (
     "Multiply-adds of one image, as a share of the dense network's; passes, each one image forward "
     "and back, of the stages of pruning and finetuning: attacks, steps, the two further "
@@ -287,118 +247,3 @@ _COST = (
     "of the run with its attacks and without a dense network that it shares, in minutes, the "
     "median over seeds, which depends on what else the machine did."
 )
-
-
-def _cost_table(comparison: Mapping[str, Any]) -> Table:
-    rows = tuple(
-        (
-            row["configuration"],
-            row["budget"],
-            _shares(row["multiply_adds"], row["dense_multiply_adds"]),
-            f"{fmean(row['passes']):,.0f}",
-            _minutes(row["seconds"]),
-        )
-        for row in comparison["rows"]
-        if row["density"] < 1.0
-    )
-    return Table(("configuration", "budget", "multiply-adds", "passes", "minutes"), rows)
-
-
-def _shares(kept: Sequence[int], dense: int | None) -> str:
-    return ABSENT if not kept or not dense else f"{100 * fmean(kept) / dense:.2f} %"
-
-
-def _minutes(seconds: Sequence[float | None]) -> str:
-    known = [value for value in seconds if value is not None]
-    return f"{median(known) / 60:.1f}" if known else ABSENT
-
-
-def _mean(statistics: Mapping[str, Any] | None) -> str:
-    if statistics is None:
-        return "not run"
-    spread = statistics["spread"]
-    return f"{100 * statistics['mean']:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
-
-
-def _paired_table(paired: Sequence[Mapping[str, Any]]) -> Table | None:
-    rows = tuple(
-        (
-            pair["configuration"],
-            pair["budget"],
-            str(pair["seed"]),
-            "AutoAttack" if pair["measure"] == AUTOATTACK else pair["measure"],
-            format_difference(pair),
-            f"{pair['won']:,} / {pair['lost']:,}",
-            format_p(pair["p_value"]),
-            f"{pair['size']:,}",
-        )
-        for pair in paired
-    )
-    header = ("configuration", "budget", "seed", "accuracy", "difference", "won / lost", "p", "n")
-    return Table(header, rows) if rows else None
-
-
-def _pooled_table(comparison: Mapping[str, Any]) -> Table:
-    """A row for each configuration and budget; in how many seeds its AutoAttack is the higher."""
-    found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
-    for row in comparison["pooled"]:
-        found.setdefault((row["configuration"], row["budget"]), {})[row["measure"]] = row
-    higher: dict[tuple[str, str], int] = {}
-    for pair in comparison["paired"]:
-        if pair["measure"] == AUTOATTACK and pair["difference"] > 0:
-            point = pair["configuration"], pair["budget"]
-            higher[point] = higher.get(point, 0) + 1
-    header = ("configuration", "budget", "clean", "AutoAttack", "seeds with more AutoAttack")
-    rows = tuple(
-        (
-            configuration,
-            budget,
-            *(cell for name in ("clean", AUTOATTACK) for cell in _over_seeds(known.get(name))),
-            f"{higher.get((configuration, budget), 0)} of {len(known[AUTOATTACK]['seeds'])}"
-            if AUTOATTACK in known
-            else ABSENT,
-        )
-        for (configuration, budget), known in found.items()
-    )
-    header = ("configuration", "budget", "clean", "over seeds", "AutoAttack", "over seeds")
-    header = (*header, "seeds with more AutoAttack")
-    # Without AutoAttack there is nothing in the last three columns.
-    columns = len(header) if any(AUTOATTACK in known for known in found.values()) else 4
-    return Table(header[:columns], tuple(row[:columns] for row in rows))
-
-
-def _over_seeds(pooled: Mapping[str, Any] | None) -> tuple[str, str]:
-    """A difference with its interval, and its standard deviation over seeds."""
-    spread = pooled["spread"] if pooled else None
-    return format_difference(pooled), ABSENT if spread is None else f"± {100 * spread:.2f}"
-
-
-def _warnings_table(warnings: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each configuration and budget with all that was raised there."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for w in warnings:
-        said = f"seed {w['seed']}, {w['model']}: {w['warning']}"
-        found.setdefault((w["configuration"], w["budget"]), []).append(said)
-    rows = tuple(
-        (configuration, budget, "; ".join(said)) for (configuration, budget), said in found.items()
-    )
-    return Table(("configuration", "budget", "raised"), rows, numeric=False)
-
-
-def _successive(environment: Mapping[str, Any], key: str) -> str:
-    """A value of the environment; several where a run was continued under another one."""
-    every = [flatten(e.get(key)) for e in (environment, *environment.get("continued", []))]
-    return ", then ".join(v for i, v in enumerate(every) if i == 0 or v != every[i - 1])
-
-
-def _made_table(comparison: Mapping[str, Any]) -> Table:
-    """What the runs were made with; where they agree it is said once."""
-    rows = []
-    for key in ("commit", "python", "versions", "machine"):
-        found: dict[str, list[str]] = {}
-        for run in comparison["runs"]:
-            found.setdefault(_successive(run["environment"], key), []).append(run["run"])
-        for value, runs in found.items():
-            named = ", ".join(runs) if len(runs) <= _FEW else f"{len(runs)} runs"
-            rows.append((key, value, "all" if len(found) == 1 else named))
-    return Table(("", "", "runs"), tuple(rows), numeric=False)

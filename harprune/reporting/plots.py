@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harprune.files import require_writable
-from harprune.reporting.records import STAGES, Audit, Epoch, Evaluation, Measure
+from harprune.outcomes import Evaluation, Measure
+from harprune.reporting.records import STAGES, Audit, Epoch
 from harprune.reporting.summary import measure_order
-from harprune.reporting.tables import title_of
+from harprune.reporting.tables import short_title_of, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,12 +116,7 @@ def density_per_layer(audit: Audit) -> "Figure":
             axes.plot(places, positive(shares), "--", label=label, **style)
     kept = [layer.density for layer in audit.layers.values()]
     axes.plot(places, positive(kept), "-o", color=BLUE, label="this run", linewidth=2, zorder=3)
-    empty = [place for place in places if not kept[place]]
-    if empty:
-        bottom = axes.get_xaxis_transform()
-        axes.plot(
-            empty, [0.02] * len(empty), "x", color=RED, transform=bottom, label="nothing kept"
-        )
+    _mark_empty(axes, places, kept)
     _density_axis(axes)
     every = math.ceil(len(names) / _MOST_LABELS)
     axes.set_xticks(places[::every], labels[::every], rotation=90, fontsize=size)
@@ -141,7 +137,9 @@ def prune_course(epochs: Sequence[Epoch], budget: Mapping[str, Any]) -> "Figure"
     figure, panels = new_panels(len(known), 6.4, 1.0 + 1.35 * len(known))
     for axes, name, colour in zip(panels, known, (ORANGE, PURPLE, BLUE), strict=False):
         values = [math.nan if getattr(e, name) is None else getattr(e, name) for e in epochs]
-        axes.plot([e.epoch + 1 for e in epochs], values, "-o", color=colour, markersize=3)
+        places = [e.epoch + 1 for e in epochs]
+        shown = positive(values) if name == "density" else values
+        axes.plot(places, shown, "-o", color=colour, markersize=3)
         counted = _COUNTED[budget.get("cost", "parameters")]
         axes.set_ylabel({"gamma": "γ", "density": counted}.get(name, name))  # noqa: RUF001
         if name == "density":
@@ -150,6 +148,8 @@ def prune_course(epochs: Sequence[Epoch], budget: Mapping[str, Any]) -> "Figure"
                 axes.axhline(
                     budget["density"], color=BLACK, linewidth=1, linestyle="--", label=label
                 )
+            _mark_empty(axes, places, values)
+            if axes.get_legend_handles_labels()[1]:
                 axes.legend(loc="upper right")
             _density_axis(axes)
         else:
@@ -201,7 +201,7 @@ def accuracy_bars(evaluations: Mapping[str, Evaluation]) -> "Figure":
         shift = (row - (len(evaluations) - 1) / 2) * height
         known = {i + shift: evaluation.measures.get(m) for i, m in enumerate(measures)}
         _bars(axes, {place: m for place, m in known.items() if m}, 0.92 * height, model)
-    axes.set_yticks(range(len(measures)), [_short(name) for name in measures])
+    axes.set_yticks(range(len(measures)), [short_title_of(name) for name in measures])
     axes.invert_yaxis()
     axes.set_xlim(0, 108)
     axes.set_xticks(range(0, 101, 20))
@@ -247,11 +247,21 @@ def new_panels(
     return figure, list(grid.flat)
 
 
+def _mark_empty(axes: "Axes", places: Sequence[float], kept: Sequence[float]) -> None:
+    """A cross at the foot of the axes wherever nothing is kept."""
+    empty = [place for place, share in zip(places, kept, strict=True) if share == 0]
+    if empty:
+        foot = axes.get_xaxis_transform()
+        axes.plot(empty, [0.02] * len(empty), "x", color=RED, transform=foot, label="nothing kept")
+
+
 def _density_axis(axes: "Axes") -> None:
     """Densities on a logarithmic axis, in per cent; for axes that hold all they will."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_yscale("log")
+    if not math.isfinite(axes.dataLim.minposy):  # there is nothing but zeros
+        axes.set_ylim(0.001, 1)
     low, high = axes.get_ylim()
     steps = (1.0, 2.0, 5.0) if high < _MANY * low else (1.0,)
     axes.yaxis.set_major_locator(LogLocator(subs=steps))
@@ -289,7 +299,3 @@ def shortened(label: str, width: int) -> str:
 def positive(values: Sequence[float]) -> list[float]:
     """A logarithmic axis has no place for zero."""
     return [value if value > 0 else math.nan for value in values]
-
-
-def _short(attack: str) -> str:
-    return "AutoAttack" if attack == "autoattack" else attack

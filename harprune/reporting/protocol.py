@@ -45,9 +45,8 @@ def _require_same_images(runs: Sequence[RunRecord]) -> None:
 
 def _images(run: RunRecord) -> tuple[Any, ...]:
     """What is known of the images attacked: positions and labels, and digests; else None."""
-    attacked = run.attacked["finetuned"]
-    outcomes, identity = attacked.outcomes, attacked.evaluation.identity
-    chosen = None if outcomes is None else [outcomes[n].tolist() for n in ("index", "labels")]
+    outcomes, identity = run.attacked["finetuned"].outcomes, run.attacked["finetuned"].identity
+    chosen = [outcomes[n].tolist() for n in ("index", "labels")] if outcomes else None
     return chosen, identity.get("data"), identity.get("images")
 
 
@@ -64,7 +63,7 @@ def _said_by(run: RunRecord) -> dict[str, Any]:
         "model": run.section("model").get("name"),
         "width": run.section("model").get("width"),
         "threat": run.threat,
-        "images": run.attacked["finetuned"].evaluation.size,
+        "images": run.attacked["finetuned"].size,
     }
 
 

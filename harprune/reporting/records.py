@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run folder as checked, frozen records; what a stage has not written yet is None or empty."""
 
-import json
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 
-from harprune.files import read_arrays
+from harprune.files import parsed
+from harprune.outcomes import Count, Evaluation, Fraction, read_evaluation
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=0)]
 Stage = Literal["pretrain", "prune", "finetune"]
 
 STAGES = {"pretrain": "dense", "prune": "pruned", "finetune": "finetuned"}
@@ -27,9 +24,6 @@ ATTACKED = ("dense", "finetuned")
 GIVEN_IN_PYTHON = "given in python"
 """The name of the data of a run that `harprune.prune` made: there are no test images to attack."""
 
-WORST_CASE = "worst case"
-"""An image counts when it withstands every attack."""
-
 _FROM_NETWORKS = (
     "metrics.jsonl",
     "validation.json",
@@ -38,13 +32,6 @@ _FROM_NETWORKS = (
     "scoring.json",
 )
 _DERIVED = "restore it, or repeat the command of its run, which makes it anew from the networks"
-_WAYS = {
-    **dict.fromkeys(_FROM_NETWORKS, _DERIVED),
-    "evaluation.json": "restore it, or delete it and repeat the command, which attacks anew",
-    "outcomes.npz": "restore it, or delete evaluation.json beside it and repeat the command, "
-    "which attacks anew",
-}
-"""What helps where a file is garbled; of any other file nothing else does than to restore it."""
 
 _STRICT = ConfigDict(extra="ignore", strict=True)
 
@@ -119,63 +106,6 @@ class Audit:
                 raise ValueError(f"{count} {getattr(self, count)} but its layers sum to {summed}")
 
 
-@checked(frozen=True, config=_STRICT)
-class Measure:
-    """Accuracy on `size` test images, 95 % interval; `parts`: after each part of AutoAttack."""
-
-    accuracy: Fraction
-    interval: tuple[float, float]
-    correct: Count
-    size: Annotated[int, Field(ge=1)]
-    balanced: Fraction | None = None
-    attack: str | None = None
-    parts: dict[str, Fraction] | None = None
-
-    def __post_init__(self) -> None:
-        if abs(self.correct / self.size - self.accuracy) > 1e-4:
-            raise ValueError(f"accuracy {self.accuracy} is not correct {self.correct}/{self.size}")
-
-
-@checked(frozen=True, config=_STRICT)
-class Check:
-    """One sanity check of an evaluation."""
-
-    passed: bool
-    detail: str = ""
-
-
-@checked(frozen=True, config=_STRICT)
-class Evaluation:
-    """One model under attack; `identity` has digests of the model and of the images."""
-
-    model: str
-    threat: Any
-    seed: int
-    size: Count
-    clean: Measure
-    attacks: dict[str, Measure]
-    checks: dict[str, Check] = Field(default_factory=dict)
-    flags: tuple[str, ...] = ()
-    worst_case: Measure | None = None
-    identity: dict[str, str] = Field(default_factory=dict)
-
-    @property
-    def measures(self) -> dict[str, Measure]:
-        """Clean accuracy, every attack and, of several attacks, the worst case, by name."""
-        measures = {"clean": self.clean, **self.attacks}
-        if self.worst_case and len(self.attacks) > 1:
-            measures[WORST_CASE] = self.worst_case
-        return measures
-
-
-@dataclass(frozen=True)
-class Attacked:
-    """An evaluation with its per-image outcomes: name -> bool (n,), and the images' index (n,)."""
-
-    evaluation: Evaluation
-    outcomes: Mapping[str, np.ndarray] | None
-
-
 @dataclass(frozen=True)
 class RunRecord:
     """All that a run folder says.
@@ -193,7 +123,7 @@ class RunRecord:
     finished: frozenset[str]
     epochs: tuple[Epoch, ...]
     audit: Audit | None
-    attacked: Mapping[str, Attacked]
+    attacked: Mapping[str, Evaluation]
     began_with: str | None
     warnings: Mapping[str, tuple[str, ...]]
     left: Mapping[str, Validated]
@@ -213,6 +143,11 @@ class RunRecord:
         """The method's name, with its plug-ins."""
         return str(self.section("method").get("name", "unknown"))
 
+    @property
+    def seed(self) -> int:
+        """0 where the recipe names none."""
+        return self.recipe.get("seed", 0)
+
     def of_stage(self, stage: str) -> tuple[Epoch, ...]:
         return tuple(epoch for epoch in self.epochs if epoch.stage == stage)
 
@@ -224,9 +159,9 @@ class RunRecord:
     @property
     def threat(self) -> Any:
         """What the attacks kept to, by their own record; the recipe's where none has run."""
-        for model in reversed(ATTACKED):
-            if model in self.attacked and self.attacked[model].evaluation.threat is not None:
-                return _threat_section(self.attacked[model].evaluation.threat)
+        for attacked in (self.attacked[m] for m in reversed(ATTACKED) if m in self.attacked):
+            if attacked.threat is not None:
+                return _threat_section(attacked.threat)
         held = self.recipe.get("threat")
         if self.section("parity").get("epsilon") and isinstance(held, Mapping):
             return {**held, "epsilon": "of parity.epsilon"}
@@ -252,82 +187,40 @@ def read_run(folder: str | Path) -> RunRecord:
                 f"{folder} is no run folder but holds {held} of them; name those: {folder}/*"
             )
         raise ValueError(f"{folder} is no run folder: it holds no recipe.json; see `harprune run`")
-    environment, audit = folder / "environment.json", folder / "audit.json"
-    inputs, warnings = folder / "inputs.json", folder / "warnings.json"
-    validation, scoring = folder / "validation.json", folder / "scoring.json"
     finished = frozenset(s for s, a in STAGES.items() if (folder / f"{a}.safetensors").exists())
+    warned = _read(dict[Stage, tuple[str, ...]], folder / "warnings.json", {})
+    left = _read(dict[Stage, Validated], folder / "validation.json", {})
+    scoring = _read(dict[Literal["passes"], Count], folder / "scoring.json", {})
     return RunRecord(
         folder=folder,
-        recipe=_read_mapping(folder / "recipe.json"),
-        environment=_read_mapping(environment) if environment.exists() else {},
+        recipe=_read(dict[str, Any], folder / "recipe.json", {}),
+        environment=_read(dict[str, Any], folder / "environment.json", {}),
         finished=finished,
         epochs=_read_epochs(folder / "metrics.jsonl"),
-        audit=_parse(Audit, audit) if audit.exists() else None,
+        audit=_read(Audit, folder / "audit.json", None),
         attacked={
-            model: _read_attacked(folder / "attack" / model)
+            model: read_evaluation(folder / "attack" / model)
             for model in ATTACKED
             if (folder / "attack" / model / "evaluation.json").exists()
         },
-        began_with=_read_mapping(inputs).get("dense network") if inputs.exists() else None,
-        warnings=_read_warnings(warnings) if warnings.exists() else {},
-        left=_read_left(validation, finished) if validation.exists() else {},
-        scoring=_read_scoring(scoring) if scoring.exists() else 0,
+        began_with=_read(dict[str, Any], folder / "inputs.json", {}).get("dense network"),
+        warnings={stage: warned[stage] for stage in STAGES if stage in warned},
+        # Where a stage is made again, what it left before is of no network.
+        left={stage: validated for stage, validated in left.items() if stage in finished},
+        scoring=scoring.get("passes", 0),
     )
 
 
 def _read_epochs(path: Path) -> tuple[Epoch, ...]:
     if not path.exists():
         return ()
-    lines = enumerate(_read_text(path).splitlines(), start=1)
-    return tuple(_checked(Epoch, line, path, f" line {number}") for number, line in lines)
+    lines = enumerate(path.read_bytes().splitlines(), start=1)
+    return tuple(parsed(Epoch, line, f"{path} line {number}", _DERIVED) for number, line in lines)
 
 
-def _read_warnings(path: Path) -> dict[str, tuple[str, ...]]:
-    """By stage, in the order of stages."""
-    found = _parse(dict[Stage, tuple[str, ...]], path)
-    return {stage: found[stage] for stage in STAGES if stage in found}
-
-
-def _read_left(path: Path, finished: Container[str]) -> dict[str, Validated]:
-    """Of finished stages: where a stage is made again, what it left before is of no network."""
-    found = _parse(dict[Stage, Validated], path)
-    return {stage: left for stage, left in found.items() if stage in finished}
-
-
-def _read_scoring(path: Path) -> int:
-    return _parse(dict[Literal["passes"], Count], path)["passes"]
-
-
-def _read_attacked(folder: Path) -> Attacked:
-    path = folder / "evaluation.json"
-    evaluation = _parse(Evaluation, path)
-    path = folder / "outcomes.npz"
-    return Attacked(evaluation, _read_outcomes(path, evaluation) if path.exists() else None)
-
-
-def _read_outcomes(path: Path, evaluation: Evaluation) -> dict[str, np.ndarray]:
-    """The arrays of outcomes.npz, each of them agreeing with the evaluation's counts."""
-    try:
-        arrays = read_arrays(path)
-    except (OSError, ValueError) as error:
-        raise _garbled(path, str(error)) from None
-    if not {"index", "labels"} <= arrays.keys():
-        raise _garbled(path, "it must hold 'index' and 'labels'")
-    if len({array.shape for array in arrays.values()}) > 1 or arrays["index"].ndim != 1:
-        raise _garbled(path, "its arrays differ in length")
-    if all(name in arrays for name in ("clean", *evaluation.attacks)):
-        withstood = [arrays[name] for name in ("clean", *evaluation.attacks)]
-        arrays[WORST_CASE] = np.logical_and.reduce(withstood)
-    for name, measure in evaluation.measures.items():
-        if name in arrays and int(arrays[name].sum()) != measure.correct:
-            counted = f"{int(arrays[name].sum())} correct under {name}"
-            raise _garbled(path, f"{counted} where evaluation.json says {measure.correct}")
-    return arrays
-
-
-def _threat_section(record: Any) -> Any:
+def _threat_section(record: str) -> Any:
     """`Linf(epsilon=0.0313...)` as a recipe writes it; another record as it is."""
-    found = re.fullmatch(r"(Linf|L2)\(epsilon=([0-9.e+-]+)\)", str(record))
+    found = re.fullmatch(r"(Linf|L2)\(epsilon=([0-9.e+-]+)\)", record)
     if found is None:
         return record
     epsilon = float(found[2])
@@ -336,37 +229,10 @@ def _threat_section(record: Any) -> Any:
     return {"norm": found[1].lower(), "epsilon": f"{levels}/255" if whole else epsilon}
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise _garbled(path, str(error)) from None
-    if not isinstance(value, dict):
-        raise _garbled(path, f"a JSON object is expected, not {type(value).__name__}")
-    return value
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise _garbled(path, str(error)) from None
-
-
-def _parse(kind: type, path: Path) -> Any:
-    return _checked(kind, _read_text(path), path)
-
-
-def _checked(kind: type, text: str, path: Path, place: str = "") -> Any:
-    try:
-        return TypeAdapter(kind).validate_json(text)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in fault["loc"])
-        reason = f"{where}: {fault['msg']}" if where else fault["msg"]
-        raise _garbled(path, reason, place) from None
-
-
-def _garbled(path: Path, reason: str, place: str = "") -> ValueError:
-    reason = " ".join(reason.split())
-    return ValueError(f"{path}{place} is garbled ({reason}); {_WAYS.get(path.name, 'restore it')}")
+def _read(kind: Any, path: Path, absent: Any) -> Any:
+    """What a file says as a `kind`, or `absent` where there is none."""
+    if not path.exists():
+        return absent
+    return parsed(
+        kind, path.read_bytes(), path, _DERIVED if path.name in _FROM_NETWORKS else "restore it"
+    )

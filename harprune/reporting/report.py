@@ -49,13 +49,12 @@ def write_report(run_folder: str | Path) -> dict[str, Any]:
 
 def _plots(run: RunRecord) -> dict[str, Plot]:
     drawn = {}
-    evaluations = {m: run.attacked[m].evaluation for m in ATTACKED if m in run.attacked}
-    if evaluations:
+    if run.attacked:
         drawn["accuracy"] = _plot(
             "accuracy",
             "Test accuracy, clean and under each attack",
             plots.accuracy_bars,
-            evaluations,
+            run.attacked,
         )
     if run.audit:
         drawn["density"] = _plot(

@@ -6,16 +6,9 @@ from dataclasses import asdict
 from math import floor
 from typing import Any
 
+from harprune.outcomes import WORST_CASE, Evaluation, Measure
 from harprune.pairing import paired_difference
-from harprune.reporting.records import (
-    ATTACKED,
-    STAGES,
-    WORST_CASE,
-    Attacked,
-    Audit,
-    Measure,
-    RunRecord,
-)
+from harprune.reporting.records import ATTACKED, STAGES, Audit, RunRecord
 
 AUTOATTACK = "autoattack"
 """The attack whose accuracy is called *the* robust accuracy."""
@@ -40,8 +33,8 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "checks": list(_checks(run)),
         "flags": [
             {"model": model, "flag": flag}
-            for model, attacked in run.attacked.items()
-            for flag in attacked.evaluation.flags
+            for model, evaluation in run.attacked.items()
+            for flag in evaluation.flags
         ],
         "warnings": [
             {"model": STAGES[stage], "warning": warning}
@@ -115,17 +108,17 @@ def _bounds(run: RunRecord, audit: Audit) -> Iterator[dict[str, Any]]:
         yield bound | {"spent": work["kept"], "allowed": allowed}
 
 
-def _results(attacked: Mapping[str, Attacked]) -> list[dict[str, Any]]:
+def _results(attacked: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
     """Clean, AutoAttack, other attacks: the figures of each model and their difference."""
-    order = [attacked[model].evaluation for model in reversed(ATTACKED) if model in attacked]
+    order = [attacked[model] for model in reversed(ATTACKED) if model in attacked]
     names = measure_order(name for evaluation in order for name in evaluation.measures)
     return [_result(attacked, name) for name in names]
 
 
-def _result(attacked: Mapping[str, Attacked], name: str) -> dict[str, Any]:
+def _result(attacked: Mapping[str, Evaluation], name: str) -> dict[str, Any]:
     entry: dict[str, Any] = {"measure": name}
     for model in ATTACKED:
-        known = attacked[model].evaluation.measures if model in attacked else {}
+        known = attacked[model].measures if model in attacked else {}
         entry[model] = _measure(known[name]) if name in known else None
     dense, finetuned = (attacked[m].outcomes if m in attacked else None for m in ATTACKED)
     paired = paired_difference(dense, finetuned, name)
@@ -133,23 +126,15 @@ def _result(attacked: Mapping[str, Attacked], name: str) -> dict[str, Any]:
 
 
 def _measure(measure: Measure) -> dict[str, Any]:
-    return {
-        "accuracy": measure.accuracy,
-        "interval": list(measure.interval),
-        "balanced": measure.balanced,
-        "correct": measure.correct,
-        "size": measure.size,
-        "attack": measure.attack,
-        "parts": measure.parts,
-    }
+    return asdict(measure) | {"interval": list(measure.interval)}
 
 
 def _checks(run: RunRecord) -> Iterable[dict[str, Any]]:
     """Checks of both evaluations and of the budget; those that failed come first."""
     found = [
         {"model": model, "check": name, "passed": check.passed, "detail": check.detail}
-        for model, attacked in run.attacked.items()
-        for name, check in attacked.evaluation.checks.items()
+        for model, evaluation in run.attacked.items()
+        for name, check in evaluation.checks.items()
     ]
     for bound in _bounds(run, run.audit) if run.audit else ():
         spent, allowed = bound["spent"], bound["allowed"]

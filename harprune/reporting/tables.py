@@ -59,6 +59,11 @@ def title_of(name: str) -> str:
     return _TITLES.get(name, name)
 
 
+def short_title_of(measure: str) -> str:
+    """The same of a measure or attack where there is little room."""
+    return "AutoAttack" if measure == AUTOATTACK else measure
+
+
 def format_density(density: float | None) -> str:
     """0.01 -> `1 % kept (99 % sparse)`."""
     if density is None:

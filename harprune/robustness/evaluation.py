@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from harprune.modes import eval_mode
+from harprune.outcomes import WORST_CASE, Check, Evaluation, count_outcomes, with_worst_case
 from harprune.randomness import seeded
 from harprune.robustness import sanity
 from harprune.robustness.attacks import Attack
@@ -23,8 +24,6 @@ from harprune.robustness.autoattack import SQUARE_TOLERANCE, AutoAttack, Partway
 from harprune.robustness.identity import identity_of, text_of
 from harprune.robustness.images import ChosenImages
 from harprune.robustness.ledger import RESERVED, Ledger
-from harprune.robustness.record import WORST_CASE, Evaluation, count_outcomes, worst_case_of
-from harprune.robustness.sanity import Check
 from harprune.robustness.threat import Threat
 
 _TAKEN = ("clean", "index", "labels", WORST_CASE, *RESERVED)
@@ -246,7 +245,7 @@ def _batch_seed(seed: int, batch: int) -> int:
 def _summarise(
     ledger: Ledger, attacks: Mapping[str, Attack], threat: Threat | None, seed: int, name: str
 ) -> Evaluation:
-    outcomes = ledger.outcomes
+    outcomes = with_worst_case(ledger.outcomes, attacks)
     measures, flags = {}, list(ledger.flags)
     for row, attack in attacks.items():
         survivors = {part: outcomes[f"{row}:{part}"] for part in ledger.parts.get(row, [])}
@@ -258,7 +257,6 @@ def _summarise(
                 f"{row}: Square took another {100 * gain:.2f} %, and misleading gradients may be "
                 "the cause"
             )
-    worst = {**outcomes, WORST_CASE: worst_case_of(outcomes, attacks)}
     return Evaluation(
         model=name,
         threat=None if threat is None else repr(threat),
@@ -266,7 +264,7 @@ def _summarise(
         size=len(outcomes["index"]),
         clean=count_outcomes(outcomes, "clean"),
         attacks=measures,
-        worst_case=count_outcomes(worst, WORST_CASE),
+        worst_case=count_outcomes(outcomes, WORST_CASE),
         checks=ledger.checks,
         flags=tuple(dict.fromkeys(flags)),  # a finished one that is read again has them all
         identity=ledger.identity,

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harprune.files import write_arrays
+from harprune.files import garbled, read_arrays, write_arrays
+from harprune.outcomes import Check, Evaluation, load_evaluation, write_evaluation
 from harprune.robustness.autoattack import Partway
 from harprune.robustness.identity import require_same
 from harprune.robustness.images import ChosenImages
-from harprune.robustness.record import Evaluation, load_evaluation, read_outcomes, write_evaluation
-from harprune.robustness.sanity import Check
 
 _PARTWAY = "partway"
 RESERVED = ("file", "progress", _PARTWAY)
@@ -52,8 +51,7 @@ class Ledger:
             flags = list(held.flags)
             return cls(folder, identity, held.outcomes, done, parts, flags, held.checks)
         if (folder / "partial.npz").exists():
-            path = folder / "partial.npz"
-            arrays = read_outcomes(path, path)
+            arrays = _read_partial(folder / "partial.npz")
             note = json.loads(str(arrays.pop("progress")))
             require_same(folder, note.pop("identity"), identity)
             partway = _taken_up(note.pop("partway", None), arrays)
@@ -98,6 +96,13 @@ class Ledger:
             return
         write_evaluation(self.folder, result)
         (self.folder / "partial.npz").unlink(missing_ok=True)
+
+
+def _read_partial(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return read_arrays(path)
+    except (OSError, ValueError) as error:
+        raise garbled(path, str(error), "restore it, or delete it to start again") from None
 
 
 def _taken_up(note: list | None, arrays: dict[str, np.ndarray]) -> tuple[str, int, Partway] | None:

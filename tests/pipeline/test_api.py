@@ -297,6 +297,11 @@ def test_attacks_run_on_what_is_said(images, monkeypatch):
             harprune.evaluate(mlp(), images, attacks=["fgsm"], execution="fast", twin=twin)
 
 
+def test_kernels_are_not_asked_for_where_torch_attacks_the_model(images):
+    with pytest.raises(ValueError, match="execution = 'sparse' runs the twin, and twin = False"):
+        harprune.evaluate(mlp(), images, execution="sparse", twin=False)
+
+
 def test_the_example_runs(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "1"])
     runpy.run_path(str(EXAMPLE), run_name="__main__")

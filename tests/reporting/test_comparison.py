@@ -492,6 +492,20 @@ def test_an_attack_not_run_everywhere_is_said(make_run, tmp_path):
     assert "| AutoAttack |" in out.read_text() and "not run" in out.read_text()
 
 
+def test_an_attack_run_with_some_seeds_says_with_how_many(make_run, tmp_path):
+    runs = [make_run(str(seed), seed=seed) for seed in range(2)]
+    runs.append(make_run("2", seed=2, attacks=("pgd-20",)))
+    given = {"title": "t", "note": "", "command": "c"}
+    dense, row = write_comparison(runs, tmp_path / "c.md", **given)["rows"]
+    robust = row["measures"]["autoattack"]
+    assert (row["seeds"], robust["seeds"]) == ([0, 1, 2], [0, 1])
+    assert robust["values"] == accuracies(runs[:2], "autoattack")
+    assert dense["measures"]["autoattack"]["seeds"] == [0, 1]
+    text = (tmp_path / "c.md").read_text()
+    said = f"| {100 * robust['mean']:.2f} ± {100 * robust['spread']:.2f} (2 of 3 seeds) |"
+    assert said in text and text.count("of 3 seeds") == 2
+
+
 def test_an_attack_without_a_figure_has_no_column(make_run, tmp_path):
     runs = [
         make_run(f"{method}-{seed}", method=method, seed=seed, attacks=("pgd-20",))

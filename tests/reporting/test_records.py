@@ -19,7 +19,7 @@ def test_a_finished_run_is_read_whole(make_run):
     assert run.audit.kept == audit["kept"]
     assert run.audit.layers["fc"].density == audit["layers"]["fc"]["kept"] / 640
     evaluation = json.loads((folder / "attack/dense/evaluation.json").read_text())
-    read = run.attacked["dense"].evaluation
+    read = run.attacked["dense"]
     assert read.attacks["autoattack"].correct == evaluation["attacks"]["autoattack"]["correct"]
     assert read.clean.interval == tuple(evaluation["clean"]["interval"])
     assert run.attacked["dense"].outcomes["index"].tolist() == list(range(50))
@@ -55,6 +55,8 @@ def test_what_was_spent_on_scoring_counts_to_pruning(make_run):
     ]
     (folder / "metrics.jsonl").unlink()
     assert read_run(folder).passes("prune") == 7
+    (folder / "scoring.json").write_text("{}")
+    assert read_run(folder).passes("prune") == 0
 
 
 def test_a_diverged_loss_is_read(make_run):
@@ -81,7 +83,7 @@ def swap(old: str, new: str):
     ("name", "change", "reason"),
     [
         ("recipe.json", lambda text: text[:-5], r"recipe\.json is garbled"),
-        ("recipe.json", lambda text: "[1]", "object is expected, not list"),
+        ("recipe.json", lambda text: "[1]", "should be an object"),
         ("environment.json", lambda text: "", r"environment\.json is garbled"),
         (
             "metrics.jsonl",
@@ -116,7 +118,8 @@ def test_a_garbled_file_is_named_in_one_line(make_run, name, change, reason):
     way = {
         "recipe.json": "; restore it",
         "environment.json": "; restore it",
-        "evaluation.json": "; restore it, or delete it and repeat the command, which attacks anew",
+        "evaluation.json": "; restore it, or delete evaluation.json and repeat the command, which "
+        "attacks anew",
     }.get(path.name, "repeat the command of its run, which makes it anew from the networks")
     assert str(caught.value).endswith(way)
 
@@ -124,14 +127,14 @@ def test_a_garbled_file_is_named_in_one_line(make_run, name, change, reason):
 def test_bytes_that_are_no_text_are_named(make_run):
     folder = make_run()
     (folder / "metrics.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl is garbled"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 1 is garbled"):
         read_run(folder)
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda arrays: arrays.pop("labels"), "must hold 'index' and 'labels'"),
+        (lambda arrays: arrays.pop("labels"), "it lacks labels"),
         (lambda arrays: arrays.update(clean=arrays["clean"][:-1]), "differ in length"),
         (lambda arrays: arrays.update(clean=~arrays["clean"]), "correct under clean where"),
     ],

@@ -332,6 +332,21 @@ def test_a_layer_that_keeps_nothing_is_drawn(make_run):
     assert "<!-- nothing kept -->" in drawn  # matplotlib notes each text beside its outlines
 
 
+def test_a_network_that_keeps_nothing_is_drawn(make_run):
+    folder = make_run()
+    audit = json.loads((folder / "audit.json").read_text())
+    for layer in audit["layers"].values():
+        layer["kept"] = 0
+    audit |= {"kept": 0, "density": 0.0, "allocations": {}}
+    (folder / "audit.json").write_text(json.dumps(audit))
+    rewrite(folder / "metrics.jsonl", lambda line: line | {"density": 0.0})
+    write_report(folder)
+    for name in ("density", "prune"):
+        drawn = (folder / f"report/plots/{name}.svg").read_text()
+        assert "<!-- nothing kept -->" in drawn
+        assert max(map(float, re.findall(r"<!-- ([\d.]+) % -->", drawn))) <= 100
+
+
 @pytest.mark.parametrize(
     ("name", "said"), [("a" * 48, "a" * 48), ("stage1." + "b" * 80 + ".2.conv", "stage1.")]
 )
