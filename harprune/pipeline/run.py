@@ -279,8 +279,7 @@ class Run:
         self.note_change()
         networks = self._networks()
         values = {**values, "warnings": self._warned.get(stage, [])}
-        if stage in _MADE_FROM:
-            values["origin"] = checkpoint.digest(networks[_MADE_FROM[stage]][0])
+        values |= self.origin(stage)
         networks[stage] = dict(tensors), values
         self._require_descent(networks)
         write_derived(self.folder, _values(networks))
@@ -305,18 +304,29 @@ class Run:
         finished = [stage for stage in STAGES if self.network(stage).exists()]
         return {stage: checkpoint.load(self.network(stage)) for stage in finished}
 
+    def origin(self, stage: str) -> dict[str, str]:
+        """How a file of `stage` says which network that stage went on from."""
+        if stage not in _MADE_FROM:
+            return {}
+        tensors, _ = checkpoint.load(self.network(_MADE_FROM[stage]))
+        return {"origin": checkpoint.digest(tensors)}
+
     def _require_descent(self, networks: Mapping[str, Network]) -> None:
-        """Raises ValueError where one was made from another network than the one before it."""
+        """Raises ValueError where a stage went on from another network than is there now."""
         for later, earlier in _MADE_FROM.items():
-            if not {earlier, later} <= networks.keys():
+            if earlier not in networks:
                 continue
+            path, values = self.progress(later), {}
+            if later in networks:
+                path, values = self.network(later), networks[later][1]
+            elif path.exists():
+                _, values = checkpoint.load(path)
             digest = checkpoint.digest(networks[earlier][0])
-            # A network of an earlier version does not say what it was made from.
-            if networks[later][1].get("origin", digest) != digest:
+            # A file of an earlier version does not say what it was made from.
+            if values.get("origin", digest) != digest:
                 raise ValueError(
-                    f"{self.network(later)} was made from another network than "
-                    f"{self.network(earlier).name} is now; restore that one, or delete "
-                    f"{self.network(later).name} and what was made from it"
+                    f"{path} was made from another network than {self.network(earlier).name} is "
+                    f"now; restore that one, or delete {path.name} and what was made from it"
                 )
 
 
