@@ -160,21 +160,6 @@ def stop_after(count):
     return progress, calls
 
 
-@pytest.fixture
-def brief(monkeypatch):
-    """AutoAttack of few steps."""
-    whole = AutoAttack._reference
-
-    def shortened(self, *given):
-        reference, extra = whole(self, *given)
-        for part in (reference.apgd, reference.apgd_targeted, reference.fab):
-            part.n_iter = 5
-        reference.square.n_queries = 20
-        return reference, extra
-
-    monkeypatch.setattr(AutoAttack, "_reference", shortened)
-
-
 @pytest.mark.parametrize("stop", [1, 4, 5, 11, 17, 20, 21, 24])
 def test_an_interrupted_evaluation_goes_on_bit_for_bit(run, tmp_path, stop, brief):
     # From the 17th call on they are AutoAttack's, whose four parts are saved each for itself.
