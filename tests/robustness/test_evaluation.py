@@ -277,6 +277,11 @@ def test_garbled_files_are_named(run, tmp_path):
     (tmp_path / "partial.npz").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(ValueError, match=r"partial\.npz cannot be read"):
         run(folder=tmp_path)
+    partway = '{"identity": {}, "partway": ["aa", 0, ["fab-t"], []]}'
+    for note in ({}, *({"progress": text} for text in ("{", "[]", "{}", '{"a": 1}', partway))):
+        np.savez(tmp_path / "partial.npz", clean=np.ones(50, bool), **note)
+        with pytest.raises(ValueError, match=r"partial\.npz is garbled .* or delete it to"):
+            run(folder=tmp_path)
     for text in (b'{"model": 1', b'{"checks": []}', b"[]", b"\xff"):
         (tmp_path / "evaluation.json").write_bytes(text)
         with pytest.raises(ValueError, match=r"evaluation\.json is garbled") as caught:
