@@ -255,7 +255,8 @@ def _require_same_recipe(cell: Cell) -> None:
         attacked = (cell.folder / "attack" / "dense").exists() and cell.recipe.attack.dense
         free = ["dense"] if attacked else ["dense", "dense_size"]
         held["attack"] |= {key: wanted["attack"][key] for key in free}
-        for key in WITHOUT_EFFECT:
+        # Where the images lie now; that all were attacked on the same ones the table sees to.
+        for key in (*WITHOUT_EFFECT, "data.folder"):
             section, _, name = key.partition(".")
             held[section][name] = wanted[section][name]
         if cell.needs and _own_dense(held) == _own_dense(wanted):

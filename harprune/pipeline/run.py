@@ -156,8 +156,10 @@ class Run:
     def _has_begun(self, difference: Difference) -> bool:
         """Whether a key decided what was computed; those of stages yet to come may still change."""
         key, *values = difference
+        # Where something lies that the run knows by its digest.
+        if key == "data.folder":
+            return "set of training images" not in self._inputs()
         if key == "model.weights" and all(values):
-            # A name for the network that the run knows by its digest, wherever the file lies now.
             return "dense network" not in self._inputs()
         # Of attacks on the dense network what is there stays, what is not may yet come.
         if key in (*WITHOUT_EFFECT, "attack.dense"):

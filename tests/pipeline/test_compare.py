@@ -231,7 +231,7 @@ def test_a_grid_may_be_moved_and_named_otherwise(grid, command, here):
     after = files(here / "moved")
     name = "harp-0.2-seed0/finetuned.safetensors"
     assert before == {path: at for path, at in after.items() if path != name} and name in after
-    later = ("--set", "execution.checkpoint_minutes=3")
+    later = ("--set", "execution.checkpoint_minutes=3", "--set", "data.folder=elsewhere")
     assert command("compare", grid, "--out", "moved", *later).code == 0
     assert files(here / "moved") == after
 
