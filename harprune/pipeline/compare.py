@@ -23,7 +23,7 @@ from harprune.nested import differences, in_words
 from harprune.pipeline import checks
 from harprune.pipeline.console import Console
 from harprune.pipeline.derived import read_record
-from harprune.pipeline.grid import read_grid
+from harprune.pipeline.grid import Grid, read_grid
 from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import (
     as_toml,
@@ -106,48 +106,69 @@ def cells_of(
     content = _over(content, grid.common)
     shared = overridden(content, overrides)
     given = make_recipe(shared, source=str(path))
-    made: dict[str, Cell] = {}
 
-    def add(name: str, label: str, content: dict[str, Any], until: str, needs=None) -> None:
+    def cell(name: str, label: str, content: dict[str, Any], until: str, needs=None) -> Cell:
         recipe = make_recipe(_trimmed(content), source=f"{path}, {label}")
         checks.check(recipe, weights_follow=needs is not None)
         checks.require_effect(recipe, out / name)
-        if name in made:
+        return Cell(name, label, recipe, out / name, until, needs)
+
+    starts = {s: f"dense-seed{s}" if given.model.weights is None else None for s in grid.seeds}
+    cells = [
+        cell(name, DENSE, _over(shared, {"name": name, "seed": seed}), "pretrain")
+        for seed, name in starts.items()
+        if name is not None
+    ]
+    own = {label: overridden(_over(content, grid.methods[label]), overrides) for label in methods}
+    recipes = {label: make_recipe(own[label], source=f"{path}, {label}") for label in methods}
+    pretrained = [label for label in methods if recipes[label].pretrain.epochs]
+    attacking = _attacking(grid, out, starts, densities, pretrained)
+    for seed, density, label in product(grid.seeds, densities, methods):
+        name, needs = _cell_name(label, density, seed), starts[seed]
+        point: dict[str, Any] = {"name": name, "seed": seed, "budget": {"density": density}}
+        point["attack"] = {"dense": given.attack.dense and name in attacking}
+        if given.attack.dense and name not in attacking:
+            point["attack"]["dense_size"] = None
+        if label not in pretrained:
+            point["model"], needs = {"weights": None}, None
+        elif needs is not None:
+            point["model"] = {"weights": str(out / needs / "dense.safetensors")}
+        cells.append(cell(name, label, _over(own[label], point), "report", needs))
+    _require_names_of_their_own(cells, path)
+    return cells
+
+
+def _attacking(
+    grid: Grid,
+    out: Path,
+    starts: Mapping[int, str | None],
+    densities: Sequence[float],
+    methods: Sequence[str],
+) -> set[str]:
+    """For each dense network the one cell that attacks it: one that did, else the first that can.
+
+    Args:
+        starts: by seed, the dense network that its cells start from.
+        densities, methods: of the cells that are wanted and start from it.
+    """
+    found: set[str] = set()
+    for start in set(starts.values()):
+        seeds = [seed for seed in starts if starts[seed] == start]
+        every = _cell_names(seeds, grid.densities, grid.methods)
+        did = [name for name in every if (out / name / _DENSE_ATTACKED).exists()]
+        can = _cell_names(seeds, densities, methods)
+        found.update([*did, *can][:1])
+    return found
+
+
+def _require_names_of_their_own(cells: Sequence[Cell], path: str | Path) -> None:
+    names = [cell.name for cell in cells]
+    for name in names:
+        if names.count(name) > 1:
             raise ValueError(
                 f"{path}: two cells would be called {name!r}; let the names of methods differ in "
                 "letters or digits, and densities in six digits"
             )
-        made[name] = Cell(name, label, recipe, out / name, until, needs)
-
-    if given.model.weights is None:
-        for seed in grid.seeds:
-            name = f"dense-seed{seed}"
-            add(name, DENSE, _over(shared, {"name": name, "seed": seed}), "pretrain")
-    dense_of = {s: None if given.model.weights else out / f"dense-seed{s}" for s in grid.seeds}
-    attacked_in: dict[Path | None, str] = {}
-    for seed, density, label in product(grid.seeds, grid.densities, grid.methods):
-        name = _cell_name(label, density, seed)
-        if (out / name / _DENSE_ATTACKED).exists():
-            attacked_in.setdefault(dense_of[seed], name)
-    for seed, dense in dense_of.items():
-        for density in densities:
-            for label in methods:
-                own = overridden(_over(content, grid.methods[label]), overrides)
-                anew = make_recipe(own, source=f"{path}, {label}").pretrain.epochs == 0
-                name = _cell_name(label, density, seed)
-                if not anew:
-                    attacked_in.setdefault(dense, name)
-                point = {"name": name, "seed": seed, "budget": {"density": density}}
-                attacks = given.attack.dense and attacked_in.get(dense) == name
-                idle = {"dense_size": None} if given.attack.dense and not attacks else {}
-                point["attack"] = {"dense": attacks, **idle}
-                if anew:
-                    point["model"] = {"weights": None}
-                elif dense is not None:
-                    point["model"] = {"weights": str(dense / "dense.safetensors")}
-                needs = None if dense is None or anew else dense.name
-                add(name, label, _over(own, point), "report", needs)
-    return list(made.values())
 
 
 def _part(known: Iterable[T], wanted: Sequence[T], option: str) -> list[T]:
@@ -178,6 +199,15 @@ def _require_free_axes(overrides: Sequence[str]) -> None:
         key = text.partition("=")[0].strip()
         if key in ("name", "seed", "budget.density"):
             raise ValueError(f"--set {text!r}: the grid says this for each cell; change it there")
+
+
+def _cell_names(
+    seeds: Iterable[int], densities: Iterable[float], labels: Iterable[str]
+) -> list[str]:
+    return [
+        _cell_name(label, density, seed)
+        for seed, density, label in product(seeds, densities, labels)
+    ]
 
 
 def _cell_name(label: str, density: float, seed: int) -> str:
@@ -251,20 +281,20 @@ def _require_same_recipe(cell: Cell) -> None:
     if cell.finished and record.exists():
         held = completed(_trimmed(read_record(record)))
         wanted = cell.recipe.model_dump(mode="json")
-        # Which cell attacks the dense network depends on the order of the methods.
-        attacked = (cell.folder / "attack" / "dense").exists() and cell.recipe.attack.dense
-        free = ["dense"] if attacked else ["dense", "dense_size"]
-        held["attack"] |= {key: wanted["attack"][key] for key in free}
-        # Where the images lie now; that all were attacked on the same ones the table sees to.
-        for key in (*WITHOUT_EFFECT, "data.folder"):
-            section, _, name = key.partition(".")
-            held[section][name] = wanted[section][name]
+        # Which cell attacks the dense network depends on the order of the methods; and that all
+        # were attacked on the same images, wherever these lie now, the table sees to.
+        free = {*WITHOUT_EFFECT, "data.folder", "attack.dense"}
+        if not (cell.recipe.attack.dense and (cell.folder / "attack" / "dense").exists()):
+            free.add("attack.dense_size")
         if cell.needs and _own_dense(held) == _own_dense(wanted):
-            held["model"]["weights"] = wanted["model"]["weights"]
-        later = ("budget", "method", "prune", "finetune", "attack")
-        for section in later if cell.until == "pretrain" else ():
-            held[section] = wanted[section]
-        found = list(differences(held, wanted))
+            free.add("model.weights")
+        later = ("budget.", "method.", "prune.", "finetune.", "attack.")
+        found = [
+            difference
+            for difference in differences(held, wanted)
+            if difference[0] not in free
+            and not (cell.until == "pretrain" and difference[0].startswith(later))
+        ]
         if found:
             raise ValueError(
                 f"{cell.folder} holds a run of another recipe ({in_words(found)}); remove it or "
