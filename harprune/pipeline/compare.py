@@ -24,6 +24,7 @@ from harprune.pipeline import checks
 from harprune.pipeline.console import Console
 from harprune.pipeline.derived import read_record
 from harprune.pipeline.grid import Grid, read_grid
+from harprune.pipeline.lock import IN_USE, in_use
 from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import (
     as_toml,
@@ -33,7 +34,7 @@ from harprune.pipeline.recipe_text import (
     overridden,
     read_toml,
 )
-from harprune.pipeline.run import IN_USE, WITHOUT_EFFECT, in_use
+from harprune.pipeline.run import WITHOUT_EFFECT
 from harprune.reporting.comparison import DENSE
 from harprune.reporting.comparison_report import require_free, write_comparison
 

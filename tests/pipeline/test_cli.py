@@ -20,9 +20,9 @@ from torch import nn
 import harprune
 from harprune.kernels import native
 from harprune.models import create_model
+from harprune.pipeline.lock import lock
 from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import make_recipe, read_recipe
-from harprune.pipeline.run import lock
 from harprune.reporting.records import read_run
 from harprune.robustness import evaluation, record
 from harprune.training import checkpoint

@@ -15,7 +15,7 @@ import pytest
 from harprune.pipeline import compare
 from harprune.pipeline.compare import cells_of
 from harprune.pipeline.grid import Grid
-from harprune.pipeline.run import in_use
+from harprune.pipeline.lock import in_use
 
 GRID = """
 title = "Stripes"
