@@ -126,10 +126,10 @@ def cells_of(
     attacking = _attacking(grid, out, starts, densities, pretrained)
     for seed, density, label in product(grid.seeds, densities, methods):
         name, needs = _cell_name(label, density, seed), starts[seed]
+        attacks = given.attack.dense and name in attacking
+        idle = {"dense_size": None} if given.attack.dense and not attacks else {}
         point: dict[str, Any] = {"name": name, "seed": seed, "budget": {"density": density}}
-        point["attack"] = {"dense": given.attack.dense and name in attacking}
-        if given.attack.dense and name not in attacking:
-            point["attack"]["dense_size"] = None
+        point["attack"] = {"dense": attacks, **idle}
         if label not in pretrained:
             point["model"], needs = {"weights": None}, None
         elif needs is not None:
