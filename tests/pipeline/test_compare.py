@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from harprune.pipeline import compare
-from harprune.pipeline.compare import cells_of
+from harprune.pipeline.cells import cells_of, require_same_recipe
 from harprune.pipeline.grid import Grid
 from harprune.pipeline.lock import in_use
 
@@ -189,7 +189,7 @@ def test_on_how_many_images_the_dense_network_is_attacked_is_said_where_it_is(gr
     (last.folder / "recipe.json").write_text(json.dumps(held))
     (last.folder / "report").mkdir()
     (last.folder / "report/report.json").touch()
-    compare._require_same_recipe(last)
+    require_same_recipe(last)
 
 
 def test_a_dense_network_that_one_part_attacked_is_not_attacked_by_the_next(grid, here):
