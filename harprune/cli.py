@@ -452,9 +452,9 @@ def report(
 
     Of an unfinished run the report holds what there is, and the command says what is to come.
     """
+    from harprune.pipeline.environment import command_line
     from harprune.pipeline.pruning import WITHOUT_ALLOCATION
     from harprune.pipeline.recipe_text import completed
-    from harprune.pipeline.run import command_line
     from harprune.reporting.comparison_report import write_comparison
     from harprune.reporting.report import write_report
     from harprune.reporting.tensorboard import write_tensorboard
@@ -568,7 +568,7 @@ def compare(
     in the table. On machines that share the folder, give each the same command.
     """
     from harprune.pipeline import compare
-    from harprune.pipeline.run import command_line
+    from harprune.pipeline.environment import command_line
 
     found = compare.compare(
         grid,
@@ -653,7 +653,7 @@ def _run(
     as_json: bool,
 ) -> None:
     from harprune.pipeline import checks
-    from harprune.pipeline.run import command_line
+    from harprune.pipeline.environment import command_line
     from harprune.pipeline.stages import run_until
     from harprune.pipeline.workshop import open_workshop
 

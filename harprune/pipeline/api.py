@@ -20,9 +20,10 @@ from harprune.outcomes import Evaluation
 from harprune.pipeline import checks, hardening, machinery, pruning, supply
 from harprune.pipeline.console import Console
 from harprune.pipeline.judging import chosen, judge
+from harprune.pipeline.lock import lock
 from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import make_recipe
-from harprune.pipeline.run import Run, lock, remove_litter
+from harprune.pipeline.run import Run, remove_litter
 from harprune.pipeline.stages import run_until
 from harprune.pipeline.supply import Materials
 from harprune.pipeline.workshop import Workshop, load_network

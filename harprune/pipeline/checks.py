@@ -97,10 +97,8 @@ def require_effect(
                 f"--set {text!r} has no effect with model.weights = {recipe.model.weights!r}, "
                 "which is the dense network; leave it out"
             )
-    for prefix in ("", "pretrain.", "prune.", "finetune."):
-        section = attrgetter(f"{prefix}objective")(recipe)
-        if section is not None:
-            _require_effect_of_loss(f"{prefix}objective", section)
+    for name, section in _objectives(recipe).items():
+        _require_effect_of_loss(name, section)
     for name in ("pretrain", "prune", "finetune"):
         stage = getattr(recipe, name)
         if stage.optimiser == "adamw" and stage.momentum != Training().momentum:
@@ -136,6 +134,13 @@ _KEYS_OF_LOSSES = {
 }
 
 
+def _objectives(recipe: Recipe) -> dict[str, Objective]:
+    """The losses that a recipe names, by where it does."""
+    names = ("objective", "pretrain.objective", "prune.objective", "finetune.objective")
+    found = {name: attrgetter(name)(recipe) for name in names}
+    return {name: section for name, section in found.items() if section is not None}
+
+
 def _require_effect_of_loss(name: str, section: Objective) -> None:
     """Raises ValueError for a key of a loss other than the one that is named."""
     usual, known = Objective(), _KEYS_OF_LOSSES.get(section.name, set())
@@ -153,10 +158,9 @@ def _require_no_other_epsilon(recipe: Recipe) -> None:
     given = {}
     if parse_epsilon(recipe.threat.epsilon) != parse_epsilon(Threat().epsilon):
         given["threat.epsilon"] = recipe.threat.epsilon
-    for prefix in ("", "pretrain.", "prune.", "finetune."):
-        section = attrgetter(f"{prefix}objective")(recipe)
-        if section is not None and section.step_size is not None:
-            given[f"{prefix}objective.step_size"] = section.step_size
+    for name, section in _objectives(recipe).items():
+        if section.step_size is not None:
+            given[f"{name}.step_size"] = section.step_size
     if given:
         key, value = next(iter(given.items()))
         raise ValueError(
@@ -184,15 +188,17 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
             f"{materials.validation.shape}; bring them to one shape"
         )
     stages = ("prune", "finetune") if materials.given else ("pretrain", "prune", "finetune")
+    shown = pruning.method(recipe).sample is not None
     for name in stages:
         section = getattr(recipe, name)
-        shown = name == "prune" and pruning.method(recipe).sample is not None
-        if (section.epochs or shown) and section.batch_size > len(materials.train):
+        if not (section.epochs or (name == "prune" and shown)):
+            continue
+        if section.batch_size > len(materials.train):
             raise ValueError(
                 f"{name}.batch_size = {section.batch_size} exceeds the {len(materials.train)} "
                 "training images; lower it"
             )
-        if (section.epochs or shown) and section.batch_size % machinery.processes():
+        if section.batch_size % machinery.processes():
             raise ValueError(
                 f"{name}.batch_size = {section.batch_size} does not divide among "
                 f"{machinery.processes()} processes; make it a multiple of them"

@@ -7,182 +7,25 @@ command on each is enough, where they share the folder under the same path and i
 folder can be in one process's hands only.
 """
 
-import copy
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from harprune.files import make_folder, write
-from harprune.nested import differences, in_words
-from harprune.pipeline import checks
+from harprune.pipeline.cells import Cell, cells_of, require_same_recipe
 from harprune.pipeline.console import Console
-from harprune.pipeline.derived import read_record
 from harprune.pipeline.grid import read_grid
-from harprune.pipeline.recipe import Recipe
-from harprune.pipeline.recipe_text import (
-    as_toml,
-    completed,
-    is_grid,
-    make_recipe,
-    overridden,
-    read_toml,
-)
-from harprune.pipeline.run import IN_USE, WITHOUT_EFFECT, in_use
-from harprune.reporting.comparison import DENSE
+from harprune.pipeline.lock import IN_USE, in_use
+from harprune.pipeline.recipe_text import as_toml, completed
 from harprune.reporting.comparison_report import require_free, write_comparison
 
-T = TypeVar("T", float, str)
 _PAUSE = 0.5
 """Seconds between two looks at what is going on."""
-_DENSE_ATTACKED = "attack/dense/evaluation.json"
-"""What a cell's folder holds once the dense network was attacked there."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run: a point of the grid, or the dense network that the points of a seed share."""
-
-    name: str
-    label: str
-    recipe: Recipe
-    folder: Path
-    until: str
-    needs: str | None = None
-
-    @property
-    def file(self) -> Path:
-        """Its recipe, beside its folder."""
-        return self.folder.with_name(f"{self.name}.toml")
-
-    @property
-    def said(self) -> Path:
-        """What its process printed, beside its folder."""
-        return self.folder.with_name(f"{self.name}.log")
-
-    @property
-    def finished(self) -> bool:
-        """Whether nothing is left to do for it."""
-        # A report may also be of an unfinished run.
-        last = ["attack/finetuned/evaluation.json", "report/report.json"]
-        if self.recipe.attack.dense:
-            last.append(_DENSE_ATTACKED)
-        files = ["dense.safetensors"] if self.until == "pretrain" else last
-        return all((self.folder / file).exists() for file in files)
-
-
-def cells_of(
-    path: str | Path,
-    out: str | Path,
-    overrides: Sequence[str] = (),
-    densities: Sequence[float] = (),
-    methods: Sequence[str] = (),
-) -> list[Cell]:
-    """The cells of the grid in a file, dense networks first, each with its checked recipe.
-
-    A dense network is attacked once: in the cell of the grid whose folder in `out` says that it
-    was, else in the first one here that starts from it.
-
-    Args:
-        overrides: `section.key=value` for all cells.
-        densities, methods: those of the grid to which it is restricted; empty for all.
-
-    Raises:
-        ValueError: the grid, its base or one of the recipes is at fault; a density or method that
-            the grid does not have.
-    """
-    grid, out = read_grid(path), Path(out)
-    _require_free_axes(overrides)
-    densities = _part(grid.densities, densities, f"--density of {path}")
-    methods = _part(grid.methods, methods, f"--method of {path}")
-    content = read_toml(Path(path).parent / grid.base, f"base = {grid.base!r} of {path}")
-    if is_grid(content):
-        raise ValueError(f"base = {grid.base!r} of {path} is itself a grid; name a recipe")
-    content = _over(content, grid.common)
-    shared = overridden(content, overrides)
-    given = make_recipe(shared, source=str(path))
-    made: dict[str, Cell] = {}
-
-    def add(name: str, label: str, content: dict[str, Any], until: str, needs=None) -> None:
-        recipe = make_recipe(_trimmed(content), source=f"{path}, {label}")
-        checks.check(recipe, weights_follow=needs is not None)
-        checks.require_effect(recipe, out / name)
-        if name in made:
-            raise ValueError(
-                f"{path}: two cells would be called {name!r}; let the names of methods differ in "
-                "letters or digits, and densities in six digits"
-            )
-        made[name] = Cell(name, label, recipe, out / name, until, needs)
-
-    if given.model.weights is None:
-        for seed in grid.seeds:
-            name = f"dense-seed{seed}"
-            add(name, DENSE, _over(shared, {"name": name, "seed": seed}), "pretrain")
-    dense_of = {s: None if given.model.weights else out / f"dense-seed{s}" for s in grid.seeds}
-    attacked_in: dict[Path | None, str] = {}
-    for seed, density, label in product(grid.seeds, grid.densities, grid.methods):
-        name = _cell_name(label, density, seed)
-        if (out / name / _DENSE_ATTACKED).exists():
-            attacked_in.setdefault(dense_of[seed], name)
-    for seed, dense in dense_of.items():
-        for density in densities:
-            for label in methods:
-                own = overridden(_over(content, grid.methods[label]), overrides)
-                anew = make_recipe(own, source=f"{path}, {label}").pretrain.epochs == 0
-                name = _cell_name(label, density, seed)
-                if not anew:
-                    attacked_in.setdefault(dense, name)
-                point = {"name": name, "seed": seed, "budget": {"density": density}}
-                attacks = given.attack.dense and attacked_in.get(dense) == name
-                idle = {"dense_size": None} if given.attack.dense and not attacks else {}
-                point["attack"] = {"dense": attacks, **idle}
-                if anew:
-                    point["model"] = {"weights": None}
-                elif dense is not None:
-                    point["model"] = {"weights": str(dense / "dense.safetensors")}
-                needs = None if dense is None or anew else dense.name
-                add(name, label, _over(own, point), "report", needs)
-    return list(made.values())
-
-
-def _part(known: Iterable[T], wanted: Sequence[T], option: str) -> list[T]:
-    """Of what a grid knows, in its order, that which is wanted; all where nothing is said."""
-    known = list(known)
-    for value in wanted:
-        if value not in known:
-            names = ", ".join(map(str, known))
-            raise ValueError(f"{option} has no {value!r}; choose among {names}")
-    return [value for value in known if value in (wanted or known)]
-
-
-def _trimmed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe without what only training has, where a stage has no epochs.
-
-    A grid asks for it in all cells at once, also those of methods that skip the stage.
-    """
-    kept = dict(content)
-    for name in ("pretrain", "prune", "finetune"):
-        stage = kept.get(name)
-        if isinstance(stage, Mapping) and stage.get("epochs") == 0:
-            kept[name] = {key: stage[key] for key in stage if key not in checks.OF_TRAINING}
-    return kept
-
-
-def _require_free_axes(overrides: Sequence[str]) -> None:
-    for text in overrides:
-        key = text.partition("=")[0].strip()
-        if key in ("name", "seed", "budget.density"):
-            raise ValueError(f"--set {text!r}: the grid says this for each cell; change it there")
-
-
-def _cell_name(label: str, density: float, seed: int) -> str:
-    plain = "".join(c if c.isalnum() or c in "+._" else "-" for c in label)
-    return f"{plain}-{density:g}-seed{seed}"
 
 
 def compare(
@@ -214,7 +57,7 @@ def compare(
     grid = read_grid(path)
     cells = cells_of(path, out, overrides, densities, methods)
     for cell in (*cells, *cells_of(path, out, overrides)):
-        _require_same_recipe(cell)
+        require_same_recipe(cell)
     out = Path(out)
     require_free(out / "comparison.md")
     make_folder(out)
@@ -243,37 +86,6 @@ def compare(
         failed=failed,
         to_come=[cell.name for cell in points if cell.name not in known],
     )
-
-
-def _require_same_recipe(cell: Cell) -> None:
-    """A finished cell is not opened again, so the grid may have changed since."""
-    record = cell.folder / "recipe.json"
-    if cell.finished and record.exists():
-        held = completed(_trimmed(read_record(record)))
-        wanted = cell.recipe.model_dump(mode="json")
-        # Which cell attacks the dense network depends on the order of the methods.
-        attacked = (cell.folder / "attack" / "dense").exists() and cell.recipe.attack.dense
-        free = ["dense"] if attacked else ["dense", "dense_size"]
-        held["attack"] |= {key: wanted["attack"][key] for key in free}
-        for key in WITHOUT_EFFECT:
-            section, _, name = key.partition(".")
-            held[section][name] = wanted[section][name]
-        if cell.needs and _own_dense(held) == _own_dense(wanted):
-            held["model"]["weights"] = wanted["model"]["weights"]
-        later = ("budget", "method", "prune", "finetune", "attack")
-        for section in later if cell.until == "pretrain" else ():
-            held[section] = wanted[section]
-        found = list(differences(held, wanted))
-        if found:
-            raise ValueError(
-                f"{cell.folder} holds a run of another recipe ({in_words(found)}); remove it or "
-                "choose another --out"
-            )
-
-
-def _own_dense(recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    """The weights of a cell as its grid's folder knows them, wherever that folder lies now."""
-    return Path(recipe["model"]["weights"] or "").parts[-2:]
 
 
 @dataclass
@@ -382,19 +194,3 @@ def _entry(line: bytes) -> Any:
         return json.loads(line)
     except ValueError:
         return None
-
-
-def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values, those of `above` where both have one; another method brings its own keys."""
-    merged = copy.deepcopy(dict(below))
-    for key, value in above.items():
-        old = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(old, Mapping) and not _replaces(old, value):
-            merged[key] = _over(old, value)
-        else:
-            merged[key] = copy.deepcopy(value)
-    return merged
-
-
-def _replaces(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    return "name" in old and "name" in new and old["name"] != new["name"]

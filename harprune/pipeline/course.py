@@ -43,8 +43,12 @@ class Course:
     passes: int = 0
     history: list[dict] = field(default_factory=list)
     best: list | None = None
+    _origin: dict[str, str] = field(init=False)
     _losses: list[Tensor] = field(default_factory=list)
     _saved: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._origin = self.run.origin(self.stage)
 
     @property
     def network(self) -> nn.Module:
@@ -94,6 +98,7 @@ class Course:
             name: getattr(self, name) for name in ("step", "loss_sum", "passes", "history", "best")
         }
         values |= {"optimiser": plain, "method": self.method.state_dict() if self.method else {}}
+        values |= self._origin
         self.run.note_change()
         checkpoint.save(self.run.progress(self.stage), tensors, values)
 

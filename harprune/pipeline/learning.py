@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from math import ceil, log
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from harprune.methods.base import Method
 from harprune.pipeline import hardening, machinery
+from harprune.pipeline.console import Bar
 from harprune.pipeline.course import Course
-from harprune.pipeline.recipe import Distillation
+from harprune.pipeline.recipe import Distillation, Training
 from harprune.pipeline.run import Run
 from harprune.pipeline.validation import (
     guesses,
@@ -92,42 +94,13 @@ def learn(
         shop.run, stage, model, optimiser, objective, method, len(batches), average, divisible
     )
     twin = hardening.twin(shop.recipe, course.network)
-    others = shop.run.histories()
-    advice = f"; lower {stage}.learning_rate in a new run"
+    watch = _Watch(shop, section, course, twin, nearby, shop.run.histories())
     if method is not None:
         method.begin(section.epochs, len(batches))
     if course.restore():
-        shop.run.write_metrics({**others, stage: course.history})
+        watch.write_metrics()
         shop.console.say(f"{stage}: going on at step {course.step}")
     with shop.console.bar(stage, section.epochs * len(batches)) as bar:
-
-        def after_step(step: int, loss: Tensor) -> None:
-            if method is not None:
-                method.step_ended(model, step)
-            course.step_ended(step, loss, section.batch_size * objective.replays)
-            if bar.due:
-                bar.update(step + 1, _summary(_now(course, float(loss))))
-
-        def point(progress: float) -> AbstractContextManager | None:
-            context = None if nearby is None else nearby(progress)
-            if context is not None:
-                course.passes += section.batch_size * hardening.passes_again(objective)
-            return context
-
-        def after_epoch(epoch: int) -> bool:
-            _end_epoch(shop, course, epoch, twin)
-            shop.run.write_metrics({**others, stage: course.history})
-            left = bar.left((epoch + 1) * len(batches))
-            shop.console.say(
-                f"{stage} {epoch + 1}/{section.epochs}: {_summary(course.history[-1])}{left}"
-            )
-            for doubt in _doubts(course.history, section.epochs, shop.classes):
-                shop.console.say(f"warning: {doubt}{advice}")
-            return done()
-
-        def done() -> bool:
-            return method is not None and method.done(model)
-
         try:
             fit(
                 model,
@@ -137,15 +110,15 @@ def learn(
                 schedule=make_schedule(
                     section.schedule, epochs=section.epochs, offset=shop.recipe.parity.cosine_offset
                 ),
-                epochs=0 if done() else section.epochs,
+                epochs=0 if watch.done else section.epochs,
                 fabric=shop.engine,
                 seed=shop.seed(stage),
                 start=course.step,
                 replays=objective.replays,
                 average=average,
-                nearby=point,
-                after_step=after_step,
-                after_epoch=after_epoch,
+                nearby=watch.point,
+                after_step=partial(watch.step_ended, bar),
+                after_epoch=partial(watch.epoch_ended, bar),
             )
         except Diverged as error:
             raise _diverged(shop.run, stage, error) from None
@@ -153,9 +126,76 @@ def learn(
     best = course.take_best()
     shop.console.say(f"{stage}: epoch {best + 1} of {section.epochs} selected")
     for epochs in range(1, len(course.history) + 1):  # also those before an interruption
-        for doubt in _doubts(course.history[:epochs], section.epochs, shop.classes):
-            shop.run.warn(stage, doubt + advice)
+        for doubt in watch.doubts(epochs):
+            shop.run.warn(stage, doubt)
     return course.history
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """What comes between the steps of a stage, as `fit` calls it: count, validate, keep, say.
+
+    `twin` is that of the network which is validated; `others` are the epochs of other stages.
+    """
+
+    shop: Workshop
+    section: Training
+    course: Course
+    twin: Twin | None
+    nearby: Callable | None
+    others: Mapping[str, list[dict]]
+
+    def point(self, progress: float) -> AbstractContextManager | None:
+        """Where a step takes its gradients anew, if anywhere."""
+        context = None if self.nearby is None else self.nearby(progress)
+        if context is not None:
+            again = hardening.passes_again(self.course.objective)
+            self.course.passes += self.section.batch_size * again
+        return context
+
+    def step_ended(self, bar: Bar, step: int, loss: Tensor) -> None:
+        course = self.course
+        if course.method is not None:
+            course.method.step_ended(course.model, step)
+        course.step_ended(step, loss, self.section.batch_size * course.objective.replays)
+        if bar.due:
+            bar.update(step + 1, _summary(_now(course, float(loss))))
+
+    def epoch_ended(self, bar: Bar, epoch: int) -> bool:
+        """Validate, let the method react, checkpoint, say how it went; whether that was all."""
+        course, method = self.course, self.course.method
+        clean, robust = validate(self.shop, course.network, self.twin)
+        record = {"epoch": epoch, "clean": clean, "robust": robust}
+        record["learning_rate"] = course.optimiser.param_groups[0]["lr"]
+        eligible = True
+        if method is not None:
+            if method.watches:
+                method.judged(*overfitting(self.shop, course.model, self.twin))
+                course.passes += overfitting_passes(self.shop)
+            record |= method.metrics(course.model)
+            eligible = method.budget_met(course.model)
+            method.epoch_ended(course.model, epoch)
+        course.epoch_ended(record, eligible=eligible)
+        self.write_metrics()
+        said, left = _summary(course.history[-1]), bar.left((epoch + 1) * course.steps)
+        self.shop.console.say(f"{course.stage} {epoch + 1}/{self.section.epochs}: {said}{left}")
+        for doubt in self.doubts(len(course.history)):
+            self.shop.console.say(f"warning: {doubt}")
+        return self.done
+
+    @property
+    def done(self) -> bool:
+        """Whether the method has found what it was to find."""
+        method = self.course.method
+        return method is not None and method.done(self.course.model)
+
+    def write_metrics(self) -> None:
+        self.shop.run.write_metrics({**self.others, self.course.stage: self.course.history})
+
+    def doubts(self, epochs: int) -> Iterator[str]:
+        """What speaks against the stage after its first `epochs`, with the way out."""
+        for doubt in _doubts(self.course.history[:epochs], self.section.epochs, self.shop.classes):
+            yield f"{doubt}; lower {self.course.stage}.learning_rate in a new run"
 
 
 def _objectives(
@@ -211,22 +251,6 @@ def _fixed(shop: Workshop, model: nn.Module) -> nn.Module:
     """A network in eval mode as a fixed function: its twin, never in the precision of attacks."""
     twin = hardening.twin(shop.recipe, model) if shop.recipe.execution.twin else None
     return model if twin is None else twin.current()
-
-
-def _end_epoch(shop: Workshop, course: Course, epoch: int, twin: Twin | None) -> None:
-    """Validate, let the method react, checkpoint."""
-    clean, robust = validate(shop, course.network, twin)
-    record = {"epoch": epoch, "clean": clean, "robust": robust}
-    record["learning_rate"] = course.optimiser.param_groups[0]["lr"]
-    eligible = True
-    if course.method is not None:
-        if course.method.watches:
-            course.method.judged(*overfitting(shop, course.model, twin))
-            course.passes += overfitting_passes(shop)
-        record |= course.method.metrics(course.model)
-        eligible = course.method.budget_met(course.model)
-        course.method.epoch_ended(course.model, epoch)
-    course.epoch_ended(record, eligible=eligible)
 
 
 def _diverged(run: Run, stage: str, error: Diverged) -> ValueError:

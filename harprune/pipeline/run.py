@@ -20,33 +20,27 @@ A stage is finished when its network exists; that is all the state a run has. It
 or a later one has left a file.
 """
 
-import fcntl
 import json
 import os
-import platform
 import re
 import shlex
-import subprocess
-import sys
-import time
 import tomllib
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from torch import Tensor
 
 from harprune.files import make_folder, write
 from harprune.nested import Difference, differences, in_words
 from harprune.pipeline.derived import read_record, require_known, write_derived, write_metrics
-from harprune.pipeline.recipe import Execution, Recipe
+from harprune.pipeline.environment import environment_of
+from harprune.pipeline.lock import lock
+from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import as_toml, completed, make_recipe
 from harprune.reporting.records import STAGES
 from harprune.training import checkpoint
 
-IN_USE = "is in use by process"
-"""What the refusal of a folder says that another process works in."""
 # .NAME.xxxxxxxx of the files that a run writes, as `tempfile` draws it, or .tmpXXXXXX, as
 # safetensors does; and where they lie.
 _TEMPORARY = re.compile(
@@ -56,8 +50,6 @@ _TEMPORARY = re.compile(
 _PLACES = (".*", "attack/*/.*", "report/.*", "report/plots/.*")
 # What of an environment a number may depend on, and what was asked for.
 _DECISIVE = ("commit", "python", "versions", "machine", "command")
-_ATTEMPTS, _MOMENT = 10, 0.02
-"""How often a folder is tried, and seconds between, before it counts as in other hands."""
 _OF_EVALUATE = {
     "attack.attacks": "--attack",
     "attack.size": "--size",
@@ -156,8 +148,10 @@ class Run:
     def _has_begun(self, difference: Difference) -> bool:
         """Whether a key decided what was computed; those of stages yet to come may still change."""
         key, *values = difference
+        # Where something lies that the run knows by its digest.
+        if key == "data.folder":
+            return "set of training images" not in self._inputs()
         if key == "model.weights" and all(values):
-            # A name for the network that the run knows by its digest, wherever the file lies now.
             return "dense network" not in self._inputs()
         # Of attacks on the dense network what is there stays, what is not may yet come.
         if key in (*WITHOUT_EFFECT, "attack.dense"):
@@ -279,8 +273,7 @@ class Run:
         self.note_change()
         networks = self._networks()
         values = {**values, "warnings": self._warned.get(stage, [])}
-        if stage in _MADE_FROM:
-            values["origin"] = checkpoint.digest(networks[_MADE_FROM[stage]][0])
+        values |= self.origin(stage)
         networks[stage] = dict(tensors), values
         self._require_descent(networks)
         write_derived(self.folder, _values(networks))
@@ -305,18 +298,29 @@ class Run:
         finished = [stage for stage in STAGES if self.network(stage).exists()]
         return {stage: checkpoint.load(self.network(stage)) for stage in finished}
 
+    def origin(self, stage: str) -> dict[str, str]:
+        """How a file of `stage` says which network that stage went on from."""
+        if stage not in _MADE_FROM:
+            return {}
+        tensors, _ = checkpoint.load(self.network(_MADE_FROM[stage]))
+        return {"origin": checkpoint.digest(tensors)}
+
     def _require_descent(self, networks: Mapping[str, Network]) -> None:
-        """Raises ValueError where one was made from another network than the one before it."""
+        """Raises ValueError where a stage went on from another network than is there now."""
         for later, earlier in _MADE_FROM.items():
-            if not {earlier, later} <= networks.keys():
+            if earlier not in networks:
                 continue
+            path, values = self.progress(later), {}
+            if later in networks:
+                path, values = self.network(later), networks[later][1]
+            elif path.exists():
+                _, values = checkpoint.load(path)
             digest = checkpoint.digest(networks[earlier][0])
-            # A network of an earlier version does not say what it was made from.
-            if networks[later][1].get("origin", digest) != digest:
+            # A file of an earlier version does not say what it was made from.
+            if values.get("origin", digest) != digest:
                 raise ValueError(
-                    f"{self.network(later)} was made from another network than "
-                    f"{self.network(earlier).name} is now; restore that one, or delete "
-                    f"{self.network(later).name} and what was made from it"
+                    f"{path} was made from another network than {self.network(earlier).name} is "
+                    f"now; restore that one, or delete {path.name} and what was made from it"
                 )
 
 
@@ -343,113 +347,8 @@ def begun_in(folder: str | Path, since: str = "pretrain") -> bool:
     return any((Path(folder) / name).exists() for name in names)
 
 
-def environment_of(command: str, section: Execution | None = None) -> dict[str, Any]:
-    """What a number depends on besides the recipe: versions, commit, machine, command.
-
-    Threads and accelerator are those that `section` asks for, or what torch takes by itself.
-    """
-    import torch
-
-    section = section or Execution()
-    accelerated = section.device != "cpu" and torch.cuda.is_available()
-
-    packages = ("harprune", "torch", "numpy", "safetensors", "lightning-fabric", "pyautoattack")
-    return {
-        "command": command,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-        "machine": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": section.threads or torch.get_num_threads(),
-            "accelerator": torch.cuda.get_device_name() if accelerated else None,
-        },
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _commit() -> str | None:
-    """The commit of the source tree that runs, with `+` when it has been changed since."""
-    here = Path(__file__).parent
-    try:
-        git = ["git", "-C", str(here)]
-        show = {"capture_output": True, "text": True, "check": True, "timeout": 10}
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], **show).stdout.strip()
-        tracked = subprocess.run([*git, "ls-files", str(here / "run.py")], **show).stdout.strip()
-        changed = subprocess.run(
-            [*git, "diff", "--quiet", "HEAD", "--", str(here.parent)], timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    # An installed copy may lie inside somebody else's repository: that commit says nothing.
-    return (commit + ("+" if changed.returncode else "")) if tracked else None
-
-
-def lock(folder: Path) -> TextIO:
-    """An existing folder for this process alone, until what is returned is closed.
-
-    Raises:
-        ValueError: another process works in it.
-    """
-    try:
-        file = open(folder / ".lock", "a+")  # noqa: SIM115 - the open file *is* the lock
-    except OSError as error:
-        raise OSError(
-            f"{folder} cannot be written to ({error.strerror}); allow it, or name another place"
-        ) from None
-    for _ in range(_ATTEMPTS):
-        if _taken(file):
-            break
-        time.sleep(_MOMENT)  # who only looks, as `in_use`, holds it no longer
-    else:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise ValueError(f"{folder} {IN_USE} {holder}; wait for it or choose another --out")
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
-
-
 def remove_litter(folder: Path, place: str = ".*") -> None:
     """Remove half-written files of killed processes; `folder` is this process's alone."""
     for path in list(folder.glob(place)):
         if _TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink()
-
-
-def _taken(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def in_use(folder: Path) -> bool:
-    """Whether a process works in a run folder."""
-    path = folder / ".lock"
-    if not path.exists():
-        return False
-    with open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def command_line() -> str:
-    """The command in force, as a user would type it."""
-    return shlex.join(["harprune", *sys.argv[1:]])

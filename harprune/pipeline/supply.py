@@ -22,6 +22,7 @@ from harprune.randomness import seeded
 from harprune.robustness.identity import model_digest
 from harprune.training import checkpoint
 from harprune.training.data import load_dataset
+from harprune.training.folders import ImageFiles
 from harprune.training.splits import Dataset, Split, split_validation, to_float
 
 
@@ -43,12 +44,14 @@ class Materials:
     def digests(self) -> dict[str, str]:
         """SHA-256 of what a run is made from: images and, where it is given, the network.
 
-        Of images that lie in files the labels alone count, for they are read when needed.
+        Of images that stay in files, labels and names count, and the content of the first.
         """
         found = {
             "set of training images": _digest(self.train),
             "set of validation images": self.validation_digest,
         }
+        if isinstance(self.train.images, ImageFiles):
+            found["list of training image files"] = self.train.images.digest()
         return {**found, "dense network": model_digest(self.network())} if self.given else found
 
     @cached_property

@@ -11,7 +11,7 @@ import torch
 
 from harprune.files import write
 from harprune.kernels import native
-from harprune.pipeline.run import environment_of
+from harprune.pipeline.environment import environment_of
 
 
 def circumstances() -> dict:

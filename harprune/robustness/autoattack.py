@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from harprune.arguments import require_whole
 from harprune.modes import eval_mode
-from harprune.randomness import seeded
+from harprune.randomness import seed_generators, seeded
 from harprune.robustness.threat import Linf, Threat, require_threat
 
 if TYPE_CHECKING:
@@ -129,8 +129,8 @@ class AutoAttack:
         """As the call, with which part broke which image and what the reference warned of.
 
         Args:
-            begun: what `after_part` was given before an interruption; every part has a seed of its
-                own, so what follows is the same.
+            begun: what `after_part` was given before an interruption; every part begins with the
+                same seed, also for a forward that draws, so what follows is the same.
             after_part: called when a part is done.
         """
         _require_images(x, self.threat)
@@ -195,6 +195,8 @@ class AutoAttack:
         for part in cast("list[AttackName]", reference.attacks_to_run):
             if part in survivors:
                 continue
+            # The reference seeds torch alone, and not before a part's first forward pass.
+            seed_generators(self.seed)
             for rows in self._split(standing.nonzero().flatten()):
                 attacked = _perturb(reference, part, self.seed, x[rows], y[rows])
                 broken = net(attacked).argmax(1) != y[rows]

@@ -51,12 +51,23 @@ class Ledger:
             flags = list(held.flags)
             return cls(folder, identity, held.outcomes, done, parts, flags, held.checks)
         if (folder / "partial.npz").exists():
-            arrays = _read_partial(folder / "partial.npz")
-            note = json.loads(str(arrays.pop("progress")))
-            require_same(folder, note.pop("identity"), identity)
-            partway = _taken_up(note.pop("partway", None), arrays)
-            return cls(folder, identity, arrays, **note, partway=partway)
+            begun = cls._taken_up(folder)
+            require_same(folder, begun.identity, identity)
+            begun.identity = identity  # an earlier version wrote less of it
+            return begun
         return cls(folder, identity, outcomes)
+
+    @classmethod
+    def _taken_up(cls, folder: Path) -> "Ledger":
+        """What partial.npz holds; ValueError where that is no evaluation under way."""
+        path = folder / "partial.npz"
+        try:
+            arrays = read_arrays(path)
+            note = json.loads(str(arrays.pop("progress")))
+            partway = _partway(note.pop("partway", None), arrays)
+            return cls(folder, outcomes=arrays, **note, partway=partway)
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise garbled(path, str(error), "restore it, or delete it to start again") from None
 
     def put(self, row: str, rows: slice, correct: Tensor) -> None:
         """Enter which of the images `rows` are still correct."""
@@ -98,14 +109,7 @@ class Ledger:
         (self.folder / "partial.npz").unlink(missing_ok=True)
 
 
-def _read_partial(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return read_arrays(path)
-    except (OSError, ValueError) as error:
-        raise garbled(path, str(error), "restore it, or delete it to start again") from None
-
-
-def _taken_up(note: list | None, arrays: dict[str, np.ndarray]) -> tuple[str, int, Partway] | None:
+def _partway(note: list | None, arrays: dict[str, np.ndarray]) -> tuple[str, int, Partway] | None:
     """Where an attack on a batch stood, its arrays taken out of those of partial.npz."""
     if note is None:
         return None

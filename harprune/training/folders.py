@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,12 @@ class ImageFiles:
     def subset(self, indices: Tensor) -> ImageFiles:
         """The files at `indices`, undecoded."""
         return ImageFiles([self.paths[i] for i in indices.tolist()], self.size)
+
+    def digest(self) -> str:
+        """SHA-256 of all names and of the first file's content; to read all would take long."""
+        digest = hashlib.sha256("/".join(path.name for path in self.paths).encode())
+        digest.update(self.paths[0].read_bytes())
+        return digest.hexdigest()
 
     def decoded(self) -> Tensor:
         """All images as one uint8 tensor."""

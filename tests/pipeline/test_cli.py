@@ -21,9 +21,9 @@ import harprune
 from harprune import outcomes
 from harprune.kernels import native
 from harprune.models import create_model
+from harprune.pipeline.lock import lock
 from harprune.pipeline.recipe import Recipe
 from harprune.pipeline.recipe_text import make_recipe, read_recipe
-from harprune.pipeline.run import lock
 from harprune.reporting.records import read_run
 from harprune.robustness import evaluation
 from harprune.training import checkpoint

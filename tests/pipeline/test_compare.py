@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from harprune.pipeline import compare
-from harprune.pipeline.compare import cells_of
+from harprune.pipeline.cells import cells_of, require_same_recipe
 from harprune.pipeline.grid import Grid
-from harprune.pipeline.run import in_use
+from harprune.pipeline.lock import in_use
 
 GRID = """
 title = "Stripes"
@@ -189,7 +189,7 @@ def test_on_how_many_images_the_dense_network_is_attacked_is_said_where_it_is(gr
     (last.folder / "recipe.json").write_text(json.dumps(held))
     (last.folder / "report").mkdir()
     (last.folder / "report/report.json").touch()
-    compare._require_same_recipe(last)
+    require_same_recipe(last)
 
 
 def test_a_dense_network_that_one_part_attacked_is_not_attacked_by_the_next(grid, here):
@@ -231,7 +231,7 @@ def test_a_grid_may_be_moved_and_named_otherwise(grid, command, here):
     after = files(here / "moved")
     name = "harp-0.2-seed0/finetuned.safetensors"
     assert before == {path: at for path, at in after.items() if path != name} and name in after
-    later = ("--set", "execution.checkpoint_minutes=3")
+    later = ("--set", "execution.checkpoint_minutes=3", "--set", "data.folder=elsewhere")
     assert command("compare", grid, "--out", "moved", *later).code == 0
     assert files(here / "moved") == after
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from harprune.pipeline.course import Course
 from harprune.training import checkpoint
 
 from .conftest import contents
@@ -71,6 +72,32 @@ def test_a_network_of_another_origin_is_refused(command, finished):
     assert go_on(command).last_line.startswith(text)
     assert not dense.exists() and (finished / "pretrain.progress").exists()
     assert (finished / "pruned.safetensors").read_bytes() == before["pruned.safetensors"]
+
+
+def test_a_stage_half_done_goes_on_from_its_own_network_alone(command, finished, monkeypatch):
+    shutil.rmtree(finished / "attack" / "finetuned")
+    (finished / "finetuned.safetensors").unlink()
+    ended = Course.epoch_ended
+
+    def killed(course, *arguments, **options):
+        ended(course, *arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Course, "epoch_ended", killed)
+        assert go_on(command).code == 130
+    pruned, progress = finished / "pruned.safetensors", finished / "finetune.progress"
+    tensors, values = checkpoint.load(pruned)
+    next(tensor for tensor in tensors.values() if tensor.is_floating_point()).neg_()
+    checkpoint.save(pruned, tensors, values)
+    before = contents(finished)
+    assert go_on(command).refusal == (
+        "run/finetune.progress was made from another network than pruned.safetensors is now; "
+        "restore that one, or delete finetune.progress and what was made from it"
+    )
+    assert contents(finished) == before
+    change(progress, origin=None)  # a file of an earlier version does not say
+    assert "finetune: going on at step 3" in go_on(command).err
 
 
 def test_networks_of_an_earlier_version_know_their_epochs_alone(command, finished):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -573,6 +574,30 @@ def test_given_weights_are_known_by_what_is_in_them(command, here, finished):
     assert refusal.startswith("new holds a run that began with another dense network; choose")
     (here / "new" / "inputs.json").unlink()
     assert "(model.weights: 'b" in run_with(command, "model.weights=c.safetensors").refusal
+
+
+@pytest.mark.parametrize("in_memory", [2**20, 0])
+def test_images_are_known_by_what_they_are_wherever_they_lie(command, here, monkeypatch, in_memory):
+    monkeypatch.setattr("harprune.training.data.IN_MEMORY_BYTES", in_memory)
+    images = ("data.name=folder", "method.name=magnitude", "budget.density=0.9")
+    paint(here / "images", red=0)
+    assert run_with(command, *images, "data.folder=images", until="pretrain").code == 0
+    (here / "images").rename(here / "moved")
+    assert run_with(command, *images, "data.folder=moved", until="prune").code == 0
+    assert json.loads(Path("new/recipe.json").read_text())["data"]["folder"] == "moved"
+    paint(here / "others", red=9)
+    refusal = run_with(command, *images, "data.folder=others").refusal
+    assert refusal.startswith("new holds a run that began with another ")
+    (here / "new" / "inputs.json").unlink()
+    assert "(data.folder: 'mo" in run_with(command, *images, "data.folder=others").refusal
+
+
+def paint(folder: Path, red: int) -> None:
+    """An image folder of two classes, 40 images to train and 4 to test."""
+    for number in range(44):
+        place = folder / ("test" if number < 4 else "train") / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (red, 90 * (number % 2), number)).save(place / f"{number}.png")
 
 
 def test_another_attack_of_a_finished_run_is_an_evaluation(command, here, finished):

@@ -12,9 +12,10 @@ from rich.console import Console as RichConsole
 
 from harprune.pipeline import console, machinery
 from harprune.pipeline.console import Bar, Console
+from harprune.pipeline.environment import environment_of
+from harprune.pipeline.lock import lock
 from harprune.pipeline.pruning import method_notes
 from harprune.pipeline.recipe_text import make_recipe
-from harprune.pipeline.run import environment_of, lock
 
 
 def test_convolutions_on_an_accelerator_are_not_shortened(monkeypatch):

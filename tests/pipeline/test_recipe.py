@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from harprune.methods.base import Budget
 from harprune.models import create_model
 from harprune.pipeline import checks, pruning
-from harprune.pipeline.compare import cells_of
+from harprune.pipeline.cells import cells_of
 from harprune.pipeline.recipe import Recipe, Training
 from harprune.pipeline.recipe_text import (
     as_toml,

@@ -282,7 +282,7 @@ def test_a_run_that_is_opened_again_loses_the_litter_of_the_dead(finished):
 def test_a_run_continued_by_other_code_says_so(tmp_path, monkeypatch):
     recipe = make_recipe({}, source="a test")
     commits = iter(["first", "second", "second", "third"])
-    monkeypatch.setattr("harprune.pipeline.run._commit", lambda: next(commits))
+    monkeypatch.setattr("harprune.pipeline.environment._commit", lambda: next(commits))
     for commit in ("first", "second", "second", "third"):
         with Run(tmp_path / "run", recipe) as run:
             run.progress("pretrain").touch()

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from harprune.robustness.autoattack import AutoAttack
+
 
 def network(classes: int = 5, size: int = 6, *, width: int = 16) -> nn.Module:
     """A small convolutional network with batch norm and dropout, so that modes matter.
@@ -46,3 +48,18 @@ def batch(model: nn.Module) -> tuple[Tensor, Tensor]:
         y = model(x).argmax(1)
     y[:2] = (y[:2] + 1) % 5
     return x, y
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """AutoAttack of few steps."""
+    whole = AutoAttack._reference
+
+    def shortened(self, *given):
+        reference, extra = whole(self, *given)
+        for part in (reference.apgd, reference.apgd_targeted, reference.fab):
+            part.n_iter = 5
+        reference.square.n_queries = 20
+        return reference, extra
+
+    monkeypatch.setattr(AutoAttack, "_reference", shortened)

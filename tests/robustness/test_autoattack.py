@@ -2,8 +2,11 @@
 """AutoAttack: the reference's result bit for bit, which part did what, and a quiet console."""
 
 import logging
+import random
 import sys
+from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -79,6 +82,20 @@ def test_it_leaves_no_trace(make_network, capfd):
     assert sum(p.grad is not None for p in model.parameters()) == 1
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_forward_that_draws_meets_no_interruption(make_network, brief):
+    def drawing(model, x):
+        return model(x + 0.1 * (random.random() + np.random.rand() + torch.rand(())))
+
+    model, attack, places = Wrapped(make_network(4).eval(), drawing), AutoAttack(Linf(0.02)), []
+    x, y = images(model)
+    whole = attack.attack(model, x, y, after_part=lambda place: places.append(deepcopy(place)))
+    assert len(places) == 4 and whole.survivors["square"].any()
+    for begun in places:
+        again = attack.attack(model, x, y, begun=begun)
+        assert torch.equal(again.x_adv, whole.x_adv)
+        assert all(torch.equal(again.survivors[p], s) for p, s in whole.survivors.items())
 
 
 @pytest.mark.parametrize(

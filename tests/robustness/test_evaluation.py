@@ -160,21 +160,6 @@ def stop_after(count):
     return progress, calls
 
 
-@pytest.fixture
-def brief(monkeypatch):
-    """AutoAttack of few steps."""
-    whole = AutoAttack._reference
-
-    def shortened(self, *given):
-        reference, extra = whole(self, *given)
-        for part in (reference.apgd, reference.apgd_targeted, reference.fab):
-            part.n_iter = 5
-        reference.square.n_queries = 20
-        return reference, extra
-
-    monkeypatch.setattr(AutoAttack, "_reference", shortened)
-
-
 @pytest.mark.parametrize("stop", [1, 4, 5, 11, 17, 20, 21, 24])
 def test_an_interrupted_evaluation_goes_on_bit_for_bit(run, tmp_path, stop, brief):
     # From the 17th call on they are AutoAttack's, whose four parts are saved each for itself.
@@ -295,6 +280,11 @@ def test_garbled_files_are_named(run, tmp_path):
     (tmp_path / "partial.npz").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(ValueError, match=r"partial\.npz is garbled .*; restore it, or delete it"):
         run(folder=tmp_path)
+    partway = '{"identity": {}, "partway": ["aa", 0, ["fab-t"], []]}'
+    for note in ({}, *({"progress": text} for text in ("{", "[]", "{}", '{"a": 1}', partway))):
+        np.savez(tmp_path / "partial.npz", clean=np.ones(50, bool), **note)
+        with pytest.raises(ValueError, match=r"partial\.npz is garbled .* or delete it to"):
+            run(folder=tmp_path)
     for text in (b'{"model": 1', b'{"checks": []}', b"[]", b"\xff"):
         (tmp_path / "evaluation.json").write_bytes(text)
         with pytest.raises(ValueError, match=r"evaluation\.json is garbled") as caught:
