@@ -176,7 +176,7 @@ def _room(graph: Graph, values: Sequence[int], images: int, kernels: Kernels) ->
 
 
 def _place_bits(steps: Sequence[RowStep], kernels: Kernels) -> int:
-    """Give the bits that steps leave their places in an image's record; the bytes of one."""
+    """Give what steps leave in an image's record its places there; the bytes of a record."""
     vector_bytes, at = kernels.sign_bytes * kernels.lanes // LANES, 0
     for bits in (b for step in steps for b in (step.signs_out, step.kept) if b is not None):
         bits.at = at

@@ -135,7 +135,10 @@ class Part:
 
 @dataclass(eq=False)
 class Bits:
-    """Room in an image's record: `parts` bits for every number of a map, in vectors as its own."""
+    """Room in an image's record: `parts` bits for every number of a map, in vectors as its own.
+
+    A slope takes as many as a number has.
+    """
 
     map: Map
     parts: int = 1
