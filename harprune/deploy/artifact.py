@@ -45,7 +45,7 @@ _OPERATIONS: dict[str, type[Node]] = {
     "mean_pool": g.MeanPool,
     "flatten": g.Flatten,
 }
-_WINDOW = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+_WINDOW = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "extra": (0, 0)}
 
 
 class Values(Enum):
@@ -422,7 +422,8 @@ class _Reader:
 
 def _window(fields: Fields) -> Window:
     size = fields.pair("size", 1, LARGEST_EXTENT)
-    rest = {n: fields.pair(n, 0, LARGEST_EXTENT, list(d)) for n, d in _WINDOW.items()}
+    least = dict.fromkeys(_WINDOW, 0) | {"extra": -LARGEST_EXTENT}
+    rest = {n: fields.pair(n, least[n], LARGEST_EXTENT, list(d)) for n, d in _WINDOW.items()}
     return Window(size, **rest)
 
 

@@ -35,13 +35,14 @@ def _module(node: Node, network: Network, source: Shape) -> nn.Module:
     match node:
         case g.Convolution(window=w):
             weight = torch.from_numpy(network.weight(node.name).copy())
+            uneven = any(w.extra)
             made = nn.utils.skip_init(
                 nn.Conv2d,
                 source.channels,
                 len(weight),
                 w.size,
                 w.stride,
-                w.padding,
+                0 if uneven else w.padding,
                 w.dilation,
                 node.groups,
                 bias=node.bias,
@@ -49,7 +50,10 @@ def _module(node: Node, network: Network, source: Shape) -> nn.Module:
             made.weight = nn.Parameter(weight)
             if node.bias:
                 made.bias = nn.Parameter(vectors[0])
-            return made
+            if not uneven:
+                return made
+            (top, left), (bottom, right) = w.padding, (p + e for p, e in zip(w.padding, w.extra))
+            return nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), made)
         case g.Affine():
             return _Affine(*vectors)
         case g.Rectifier():

@@ -36,7 +36,7 @@ LARGEST_MAP = 2**26
 LARGEST_LAYER = 2**31 - 1
 """Weights of one layer, zeros included."""
 LARGEST_EXTENT = 2**16
-"""Size, stride, padding and dilation of a window."""
+"""Size, stride, padding and dilation of a window, and what stands behind its map besides."""
 LARGEST_WINNER = 256
 """Positions of a max-pool's window, for the kernels note the largest in a byte."""
 
@@ -226,6 +226,12 @@ def _slid(window: Window, shape: Shape) -> tuple[int, ...]:
             raise ValueError(
                 f"{name} {sides} of a window must be two numbers from {least} to {LARGEST_EXTENT}"
             )
+    for padding, extra in zip(window.padding, window.extra, strict=True):
+        if not -padding <= extra <= LARGEST_EXTENT:
+            raise ValueError(
+                f"extra {window.extra} of a window must be two numbers that leave no padding below "
+                f"zero, and at most {LARGEST_EXTENT}"
+            )
     sides = window.over(shape.height, shape.width)
     if min(sides) < 1:
         raise ValueError(f"{window} does not fit a map of {shape.height} x {shape.width}")
@@ -234,8 +240,11 @@ def _slid(window: Window, shape: Shape) -> tuple[int, ...]:
 
 def _check_pool(node: MaxPool | MeanPool, shape: Shape) -> None:
     window = node.window
-    if window.dilation != (1, 1) or any(2 * p > k for p, k in zip(window.padding, window.size)):
-        raise ValueError(f"{window} of a pool must have dilation 1 and padding up to half its size")
+    plain = window.dilation == (1, 1) and window.extra == (0, 0)
+    if not plain or any(2 * p > k for p, k in zip(window.padding, window.size)):
+        raise ValueError(
+            f"{window} of a pool must have dilation 1, no extra and padding up to half its size"
+        )
     if isinstance(node, MeanPool) and node.adaptive:
         parted = all(n % k == 0 for n, k in zip(shape[1:], window.size))
         if not parted or window.stride != window.size or window.padding != (0, 0):
@@ -272,7 +281,7 @@ def _check_graph(network: Network) -> None:
             raise ValueError(f"{what} makes {shape}, not {graph.shapes[node.out]}")
         if isinstance(node, Convolution):
             border = borders[node.sources[0]]
-            border[:] = map(max, border, node.window.padding)
+            border[:] = map(max, border, node.window.border)
     for (channels, height, width), (rows, columns) in zip(graph.shapes, borders):
         numbers = channels * (height + 2 * rows) * (width + 2 * columns)
         if numbers > LARGEST_MAP:

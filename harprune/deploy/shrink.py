@@ -305,10 +305,10 @@ _AFFINE = ("scale", "shift")
 def _never_in_padding(window: Window) -> np.ndarray:
     """For each tap of a window whether it lies inside a map of any size, wherever it stands."""
     inside = []
-    for k, p, d in zip(window.size, window.padding, window.dilation):
+    for k, p, d, e in zip(window.size, window.padding, window.dilation, window.extra):
         first = np.arange(k) * d - p
-        # The window that stands lowest begins at n + 2 p - d (k - 1) - 1, counted from -p.
-        inside.append((first >= 0) & (first <= d * (k - 1) - 2 * p))
+        # The window that stands lowest begins at n + 2 p + e - d (k - 1) - 1, counted from -p.
+        inside.append((first >= 0) & (first <= d * (k - 1) - 2 * p - e))
     return (inside[0][:, None] & inside[1]).ravel()
 
 

@@ -21,17 +21,28 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """The part of a map that one output position sees, as (rows, columns)."""
+    """The part of a map that one output position sees, as (rows, columns).
+
+    Before the map stand `padding` zeros, behind it `extra` more than that, or fewer.
+    """
 
     size: Pair
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
+    extra: Pair = (0, 0)
 
     def over(self, height: int, width: int) -> Pair:
         """Height and width of what sliding this window over a map gives."""
-        sides = zip((height, width), self.size, self.stride, self.padding, self.dilation)
-        rows, columns = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
+        room = (n + 2 * p + e for n, p, e in zip((height, width), self.padding, self.extra))
+        sides = zip(room, self.size, self.stride, self.dilation)
+        rows, columns = ((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in sides)
+        return rows, columns
+
+    @property
+    def border(self) -> Pair:
+        """The most zeros at an end of each side."""
+        rows, columns = (p + max(e, 0) for p, e in zip(self.padding, self.extra))
         return rows, columns
 
 

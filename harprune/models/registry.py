@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from harprune.arguments import require_text, require_whole
+from harprune.models.deepmind import DeepMindPreActResNet, DeepMindWideResNet
 from harprune.models.normalised import Normalised
 from harprune.models.preact_resnet import PreActResNet
 from harprune.models.published import ResNet2B, TradesSmallCNN, cnn_a
@@ -29,6 +30,9 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "cifar_base": partial(cnn_a, width=8),
     "cifar_wide": cnn_a,
     "cnn_a": cnn_a,
+    "dm_preact_resnet18": DeepMindPreActResNet,
+    "dm_wrn28_10": partial(DeepMindWideResNet, 28, width=160),
+    "dm_wrn70_16": partial(DeepMindWideResNet, 70, width=256),
     "preact_resnet18": PreActResNet,
     "resnet18": partial(ResNet, BasicBlock, DEPTHS_18),
     "resnet18_imagenet": partial(imagenet_resnet, BasicBlock, DEPTHS_18),

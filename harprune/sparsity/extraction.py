@@ -107,7 +107,7 @@ def _require_whole(network: fx.GraphModule, example: Tensor) -> None:
         place = next(reversed(node.meta.get("nn_module_stack") or ["the model itself"]))
         raise ValueError(
             f"{node.name} ({what}, in {place}) cannot run without torch; deploy a network of 2-d "
-            "convolutions (zeros as padding, as many at both ends), linear layers, batch norm, "
+            "convolutions (zeros as padding), linear layers, batch norm, "
             "ReLU, ReLU6, SiLU, sums, concatenations, pooling and flattening"
         )
     inputs = [n for n in network.graph.nodes if n.op == "placeholder"]

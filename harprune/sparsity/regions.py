@@ -7,7 +7,9 @@ the model's data flow lets them be; whatever else the model does runs in torch b
 
 import operator
 from collections.abc import Callable, Mapping
+from inspect import signature
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +27,13 @@ Role = Callable[[nn.Module], "type[g.Node] | None"]
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _RECTIFIERS = (torch.relu, F.relu, torch.relu_)
 _ACTIVATIONS: dict[object, type[g.Node]] = {F.silu: g.Swish, F.relu6: g.Rectifier6}
+
+
+class Ends(NamedTuple):
+    """Zeros before a map and behind it, as (rows, columns)."""
+
+    before: Pair = (0, 0)
+    behind: Pair = (0, 0)
 
 
 def split(
@@ -113,7 +122,7 @@ def output_axes(region: fx.GraphModule) -> list[int]:
     """How many axes each output of a region has."""
     (output,) = (node for node in region.graph.nodes if node.op == "output")
     outputs = output.args[0] if isinstance(output.args[0], tuple | list) else output.args
-    return [len(node.meta["tensor_meta"].shape) for node in outputs]
+    return [_axes(node) for node in outputs]
 
 
 def _is_convolution(node: fx.Node, modules: Mapping[str, nn.Module], role: Role) -> bool:
@@ -129,11 +138,17 @@ class _Translation:
 
     def __init__(self, modules: Mapping[str, nn.Module], role: Role):
         self._modules, self._role = modules, role
+        self._zeros: dict[fx.Node, Ends] = {}
 
     def supports(self, node: fx.Node) -> bool:
         """Whether the kernels run `node`, whose shapes are known."""
         if node.op not in ("call_module", "call_function", "call_method"):
             return False
+        if _zeros_around(node, self._modules) is not None:
+            # They are no step: the one convolution that reads them sees them as its own padding.
+            reader = next(iter(node.users))
+            alone = len(node.users) == 1 and _is_convolution(reader, self._modules, self._role)
+            return alone and self.supports(reader)
         shape, sources = _shape(node), node.all_input_nodes
         shapes = [s for s in map(_shape, sources) if s is not None]
         # A tensor of the model has no axis of images, though it may look so for one image.
@@ -167,6 +182,10 @@ class _Translation:
 
     def _make(self, node: fx.Node, graph: Graph, values: dict[fx.Node, int]) -> bool:
         """Add `node` to `graph` if the kernels can run it."""
+        if (zeros := _zeros_around(node, self._modules)) is not None:
+            self._zeros[node] = zeros
+            values[node] = _source(node, values)
+            return True
         if node.op == "call_module":
             return self._make_module(node, graph, values)
         call = node.target
@@ -194,7 +213,8 @@ class _Translation:
         module = self._modules[str(node.target)]
         role = self._role(module)
         if role is g.Convolution:
-            return _weighted(node, graph, values, getattr(module, "layer", module))
+            around = self._zeros.get(node.all_input_nodes[0], Ends())
+            return _weighted(node, graph, values, getattr(module, "layer", module), around)
         if role is not None:
             return _same(node, graph, values, role, name=node.name)
         match module:
@@ -255,6 +275,10 @@ def _shape(node: fx.Node) -> Shape | None:
     return Shape(*meta.shape[1:]) if len(meta.shape) in (2, 4) else None
 
 
+def _axes(node: fx.Node) -> int:
+    return len(node.meta["tensor_meta"].shape)
+
+
 def _add(
     node, graph: Graph, values, kind, shape: Shape, sources: tuple[int, ...], **fields
 ) -> None:
@@ -282,8 +306,8 @@ def _flatten(node, graph: Graph, values) -> bool:
     return True
 
 
-def _weighted(node, graph: Graph, values, layer: nn.Module) -> bool:
-    """A 2-d convolution with zero padding, or a linear layer on vectors."""
+def _weighted(node, graph: Graph, values, layer: nn.Module, around: Ends) -> bool:
+    """A 2-d convolution with zeros as padding, more of them `around`, or a linear layer."""
     source = _source(node, values)
     shape = graph.shapes[source]
     if isinstance(layer, nn.Linear):
@@ -295,7 +319,10 @@ def _weighted(node, graph: Graph, values, layer: nn.Module) -> bool:
         if padding is None or shape.channels != layer.in_channels:
             return False
         size, stride, dilation = map(_pair, (layer.kernel_size, layer.stride, layer.dilation))
-        window = Window(size, stride, padding, dilation)
+        before = _pair([a + b for a, b in zip(padding.before, around.before)])
+        behind = [a + b for a, b in zip(padding.behind, around.behind)]
+        extra = _pair([b - a for a, b in zip(before, behind)])
+        window = Window(size, stride, before, dilation, extra)
         groups, filters = layer.groups, layer.out_channels
     else:
         return False
@@ -306,16 +333,35 @@ def _weighted(node, graph: Graph, values, layer: nn.Module) -> bool:
     return True
 
 
-def _padding(layer: nn.Conv2d) -> Pair | None:
-    """The zeros on both ends of each side; None where they are something else, or not as many."""
+def _padding(layer: nn.Conv2d) -> Ends | None:
+    """The zeros that a convolution puts around a map; None where they are something else."""
     if layer.padding_mode != "zeros":
         return None
     if not isinstance(layer.padding, str):
-        return _pair(layer.padding)
+        return Ends(_pair(layer.padding), _pair(layer.padding))
     if layer.padding == "valid":
-        return (0, 0)
+        return Ends()
     both = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation)]
-    return None if any(n % 2 for n in both) else _pair([n // 2 for n in both])
+    return Ends(_pair([n // 2 for n in both]), _pair([n - n // 2 for n in both]))
+
+
+def _zeros_around(node: fx.Node, modules: Mapping[str, nn.Module]) -> Ends | None:
+    """The zeros that `node` puts around a map; None where it does something else."""
+    match modules.get(str(node.target)) if node.op == "call_module" else node.target:
+        case nn.ConstantPad2d(padding=sides, value=value):  # nn.ZeroPad2d is one
+            pass
+        case F.pad:
+            given = signature(F.pad).bind(*node.args, **node.kwargs).arguments
+            sides, value = given["pad"], given.get("value")
+            if given.get("mode", "constant") != "constant":
+                return None
+        case _:
+            return None
+    whole = len(sides) == 4 and all(isinstance(n, int) and n >= 0 for n in sides)
+    if not whole or value not in (None, 0) or _axes(node) != 4:
+        return None
+    left, right, top, bottom = sides
+    return Ends((top, left), (bottom, right))
 
 
 def _pool(node, graph: Graph, values, kind, window: Window, **fields) -> bool:
@@ -349,7 +395,7 @@ def _make_mean(node, graph: Graph, values) -> bool:
     shape = graph.shapes[_source(node, values)]
     if not isinstance(axes, tuple | list) or sorted(a % 4 for a in axes) != [2, 3]:
         return False
-    if len(node.all_input_nodes[0].meta["tensor_meta"].shape) != 4:
+    if _axes(node.all_input_nodes[0]) != 4:
         return False
     return _pool(node, graph, values, g.MeanPool, Window(shape[1:], shape[1:]), adaptive=True)
 

@@ -93,6 +93,7 @@ def drawn(seed: int, nodes: int = 10) -> Network:
                     size,
                     tuple(map(int, random.integers(1, 3, 2))),
                     tuple(int(random.integers(0, k)) for k in size),
+                    extra=tuple(map(int, random.integers(0, 2, 2))),
                 )
                 groups = int(random.choice([n for n in (1, 2, 3, 4) if shape.channels % n == 0]))
                 made.convolution(source, groups * int(random.integers(1, 4)), window, groups)
@@ -130,7 +131,9 @@ def by_torch(network: Network, images: np.ndarray) -> np.ndarray:
             case g.Convolution(window=w):
                 weight = torch.from_numpy(network.weight(node.name).copy()).double()
                 bias = vectors[0] if vectors else None
-                y = F.conv2d(x[0], weight, bias, w.stride, w.padding, w.dilation, node.groups)
+                (top, left), (below, beside) = w.padding, w.extra
+                wide = F.pad(x[0], (left, left + beside, top, top + below))
+                y = F.conv2d(wide, weight, bias, w.stride, 0, w.dilation, node.groups)
             case g.Affine():
                 y = x[0] * vectors[0].view(-1, 1, 1) + vectors[1].view(-1, 1, 1)
             case g.Rectifier():

@@ -51,12 +51,14 @@ def convolutions(draw):
         (draw(st.integers(1, most)), draw(st.integers(1, most))) for most in (5, 3, 2)
     )
     padding = draw(st.integers(0, 2)), draw(st.integers(0, 2))
-    least = [d * (k - 1) + 1 - 2 * p for k, d, p in zip(size, dilation, padding)]
+    extra = tuple(draw(st.sampled_from([0, 0, 1, 2, -p])) for p in padding)
+    room = (2 * p + e for p, e in zip(padding, extra))
+    least = [d * (k - 1) + 1 - n for k, d, n in zip(size, dilation, room)]
     sides = [max(1, n) + draw(st.integers(0, 18)) for n in least]
     return {
         "shape": (filters, per_group, *size),
         "groups": groups,
-        "window": Window(size, stride, padding, dilation),
+        "window": Window(size, stride, padding, dilation, extra),
         "sides": sides,
         "images": draw(st.sampled_from([1, 2, 15, 16, 17, 33, 65])),
         "density": draw(st.sampled_from([0.0, 0.03, 0.2, 0.7, None])),
@@ -104,7 +106,9 @@ class Case:
         x, weight, bias = (
             torch.tensor(a, requires_grad=True) for a in (self.x, self.weight, self.bias)
         )
-        y = F.conv2d(x, weight, bias, w.stride, w.padding, w.dilation, layer["groups"])
+        (top, left), (below, beside) = w.padding, w.extra
+        wide = F.pad(x, (left, left + beside, top, top + below))
+        y = F.conv2d(wide, weight, bias, w.stride, 0, w.dilation, layer["groups"])
         y = F.relu(y) if layer["rectify"] else y
         y.backward(torch.tensor(self.gradient))
         self.y, self.to_x, self.to_weight = y.detach().numpy(), x.grad.numpy(), weight.grad.numpy()

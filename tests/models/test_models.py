@@ -59,6 +59,10 @@ def test_prunable_weights_are_those_of_the_field(name, num_classes, weights, lay
         ("resnet2b", 3, 10, 112_006),
         ("cnn_a", 3, 10, 214_918),
         ("cifar_base", 3, 10, 105_966),
+        # RobustBench's definitions have as many.
+        ("dm_wrn28_10", 3, 10, 36_479_194),
+        ("dm_wrn70_16", 3, 10, 266_796_506),
+        ("dm_preact_resnet18", 3, 10, 12_548_426),
     ],
 )
 def test_parameters_are_those_published(name, in_channels, num_classes, parameters):
@@ -74,7 +78,7 @@ def test_small_cnn_has_about_a_hundred_thousand_weights():
 @pytest.mark.parametrize("name", list_models())
 def test_every_network_is_traceable_and_gives_logits(name):
     torch.manual_seed(0)
-    width = 4 if name.startswith(("wrn", "vgg", "resnet", "preact")) else None
+    width = 4 if name.startswith(("wrn", "vgg", "resnet", "preact", "dm")) else None
     model = create_model(name, 7, in_channels=1, width=width).eval()
     sizes = (FIXED_SIZE[name],) if name in FIXED_SIZE else (32, 48)
     traced = fx.symbolic_trace(model)
@@ -101,7 +105,8 @@ def test_a_strided_stem_quarters_the_operations():
 
 
 @pytest.mark.parametrize(
-    "name", ["vgg16_bn", "resnet18", "preact_resnet18", "wrn28_4", "small_cnn"]
+    "name",
+    ["vgg16_bn", "resnet18", "preact_resnet18", "wrn28_4", "small_cnn", "dm_preact_resnet18"],
 )
 def test_width_scales_the_first_stage(name):
     def stage_channels(width):
@@ -112,7 +117,8 @@ def test_width_scales_the_first_stage(name):
 
 
 def test_gradients_reach_every_parameter_of_every_family():
-    for name in ("vgg16_bn", "resnet50", "preact_resnet18", "wrn28_4", "small_cnn", "resnet2b"):
+    families = ("vgg16_bn", "resnet50", "preact_resnet18", "wrn28_4", "small_cnn", "resnet2b")
+    for name in (*families, "dm_wrn28_10", "dm_preact_resnet18"):
         torch.manual_seed(0)
         model = create_model(name, 10, width=4)
         model(torch.rand(4, 3, 32, 32)).square().sum().backward()
@@ -249,3 +255,22 @@ def test_timm_networks():
     assert model(torch.rand(2, 1, 64, 64)).shape == (2, 10)
     with pytest.raises(ValueError, match="timm has no model 'resnet81'; nearest: resnet"):
         create_model("timm:resnet81", 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("dm_wrn28_10", "conv_0"), ("dm_preact_resnet18", "conv_2d_1")]
+)
+def test_deepminds_networks_pad_as_tensorflow_does(name, first):
+    torch.manual_seed(0)
+    model = create_model(name, 10, width=4).eval()
+    block = (model.layer[1].block if name == "dm_wrn28_10" else model.layer_1)[0]
+    seen = []
+    layer = getattr(block, first)
+    layer.register_forward_hook(lambda module, given, out: seen.append((*given, out)))
+    with torch.no_grad():
+        model(torch.rand(2, 3, 32, 32))
+    ((padded, out),) = seen
+    # SAME: one column more where a window of three goes over 32 columns by steps of two.
+    assert padded.shape[-2:] == (33, 33) and out.shape[-2:] == (16, 16)
+    assert not padded[..., -1, :].any() and not padded[..., -1].any()
+    assert padded[..., 0, :].any() and padded[..., 0].any()

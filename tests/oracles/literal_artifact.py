@@ -38,10 +38,10 @@ def _shape(node, sources) -> list[int]:
     channels, *sides = sources[0]
     if "size" in node:
         stride, padding = node.get("stride", [1, 1]), node.get("padding", [0, 0])
-        dilation = node.get("dilation", [1, 1])
+        dilation, extra = node.get("dilation", [1, 1]), node.get("extra", [0, 0])
         sides = [
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, d in zip(sides, node["size"], stride, padding, dilation)
+            (n + 2 * p + e - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d, e in zip(sides, node["size"], stride, padding, dilation, extra)
         ]
     if node["op"] == "flatten":
         return [channels * sides[0] * sides[1], 1, 1]

@@ -48,7 +48,8 @@ def _convolve(node, x, shape, weight, bias):
     w, per_group = node.window, len(weight) // node.groups
     channels = weight.shape[1]
     (py, px), (sy, sx), (dy, dx) = w.padding, w.stride, w.dilation
-    wide = np.pad(x, ((0, 0), (0, 0), (py, py), (px, px)))
+    after_y, after_x = py + w.extra[0], px + w.extra[1]
+    wide = np.pad(x, ((0, 0), (0, 0), (py, after_y), (px, after_x)))
     out = np.zeros((len(x), *shape))
     for o, i, j in np.ndindex(*shape):
         first = o // per_group * channels

@@ -98,6 +98,65 @@ def test_functions_and_methods_are_run_too(ending):
     assert torch.allclose(got, wanted, rtol=1e-9, atol=1e-12)
 
 
+class Padded(nn.Module):
+    """A convolution that reads a map with zeros around it, beside what reads the map itself."""
+
+    def __init__(self, pad, size=3, **options):
+        super().__init__()
+        self.first, self.pad = nn.Conv2d(3, 4, 3), pad
+        self.second, self.shortcut = nn.Conv2d(4, 6, size, **options), nn.Conv2d(4, 6, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        second = self.second(self.pad(x))
+        return torch.cat([second.flatten(1), self.shortcut(x).flatten(1)], 1)
+
+
+EVEN = {"padding": "same", "dilation": (1, 3)}
+PADDED = {
+    "uneven": Padded(lambda x: F.pad(x, (0, 1, 0, 1)), stride=2),
+    "named": Padded(lambda x: F.pad(x, pad=[2, 0, 0, 3], value=0.0), stride=(1, 2)),
+    "on top of its own": Padded(nn.ZeroPad2d((1, 0, 2, 0)), padding=1),
+    "even size": Padded(nn.Identity(), size=4, **EVEN),
+    "even size, padded": Padded(nn.ConstantPad2d(1, 0.0), size=2, **EVEN),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("images", [3, 20])  # in rows, and in blocks too
+@pytest.mark.parametrize("model", PADDED.values(), ids=PADDED)
+def test_zeros_around_a_map_are_the_convolutions_padding(model, images):
+    torch.manual_seed(0)
+    model = model.double()
+    x = torch.rand(images, 3, 9, 8, dtype=torch.float64, requires_grad=True)
+    found, others = parts(model, x.detach())
+    assert len(found) == 1 and [n.target for n in others] in ([torch.cat], [])
+    for function in (twin(model).current(), training_twin(model)):
+        expected, logits = model(x), function(x)
+        assert torch.allclose(logits, expected, rtol=1e-10, atol=1e-12)
+        wanted, got = (torch.autograd.grad(z.square().sum(), x)[0] for z in (expected, logits))
+        assert torch.allclose(got, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "pad",
+    [
+        lambda x: F.pad(x, (0, 1, 0, 1), value=1.0),
+        lambda x: F.pad(x, (0, 1, 0, 1), mode="replicate"),
+        lambda x: F.pad(x, (0, -1, 0, 1)),
+        lambda x: F.pad(x, (0, 1)),
+        lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1)), 2),
+        nn.ReflectionPad2d(1),
+    ],
+)
+def test_torch_puts_anything_else_around_a_map(pad):
+    torch.manual_seed(0)
+    model = Padded(pad).double()
+    x = torch.rand(3, 3, 9, 8, dtype=torch.float64)
+    assert len(parts(model, x)[1]) > 0
+    assert torch.allclose(twin(model).current()(x), model(x), rtol=1e-10, atol=1e-12)
+
+
 class Mixed(nn.Module):
     """Two convolutions that something foreign to the kernels comes between."""
 

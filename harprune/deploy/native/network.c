@@ -154,9 +154,9 @@ static int same(struct shape a, struct shape b) {
 static struct shape slid(struct reader *r, const struct window *w, struct shape s) {
     int64_t sides[2] = {s.height, s.width};
     for (int i = 0; i < 2; i++) {
-        const int64_t room =
-            sides[i] + 2 * w->padding[i] - w->dilation[i] * (w->size[i] - 1) - 1;
-        if (w->stride[i] < 1 || w->dilation[i] < 1 || room < 0)
+        const int64_t room = sides[i] + 2 * w->padding[i] + w->extra[i] -
+                             w->dilation[i] * (w->size[i] - 1) - 1;
+        if (w->stride[i] < 1 || w->dilation[i] < 1 || w->padding[i] + w->extra[i] < 0 || room < 0)
             hpn_fail(r->work, "the window of %s does not fit its map", r->what);
         sides[i] = room / w->stride[i] + 1;
     }
@@ -168,7 +168,7 @@ static void require_pool(struct reader *r, const struct node *n, struct shape s,
     const int64_t sides[2] = {s.height, s.width};
     int sound = n->op == MEAN || w->size[0] * w->size[1] <= LARGEST_WINNER;
     for (int i = 0; i < 2; i++) {
-        sound &= w->dilation[i] == 1 && 2 * w->padding[i] <= w->size[i];
+        sound &= w->dilation[i] == 1 && 2 * w->padding[i] <= w->size[i] && !w->extra[i];
         if (adaptive)
             sound &= w->stride[i] == w->size[i] && !w->padding[i] && sides[i] % w->size[i] == 0;
     }
@@ -341,12 +341,13 @@ static void read_node(struct reader *r, int64_t number, struct json *fields) {
     if (n->op == CONCATENATION ? n->reads < 1 : n->reads != (n->op == SUM ? 2 : 1))
         hpn_fail(r->work, "%s reads %lld values", r->what, (long long)n->reads);
     if (OPS[n->op].named) n->name = needed(r, fields, "name", STRING);
-    *w = (struct window){{1, 1}, {1, 1}, {0, 0}, {1, 1}};
+    *w = (struct window){{1, 1}, {1, 1}, {0, 0}, {1, 1}, {0, 0}};
     if (OPS[n->op].windowed) {
         integers(r, needed(r, fields, "size", ARRAY), 2, 1, LARGEST_EXTENT, w->size);
         integers(r, field(r, fields, "stride", ARRAY), 2, 1, LARGEST_EXTENT, w->stride);
         integers(r, field(r, fields, "padding", ARRAY), 2, 0, LARGEST_EXTENT, w->padding);
         integers(r, field(r, fields, "dilation", ARRAY), 2, 1, LARGEST_EXTENT, w->dilation);
+        integers(r, field(r, fields, "extra", ARRAY), 2, -LARGEST_EXTENT, LARGEST_EXTENT, w->extra);
     }
     n->groups = n->full_area = 1;
     int adaptive = 0;
@@ -368,8 +369,10 @@ static void read_node(struct reader *r, int64_t number, struct json *fields) {
         read_weights(r, n, needed(r, fields, "weights", OBJECT));
         if (field(r, fields, "bias", ARRAY)) n->shift = vector(r, fields, "bias", n->filters);
         int64_t *border = net->borders[n->from[0]];
-        for (int i = 0; i < 2; i++)
-            if (w->padding[i] > border[i]) border[i] = w->padding[i];
+        for (int i = 0; i < 2; i++) {
+            const int64_t most = w->padding[i] + (w->extra[i] > 0 ? w->extra[i] : 0);
+            if (most > border[i]) border[i] = most;
+        }
     }
     if (n->op == AFFINE) {
         n->scale = vector(r, fields, "scale", shape.channels);

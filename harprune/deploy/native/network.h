@@ -14,7 +14,7 @@ struct shape {
 };
 
 struct window {
-    int64_t size[2], stride[2], padding[2], dilation[2];
+    int64_t size[2], stride[2], padding[2], dilation[2], extra[2];
 };
 
 struct node {
