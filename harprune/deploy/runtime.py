@@ -27,7 +27,7 @@ def load(path: str | Path, threads: int = 1) -> "Engine":
     """The network of a file, ready to run.
 
     Args:
-        threads: how many share the work; results do not depend on it. Blocks of 16 images run side
+        threads: how many share the work; results do not depend on it. Blocks of images run side
             by side, and of few images each layer is shared out where that is faster.
 
     Raises:
@@ -96,7 +96,7 @@ class Engine:
         with self._turn:
             runner = self._runner(*images.shape[2:])
             logits = np.empty((len(images), self.network.output_shape.channels), np.float32)
-            together = max(_TOGETHER, self.threads * native.LANES)
+            together = max(_TOGETHER, self.threads * runner.kernels.lanes)
             for first in range(0, len(images), together):
                 part = images[first : first + together]
                 (maps,) = runner.forward([part])

@@ -9,7 +9,7 @@ step that adds the last of it also applies these, so no step reads a gradient th
 
 from collections.abc import Sequence
 
-from harprune.kernels.native import LANES, Kernels
+from harprune.kernels.native import Kernels
 from harprune.kernels.rowsteps import (
     Bits,
     Map,
@@ -127,8 +127,8 @@ class _Walk:
                 step.kept = Bits(step.made.whole, parts=height * width)
                 return RowStep("max_spread", shape, gradient, node=step.node, kept=step.kept)
             case "swish" | "relu6":
-                numbers = LANES * self.kernels.dtype.itemsize // self.kernels.sign_bytes
-                step.kept = Bits(step.made.whole, parts=numbers)
+                vector = self.kernels.lanes * self.kernels.dtype.itemsize
+                step.kept = Bits(step.made.whole, parts=vector // self.kernels.sign_bytes)
                 return RowStep("times_slopes", shape, gradient, kept=step.kept)
             case _:
                 return RowStep("mean_spread", shape, gradient, node=step.node)

@@ -10,7 +10,7 @@ import numpy as np
 
 from harprune.kernels.graph import Convolution, Graph
 from harprune.kernels.lists import Pattern
-from harprune.kernels.native import LANES, Kernels
+from harprune.kernels.native import Kernels
 from harprune.kernels.rowsteps import NotInRows
 
 BUSY = 0.5
@@ -69,7 +69,7 @@ class Layouts(ABC, Generic[Stage]):
 
     def stages(self, images: int) -> list[Stage]:
         """What runs one after the other on so many images."""
-        return self.for_few if images < LANES else self.for_blocks
+        return self.for_few if images < self.kernels.lanes else self.for_blocks
 
     @cached_property
     def for_few(self) -> list[Stage]:
@@ -79,7 +79,7 @@ class Layouts(ABC, Generic[Stage]):
 
     @cached_property
     def for_blocks(self) -> list[Stage]:
-        """What runs on 16 images or more."""
+        """What runs on a block of images or more."""
         large, small = self.graph.parted(0 if self.is_busy else self._first_small)
         if not small.nodes:  # then `large` may lack what the graph gives out twice
             return self.for_few

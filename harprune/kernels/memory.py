@@ -9,7 +9,6 @@ from typing import Protocol, TypeVar
 
 from harprune.kernels.graph import Shape
 from harprune.kernels.lists import Strides
-from harprune.kernels.native import LANES
 
 ALIGNMENT = 64
 LARGEST = 2**31 - 1
@@ -18,9 +17,10 @@ LARGEST = 2**31 - 1
 
 @dataclass(eq=False)
 class Buffer:
-    """A map of a block in the arena; `border` rows and columns of zeros surround it."""
+    """A map of a block of `lanes` images; `border` rows and columns of zeros surround it."""
 
     shape: Shape
+    lanes: int
     border: list[int] = field(default_factory=lambda: [0, 0])
     at: int = -1
 
@@ -44,8 +44,8 @@ class Buffer:
 
     @property
     def strides(self) -> Strides:
-        row = (self.shape.width + 2 * self.border[1]) * LANES
-        return Strides((self.shape.height + 2 * self.border[0]) * row, row, LANES)
+        row = (self.shape.width + 2 * self.border[1]) * self.lanes
+        return Strides((self.shape.height + 2 * self.border[0]) * row, row, self.lanes)
 
     @property
     def origin(self) -> int:
@@ -85,7 +85,7 @@ class Unflattened(Buffer):
     """A vector's memory read as the map that it was flattened from."""
 
     def __init__(self, whole: Buffer, shape: Shape):
-        super().__init__(shape)
+        super().__init__(shape, whole.lanes)
         self.whole = whole
 
     @property

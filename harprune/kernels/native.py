@@ -57,7 +57,6 @@ TEAM = np.dtype(
 )
 """`struct team` of team.h."""
 
-LANES = 16
 KINDS = [
     "pack",
     "unpack",
@@ -118,7 +117,7 @@ class Kernels:
         name: avx512_bf16, avx512, avx2, neon, plain or float64.
         dtype: of every number, float32, or float64 for the last.
         sign_bytes: bytes that keep the signs of one position of a block.
-        lanes: numbers of a vector.
+        lanes: numbers of a vector, and images of a block.
         tile: vectors of sums that a tile holds, at most.
         has_bf16: whether gradients to all weights can be computed with bf16 products.
     """

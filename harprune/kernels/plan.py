@@ -28,7 +28,7 @@ from harprune.kernels.graph import (
     Shape,
 )
 from harprune.kernels.memory import Buffer, Kept, Unflattened, View, place_kept, place_maps
-from harprune.kernels.native import LANES, Kernels
+from harprune.kernels.native import Kernels
 
 
 @dataclass(eq=False)
@@ -170,9 +170,12 @@ class Plan:
 
     # Forward --------------------------------------------------------------------------------
 
+    def _buffer(self, shape: Shape) -> Buffer:
+        return Buffer(shape, self.kernels.lanes)
+
     def _map(self, value: int) -> Buffer:
         if value not in self.maps:
-            self.maps[value] = Buffer(self.graph.shapes[value])
+            self.maps[value] = self._buffer(self.graph.shapes[value])
         return self.maps[value]
 
     def _forward(self) -> None:
@@ -212,11 +215,11 @@ class Plan:
                 step.kind = "max_pool" if isinstance(main, MaxPool) else "mean_pool"
                 step.pool = main
                 if isinstance(main, MaxPool):
-                    step.kept = self.kept[fused.out] = Kept(shape, LANES)
+                    step.kept = self.kept[fused.out] = Kept(shape, self.kernels.lanes)
             case Activation():
                 step.kind = main.kind
                 if self.gradients is not None:
-                    size = LANES * self.kernels.dtype.itemsize
+                    size = self.kernels.lanes * self.kernels.dtype.itemsize
                     step.kept = self.kept[fused.out] = Kept(shape, size)
             case Flatten():
                 step.shape, step.out = source.shape, View(Unflattened(out, source.shape))
@@ -254,7 +257,7 @@ class Plan:
                 self._totals[value].left += 1
         first = len(self.graph.inputs) + len(self.graph.outputs)
         for number, value in enumerate(self.graph.outputs, start=first):
-            arrived = Buffer(self.graph.shapes[value])
+            arrived = self._buffer(self.graph.shapes[value])
             step = Step("pack", arrived.shape, out=View(arrived), external=number)
             self.backward.append(step)
             self._share_as_it_is(value, arrived)
@@ -361,7 +364,7 @@ class Plan:
             return
         signs, before = total.counted(), total.deferred or total.buffer
         total.deferred = None
-        total.buffer = total.buffer or Buffer(self.graph.shapes[value])
+        total.buffer = total.buffer or self._buffer(self.graph.shapes[value])
         for step in steps:
             (top, left), skip = step.signs_view[:2], step.signs_view[2:]
             step.out = View(total.buffer, 0, top, left, skip)
@@ -376,7 +379,7 @@ class Plan:
         if total is None:
             return
         signs, begun, shape = total.counted(), total.begun, self.graph.shapes[value]
-        total.buffer = total.buffer or Buffer(shape)
+        total.buffer = total.buffer or self._buffer(shape)
         whole = View(total.buffer)
         if total.deferred is not None:
             self.backward.append(Step("scale", shape, View(total.deferred), whole))

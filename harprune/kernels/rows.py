@@ -22,7 +22,6 @@ from harprune.kernels.lists import QUAD, List, Pattern, order_by, starts_by
 from harprune.kernels.memory import ALIGNMENT, place_maps
 from harprune.kernels.native import (
     DISPLACEMENT,
-    LANES,
     ROW_KINDS,
     ROW_STEP,
     ROW_STORES,
@@ -177,10 +176,10 @@ def _room(graph: Graph, values: Sequence[int], images: int, kernels: Kernels) ->
 
 def _place_bits(steps: Sequence[RowStep], kernels: Kernels) -> int:
     """Give what steps leave in an image's record its places there; the bytes of a record."""
-    vector_bytes, at = kernels.sign_bytes * kernels.lanes // LANES, 0
+    at = 0
     for bits in (b for step in steps for b in (step.signs_out, step.kept) if b is not None):
         bits.at = at
-        at += bits.vectors * vector_bytes
+        at += bits.vectors * kernels.sign_bytes
     return max(ALIGNMENT, whole(at, ALIGNMENT))
 
 
@@ -337,7 +336,7 @@ class _Program:
     def _link_list(self, row: np.void, step: RowStep) -> None:
         name = step.convolution.name
         pattern, read, lanes = self.patterns[name], step.read.whole, self.kernels.lanes
-        quads = _in_quads(step, pattern)
+        quads = _in_quads(step, pattern, self.kernels)
         row["whole"] = as_it_is = reads_whole(step, QUAD if quads else 1, self.kernels)
         taps = _taps_of(step, as_it_is)
         listed = _row_quads if quads else _row_list
@@ -357,9 +356,14 @@ class _Program:
         return table.ctypes.data
 
 
-def _in_quads(step: RowStep, pattern: Pattern) -> bool:
-    """Whether four filters of a layer that keeps all its weights walk one list."""
+def _in_quads(step: RowStep, pattern: Pattern, kernels: Kernels) -> bool:
+    """Whether four filters of a layer that keeps all its weights walk one list.
+
+    Where a tile has no room for whole rows of four, more lines of one are faster.
+    """
     if pattern.index is not None or step.convolution.groups > 1:
+        return False
+    if not reads_whole(step, QUAD, kernels):
         return False
     if step.transposed:  # the phases of a stride see different taps
         return step.window.stride == (1, 1) and pattern.shape[1] % QUAD == 0

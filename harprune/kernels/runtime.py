@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a plan: its steps as the kernels read them, memory for every block, one thread per block.
 
-Blocks of 16 images do not depend on one another, and sums over blocks are taken in their order,
+Blocks of images do not depend on one another, and sums over blocks are taken in their order,
 so a result does not depend on the number of threads.
 """
 
@@ -30,7 +30,7 @@ from harprune.kernels.lists import (
     window_offsets,
 )
 from harprune.kernels.memory import ALIGNMENT, View
-from harprune.kernels.native import ALL, GRADIENT, KEPT, KINDS, LANES, STEP
+from harprune.kernels.native import ALL, GRADIENT, KEPT, KINDS, STEP
 from harprune.kernels.plan import Plan, Step
 
 _CACHE = 1280 * 1024
@@ -50,12 +50,13 @@ class Memory:
     """What one batch occupies between its forward and its backward steps."""
 
     images: int
+    lanes: int
     arena: np.ndarray
     kept: np.ndarray
 
     @property
     def blocks(self) -> int:
-        return -(-self.images // LANES)
+        return -(-self.images // self.lanes)
 
 
 Normalise = Callable[[str, np.ndarray, int], None]
@@ -236,7 +237,8 @@ class Executable:
         self.plan.spare.append(memory)
 
     def _memory(self, images: int) -> Memory:
-        blocks = -(-images // LANES)
+        lanes = self.plan.kernels.lanes
+        blocks = -(-images // lanes)
         arenas = blocks if self.plan.training else min(self.threads, blocks)
         with self._choosing:
             for position, spare in enumerate(self.plan.spare):
@@ -246,7 +248,7 @@ class Executable:
                     return spare
             self.plan.spare.clear()  # smaller ones, which a larger one soon stands in for
         arena = aligned((arenas, self.plan.arena_bytes))
-        return Memory(images, arena, aligned((blocks, self.plan.kept_bytes)))
+        return Memory(images, lanes, arena, aligned((blocks, self.plan.kept_bytes)))
 
     def _run(
         self,
@@ -285,9 +287,10 @@ class Executable:
             free.put(arena)
 
         def one(block: int) -> None:
+            first_image = block * memory.lanes
             external = np.zeros(self._externals + len(self._moments), np.uint64)
             for number, array in enumerate(arrays, start=first):
-                external[number] = array[block * LANES :].ctypes.data
+                external[number] = array[first_image:].ctypes.data
             if moments is not None:
                 external[self._moments[moments[0]]] = moments[1][block].ctypes.data
             arena = block if self.plan.training else free.get()
@@ -297,7 +300,7 @@ class Executable:
                     memory.arena[arena].ctypes.data,
                     memory.kept[block].ctypes.data,
                     external,
-                    min(LANES, memory.images - block * LANES),
+                    min(memory.lanes, memory.images - first_image),
                 )
             finally:
                 free.put(arena)

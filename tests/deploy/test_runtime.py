@@ -223,7 +223,7 @@ def test_memory_is_used_again():
     largest = executable.plan.spare[0]
     engine(images(17)), engine(images(2000))
     assert executable.plan.spare == [largest] and memory is not largest
-    assert largest.blocks <= 256 // native.LANES
+    assert largest.blocks <= 256 // native.best().lanes
 
 
 @pytest.mark.parametrize(

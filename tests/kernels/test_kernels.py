@@ -674,11 +674,11 @@ def test_memory_used_again_leaves_no_trace(kind):
 
 
 def test_a_map_whose_offsets_would_wrap_is_refused():
-    graph = Graph()
-    x, y = graph.value(Shape(32, 2048, 2046)), graph.value(Shape(1, 2048, 2046))
+    graph, channels = Graph(), 512 // native.best().lanes
+    x, y = graph.value(Shape(channels, 2048, 2046)), graph.value(Shape(1, 2048, 2046))
     graph.nodes = [g.Convolution((x,), y, "a", Window((3, 3), (1, 1), (1, 1)), bias=False)]
     graph.inputs, graph.outputs = [x], [y]
-    with pytest.raises(ValueError, match=r"\(32, 2048, 2046\) takes 2149580800 numbers .* 'dense'"):
+    with pytest.raises(ValueError, match=r", 2048, 2046\) takes 2149580800 numbers .* 'dense'"):
         Plan(graph, native.best())
 
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* From a network to the kernels' steps over one block of 16 images, as kernels/plan.py makes them:
+/* From a network to the kernels' steps over one block of images, as kernels/plan.py makes them:
  * a sum and a ReLU go into the step before them, and maps of one geometry share memory. */
 #include "../../kernels/native/blocks.h"
 #include "harprune.h"
@@ -24,7 +24,7 @@ struct fused {
 
 struct buffer {
     struct shape shape;
-    int64_t border[2], last, slot; /* `last` is the step that views it last */
+    int64_t border[2], lanes, last, slot; /* `last` is the step that views it last */
 };
 
 /* Part of a buffer: from a channel on, in steps of `skip`. With `map`, a vector's memory read as the
@@ -164,7 +164,7 @@ static void plan(struct hpn *h) {
     h->buffers = hpn_take(&h->work, n->count + 1, sizeof *h->buffers);
     for (int64_t i = 0; i <= n->count; i++)
         h->buffers[i] = (struct buffer){
-            n->shapes[i], {n->borders[i][0], n->borders[i][1]}, 0, -1};
+            n->shapes[i], {n->borders[i][0], n->borders[i][1]}, h->kernels->lanes, 0, -1};
     struct planned *p = add(h, PACK, n->shapes[0]);
     p->out = whole(h, 0), p->external = 0;
     for (int64_t i = 0; i < n->count; i++)
@@ -175,7 +175,9 @@ static void plan(struct hpn *h) {
 
 /* Memory ------------------------------------------------------------------------------------- */
 
-static int64_t row_of(const struct buffer *b) { return (b->shape.width + 2 * b->border[1]) * LANES; }
+static int64_t row_of(const struct buffer *b) {
+    return (b->shape.width + 2 * b->border[1]) * b->lanes;
+}
 
 static int64_t plane_of(const struct buffer *b) {
     return (b->shape.height + 2 * b->border[0]) * row_of(b);
@@ -225,8 +227,8 @@ static struct map place_of(const struct hpn *h, const struct view *v) {
     struct map m = {0};
     if (!v->buffer) return m;
     const struct buffer *b = v->buffer;
-    const int64_t origin = b->border[0] * row_of(b) + b->border[1] * LANES;
-    m.plane = plane_of(b), m.row = row_of(b), m.column = LANES;
+    const int64_t origin = b->border[0] * row_of(b) + b->border[1] * b->lanes;
+    m.plane = plane_of(b), m.row = row_of(b), m.column = b->lanes;
     if (v->map) {
         /* A position of the map is a channel of the vector, which has a border of its own. */
         m.column = m.plane;
@@ -250,7 +252,7 @@ static int32_t *window_offsets(struct hpn *h, const struct node *n, const struct
         const int64_t channel = i / (w->size[0] * w->size[1]);
         offsets[i] = (int32_t)(channel * plane_of(read) +
                                (l * w->dilation[0] - w->padding[0]) * row_of(read) +
-                               (k * w->dilation[1] - w->padding[1]) * LANES);
+                               (k * w->dilation[1] - w->padding[1]) * read->lanes);
     }
     return offsets;
 }
@@ -376,7 +378,7 @@ static void prepare(struct hpn *h) {
     /* Nobody asks which of a window was the largest: all pools note it in the same place. */
     for (int64_t i = 0; i < h->count; i++) {
         const struct shape s = h->planned[i].shape;
-        const int64_t bytes = s.channels * s.height * s.width * LANES;
+        const int64_t bytes = s.channels * s.height * s.width * h->kernels->lanes;
         if (h->planned[i].kind == MAX_POOL && bytes > h->winner_bytes) h->winner_bytes = bytes;
     }
     place_maps(h);
@@ -449,10 +451,11 @@ const char *hpn_class_name(const struct hpn *h, int64_t number) {
 void hpn_run(struct hpn *h, const float *images, int64_t count, float *logits) {
     const struct shape s = h->network.shapes[0];
     const int64_t image = s.channels * s.height * s.width, classes = hpn_classes(h);
-    for (int64_t first = 0; first < count; first += LANES) {
+    const int64_t block = h->kernels->lanes;
+    for (int64_t first = 0; first < count; first += block) {
         char *const external[2] = {(char *)(uintptr_t)(images + first * image),
                                    (char *)(logits + first * classes)};
         h->kernels->run(h->steps, h->count, h->arena, h->winners, external,
-                        count - first < LANES ? count - first : LANES);
+                        count - first < block ? count - first : block);
     }
 }

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Sparse weights times dense activations: the steps that a plan is made of.
  *
- * Activations lie in blocks of LANES images, the image innermost: a map is
- * [channel][row][column][LANES] with a border of zeros as wide as its readers reach. A kept weight
- * then costs one broadcast and one multiply-add per vector, all loads are aligned, and no position
+ * Activations lie in blocks of as many images as a vector holds, the image innermost: a map is
+ * [channel][row][column][image] with a border of zeros as wide as its readers reach. A kept weight
+ * then costs one broadcast, and one multiply-add a position, all loads are aligned, and no position
  * needs a bounds check. A plan is an array of steps over two memories: the arena, with the maps, and
  * what the forward steps of a block keep for its backward steps: signs and slopes of activations and
  * the winners of poolings. Every place in them is a byte offset, every stride is counted in numbers.
@@ -15,8 +15,6 @@
 
 #include "small.h"
 #include "team.h"
-
-#define LANES 16
 
 enum kind {
     PACK,          /* images [n][c][h][w] -> map */
@@ -86,7 +84,7 @@ struct gradient {
 struct kernels {
     const char *name;
     int64_t number_bytes, sign_bytes; /* of a number; of the signs of one position */
-    int64_t lanes, tile;              /* numbers of a vector; vectors of sums at once */
+    int64_t lanes, tile;              /* images of a block; vectors of sums at once */
     void (*run)(const struct step *steps, int64_t count, char *arena, char *kept,
                 char *const *external, int64_t images);
     void (*kept_gradient)(const struct gradient *task, const char *arena, int64_t arena_stride,
