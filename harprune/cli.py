@@ -287,6 +287,8 @@ def evaluate(
     if not as_json:
         for line in result.lines():
             typer.echo(line)
+        if result.attacks:
+            typer.echo(f"attacked under {result.threat}")
     changed = {} if before is None else differing(before, result)
     if as_json:
         record = asdict(result)
