@@ -287,6 +287,8 @@ def evaluate(
     if not as_json:
         for line in result.lines():
             typer.echo(line)
+        if result.attacks:
+            typer.echo(f"attacked under {result.threat}")
     changed = {} if before is None else differing(before, result)
     if as_json:
         record = asdict(result)
@@ -704,10 +706,13 @@ def _guarded() -> int:
         return _fail(f"{error}{way}", 2)
     except ValueError as error:
         return _fail(str(error), 2)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
             raise
-        way = "lower the batch_size of this stage; where it has begun, choose another --out"
+        way = (
+            "choose a smaller network, or lower the batch_size of this stage; where it has begun, "
+            "choose another --out"
+        )
         return _fail(f"{error}; {way}", 2)
     except _Terminated:
         return _fail("ended by SIGTERM; give the same command again to go on", _TERMINATED)
@@ -716,6 +721,13 @@ def _guarded() -> int:
     if code == _INTERRUPTED:
         return _fail("interrupted; give the same command again to go on", code)
     return code
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether an accelerator's memory was too little, or main memory, for NumPy or for torch."""
+    # Torch, which is not imported for this, has a class for the one and words alone for the other.
+    cuda = type(error).__name__ == "OutOfMemoryError"
+    return cuda or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _fail(text: str, code: int) -> int:

@@ -15,7 +15,8 @@ from typing import Any, cast
 
 import numpy as np
 
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)
 
 
 class Unwritten(OSError):
@@ -26,7 +27,7 @@ class Unwritten(OSError):
         self.reason = error.reason if isinstance(error, Unwritten) else error.strerror or str(error)
         way = (
             "allow writing there, or name another place"
-            if error.errno in _FORBIDDEN
+            if error.errno in _FORBIDDEN + _NO_PLACE
             else "make room and give the same command again"
         )
         super().__init__(f"{path} could not be written ({self.reason}){kept}: {way}")

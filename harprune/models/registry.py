@@ -102,6 +102,10 @@ def require_module(model: Any) -> None:
             f"model is a {type(model).__name__}, not a torch.nn.Module; give a network, as "
             "harprune.create_model makes one by its name"
         )
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "model is compiled by torch.compile; give the network itself, model._orig_mod"
+        )
     _require_shaped(model, "model")
 
 

@@ -200,7 +200,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         size = path.stat().st_size
         raise ValueError(
-            f"{path}: not a complete safetensors file of {size} bytes ({first_line(error)})"
+            f"{path}: not a complete safetensors file of {size} bytes ({first_line(error)}); get "
+            "it again"
         ) from error
     # A run keeps masks and more beside its network.
     network = {n.removeprefix(OF_A_RUN): t for n, t in tensors.items() if n.startswith(OF_A_RUN)}

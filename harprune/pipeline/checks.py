@@ -15,7 +15,7 @@ from harprune.outcomes import load_evaluation
 from harprune.pipeline import hardening, machinery, pruning
 from harprune.pipeline.recipe import Budget, Objective, Recipe, Threat, Training
 from harprune.pipeline.run import begun_in
-from harprune.pipeline.supply import Materials
+from harprune.pipeline.supply import Materials, is_exported
 from harprune.robustness.images import subset
 from harprune.robustness.threat import parse_epsilon
 from harprune.sparsity.effective import require_zeros_kept
@@ -76,6 +76,11 @@ def check(recipe: Recipe, *, weights_follow: bool = False) -> None:
         )
     if weights is not None and not weights_follow and not Path(weights).is_file():
         raise ValueError(f"model.weights = {weights!r}: no such file; name a checkpoint")
+    if weights is not None and is_exported(weights):
+        raise ValueError(
+            f"model.weights = {weights!r} is an exported network, not the weights of one; "
+            f"`harprune evaluate --model {weights} --data DATA` takes it"
+        )
 
 
 def require_effect(

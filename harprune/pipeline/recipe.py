@@ -5,9 +5,11 @@ Every field has its meaning beside it; `harprune recipe` prints them all with th
 value may be overridden by `--set section.key=value`, the value again in TOML.
 """
 
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -26,6 +28,21 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        # Pydantic would take true for 1.
+        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
+            raise ValueError("must be a number")
+        return value
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
 
 
 class Data(Section):
@@ -238,6 +255,7 @@ class Method(Section):
     """The pruning method; further keys are the method's own options."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+    __pydantic_extra__: dict[str, Annotated[Any, AfterValidator(_finite)]]
 
     name: str = "harp"
     """One that `harprune doctor` lists, with +s2ap where it trains scores, or module:Class."""

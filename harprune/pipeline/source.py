@@ -52,7 +52,7 @@ def find_source(given: str | Path, overrides: Sequence[str] = ()) -> Source:
         content = json.loads(text)
         content["model"]["weights_density"] = None
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{record} is damaged; give --model and --data too") from None
+        raise ValueError(f"{record} is damaged; restore it") from None
     recipe = make_recipe(content, overrides, source=str(record))
     return Source(recipe, _origin(recipe, text, weights))
 

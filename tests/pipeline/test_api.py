@@ -272,6 +272,13 @@ def test_what_cannot_be_is_refused_before_training(model, given, message, images
         )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, within torch.compile
+def test_a_compiled_network_is_refused_with_the_way_out(images):
+    compiled = torch.compile(mlp())
+    with pytest.raises(ValueError, match=r"compiled by torch\.compile; give .* model\._orig_mod"):
+        harprune.prune(compiled, images, images, density=0.1)
+
+
 def test_a_layer_of_zeros_has_nothing_to_keep(images):
     model = one_layer(lambda layer: nn.init.zeros_(layer.weight))
     with pytest.raises(ValueError, match=r"layer collapse: 1\.weight keeps no weight"):

@@ -308,6 +308,8 @@ def test_evaluate_a_run_otherwise_where_something_is_said(command, finished):
     record = json.loads(said.out)
     assert list(record["attacks"]) == ["fgsm"] and record["size"] == 12
     assert record["threat"] == "Linf(epsilon=0.01)"
+    plain = ("evaluate", finished, "--attack", "fgsm", "--size", 12, "--epsilon", 0.01)
+    assert command(*plain).out.splitlines()[-1] == "attacked under Linf(epsilon=0.01)"
 
 
 def test_evaluate_takes_a_run_or_a_network_and_images(command, finished):
@@ -333,6 +335,8 @@ def test_a_run_that_began_with_scores_is_evaluated_by_its_own_weights(command, f
     )
     exported = command("export", finished, "--out", "mine.hpn")
     assert exported.code == 0 and Path("mine.hpn").exists()
+    network = ("--model", "small_cnn", "--weights", "mine.hpn", "--data", "digits")
+    assert "is an exported network, not the weights" in command("evaluate", *network).refusal
 
 
 def test_evaluate_against_what_was_kept_before(command, finished):
@@ -406,6 +410,7 @@ def test_evaluate_against_something_else_is_refused_before_attacks(command, fini
 
 def test_evaluate_says_where_there_are_fewer_images(command, finished):
     said = command("evaluate", finished, "--attack", "none", "--size", 1000)
+    assert "attacked" not in said.out
     assert said.code == 0 and said.out.startswith("clean ") and " of 24" in said.out
     assert "note: there are 24 test images, not 1000; all are taken" in said.err.splitlines()
     assert "note" not in command("evaluate", finished, "--attack", "none", "--size", 24).err

@@ -21,7 +21,7 @@ from torch import nn
 
 import harprune
 from harprune.deploy.network import require_words
-from harprune.files import replacing, require_writable, write
+from harprune.files import make_folder, replacing, require_writable, write
 from harprune.models import create_model
 from harprune.pipeline import machinery
 from harprune.pipeline.recipe_text import read_recipe
@@ -853,6 +853,14 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path):
     assert fifo.is_fifo() and {p.name for p in tmp_path.iterdir()} == {*contents(tmp_path), "fifo"}
 
 
+def test_only_a_full_disk_wants_room(tmp_path):
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere" / "at all")
+    for place in (Path("/proc/run"), tmp_path / "gone"):
+        with pytest.raises(OSError, match=r"could not be written .* name another place") as caught:
+            make_folder(place)
+        assert "make room" not in str(caught.value)
+
+
 def test_a_full_disk_names_the_way_out_once(command, here, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -871,6 +879,15 @@ def test_a_failing_flush_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"t\.txt could not be written .*No space left"):
         write(tmp_path / "t.txt", "new")
     assert contents(tmp_path) == {"t.txt": b"old"}
+
+
+@pytest.mark.parametrize("empty", [torch.empty, np.empty])
+def test_too_little_memory_ends_a_command_in_one_line(command, here, monkeypatch, empty):
+    kind = {torch.empty: torch.uint8, np.empty: np.uint8}[empty]
+    # More than a process can address, so that no machine lends it.
+    monkeypatch.setattr("harprune.pipeline.checks.check", lambda _: empty(2**48, dtype=kind))
+    refusal = run_with(command).refusal
+    assert "allocate" in refusal and "; choose a smaller network, or lower the batch_s" in refusal
 
 
 def test_a_disk_that_fills_up_ends_a_run_in_one_line(command, here, finished):
