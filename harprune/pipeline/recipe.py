@@ -255,7 +255,7 @@ class Method(Section):
     """The pruning method; further keys are the method's own options."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
-    __pydantic_extra__: dict[str, Annotated[Any, AfterValidator(_finite)]]
+    __pydantic_extra__: dict[str, Annotated[Any, AfterValidator(_finite)]] = Field(init=False)
 
     name: str = "harp"
     """One that `harprune doctor` lists, with +s2ap where it trains scores, or module:Class."""
