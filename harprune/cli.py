@@ -128,7 +128,7 @@ def run(
 
     Give the same command again to continue after an interruption.
     """
-    from harprune.pipeline.recipe_text import read_recipe, settings
+    from harprune.recipe.text import read_recipe, settings
 
     said = {"execution.backend": execution, "execution.device": device}
     resolved = read_recipe(recipe, settings(said, overrides))
@@ -169,7 +169,7 @@ def prune(
     Anything else a recipe can say goes through --set, as in
     `--set finetune.learning_rate=0.02 --set attack.size=1000`.
     """
-    from harprune.pipeline.recipe_text import make_recipe, settings
+    from harprune.recipe.text import make_recipe, settings
 
     said = {
         "seed": seed,
@@ -251,10 +251,10 @@ def evaluate(
 
     Robust accuracy means autoattack; the other attacks only bound it from above.
     """
+    from harprune.delivery.source import find_source
     from harprune.outcomes import REPEATED, differing, load_evaluation
-    from harprune.pipeline.api import evaluate_recipe
-    from harprune.pipeline.recipe_text import make_recipe, settings
-    from harprune.pipeline.source import find_source
+    from harprune.recipe.text import make_recipe, settings
+    from harprune.run.prune import evaluate_recipe
 
     if (source is None) == (model is None) or (source is None) == (data is None):
         raise ValueError(
@@ -335,10 +335,10 @@ def export(
     not know ONNX and torch hold the whole. `harprune.deploy.load` runs an .hpn file on a CPU at the
     cost of its kept weights, without torch.
     """
+    from harprune.delivery.export import Format, export_recipe
+    from harprune.delivery.source import Source, find_source
     from harprune.deploy.artifact import Values
-    from harprune.pipeline.export import Format, export_recipe
-    from harprune.pipeline.recipe_text import make_recipe, settings
-    from harprune.pipeline.source import Source, find_source
+    from harprune.recipe.text import make_recipe, settings
 
     if (model is None) != (data is None):
         raise ValueError("--model and --data describe other weights together; give both or none")
@@ -393,10 +393,10 @@ def bench_deploy(
     as_json: Json = False,
 ) -> None:
     """Time a network on the sparse kernels and on other runtimes; all must agree first."""
+    from harprune.delivery import latency
     from harprune.files import write
-    from harprune.pipeline import latency
-    from harprune.pipeline.console import Console
     from harprune.reporting.plots import picture, require_picture
+    from harprune.run.console import Console
 
     if plot is not None:
         require_picture(plot)
@@ -452,12 +452,12 @@ def report(
 
     Of an unfinished run the report holds what there is, and the command says what is to come.
     """
-    from harprune.pipeline.environment import command_line
-    from harprune.pipeline.pruning import WITHOUT_ALLOCATION
-    from harprune.pipeline.recipe_text import completed
+    from harprune.recipe.pruning import WITHOUT_ALLOCATION
+    from harprune.recipe.text import completed
     from harprune.reporting.comparison_report import write_comparison
     from harprune.reporting.report import write_report
     from harprune.reporting.tensorboard import write_tensorboard
+    from harprune.run.environment import command_line
 
     of_comparison = {"--title": title, "--note": note, "--baseline": baseline}
     for option, value in of_comparison.items() if out is None else ():
@@ -525,7 +525,7 @@ def record(
     A RobustBench record, and for the Adversarial Pruning Benchmark a state dict and the filled-in
     form. What breaks a board's rules is not written for it.
     """
-    from harprune.pipeline.boards import Paper, write_entries
+    from harprune.delivery.leaderboards import Paper, write_entries
 
     paper = Paper(method, key, title, authors, link, venue, additional_data)
     found = write_entries(folder, out, paper)
@@ -567,8 +567,8 @@ def compare(
     The same command goes on after an interruption; a run that fails stops no other, and is named
     in the table. On machines that share the folder, give each the same command.
     """
-    from harprune.pipeline import compare
-    from harprune.pipeline.environment import command_line
+    from harprune.grid import compare
+    from harprune.run.environment import command_line
 
     found = compare.compare(
         grid,
@@ -616,9 +616,9 @@ def recipe(
     ] = False,
 ) -> None:
     """Print every key of a recipe with its meaning and default, as a TOML file to start from."""
-    from harprune.pipeline.grid import describe_grid
-    from harprune.pipeline.pruning import method_notes
-    from harprune.pipeline.recipe_text import describe
+    from harprune.grid.schema import describe_grid
+    from harprune.recipe.pruning import method_notes
+    from harprune.recipe.text import describe
 
     lines = describe_grid() if grid else describe(notes={"method": method_notes()})
     typer.echo("\n".join(lines))
@@ -627,7 +627,7 @@ def recipe(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what is installed, what is missing and what will be used."""
-    from harprune.pipeline.doctor import diagnose
+    from harprune.doctor import diagnose
 
     findings = diagnose()
     if as_json:
@@ -652,13 +652,11 @@ def _run(
     until: str = "report",
     as_json: bool,
 ) -> None:
-    from harprune.pipeline import checks
-    from harprune.pipeline.environment import command_line
-    from harprune.pipeline.stages import run_until
-    from harprune.pipeline.workshop import open_workshop
+    from harprune.run.environment import command_line
+    from harprune.run.opening import check, open_workshop
+    from harprune.run.stages import run_until
 
-    checks.check(recipe)
-    checks.require_effect(recipe, out, overrides)
+    check(recipe, out, overrides)
     with open_workshop(recipe, out, source=source, command=command_line()) as shop:
         content = run_until(shop, until)
     if as_json:

@@ -20,7 +20,7 @@ CODE = sorted(
     p for d in ("harprune", "tests", "bench", "examples") for p in (ROOT / d).rglob("*.py")
 )
 
-# What each part may import of the others: wings stand alone, and `pipeline` binds them.
+# What each part may import of the others: wings stand alone, and a recipe binds them.
 WINGS = {
     "models",
     "reporting",
@@ -54,9 +54,13 @@ FLOORS = {
     "models": set(),
     "reporting": set(),
     "methods": {"sparsity"},
-    "pipeline": WINGS | {"harprune"},
-    "cli": WINGS | {"harprune", "pipeline"},
-    "harprune": WINGS | {"pipeline"},
+    "recipe": WINGS,
+    "run": WINGS | {"recipe"},
+    "grid": WINGS | {"recipe", "run"},
+    "delivery": WINGS | {"recipe", "run"},
+    "doctor": WINGS | {"recipe"},
+    "cli": WINGS | {"harprune", "recipe", "run", "grid", "delivery", "doctor"},
+    "harprune": set(),
     "__main__": {"cli"},
 }
 HEAVY = (
