@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harprune.outcomes import Evaluation, paired
 from harprune.recipe.text import make_recipe
-from harprune.run.prune import evaluate_recipe
+from harprune.run.evaluate import evaluate_recipe
 
 NETWORKS = Path("results/headline")
 DENSE = "resnet18-dense"

@@ -11,7 +11,7 @@ from typing import Any
 
 _HOMES = {
     "prune": "harprune.run.prune",
-    "evaluate": "harprune.run.prune",
+    "evaluate": "harprune.run.evaluate",
     "export": "harprune.delivery.export",
     "Format": "harprune.delivery.export",
     "Values": "harprune.deploy.artifact",

@@ -254,7 +254,7 @@ def evaluate(
     from harprune.delivery.source import find_source
     from harprune.outcomes import REPEATED, differing, load_evaluation
     from harprune.recipe.text import make_recipe, settings
-    from harprune.run.prune import evaluate_recipe
+    from harprune.run.evaluate import evaluate_recipe
 
     if (source is None) == (model is None) or (source is None) == (data is None):
         raise ValueError(
@@ -653,12 +653,12 @@ def _run(
     as_json: bool,
 ) -> None:
     from harprune.run.environment import command_line
-    from harprune.run.opening import check, open_workshop
+    from harprune.run.opening import open_run
     from harprune.run.stages import run_until
 
-    check(recipe, out, overrides)
-    with open_workshop(recipe, out, source=source, command=command_line()) as shop:
-        content = run_until(shop, until)
+    command = command_line()
+    with open_run(recipe, out, overrides=overrides, source=source, command=command) as opened:
+        content = run_until(opened, until)
     if as_json:
         _print_json(content)
 

@@ -26,7 +26,9 @@ from harprune.deploy.runtime import load
 from harprune.deploy.shrink import Shrinkage, shrink
 from harprune.files import replacing, require_writable
 from harprune.models.registry import require_module
-from harprune.recipe import checks, networks
+from harprune.recipe import networks
+from harprune.recipe.materials import load_data
+from harprune.recipe.rehearsal import require_batch, require_logits
 from harprune.recipe.schema import Recipe
 from harprune.sparsity import masks
 from harprune.sparsity.audit import Audit, audit
@@ -170,10 +172,10 @@ def export(
     if (inner := wrapped(model)) is not None:
         kind = type(model).__name__
         raise ValueError(f"the model is a {kind}, which no format takes; give model.{inner}")
-    images = checks.require_batch(images)
+    images = require_batch(images)
     _require_possible(path, format, values)
     plain = networks.plain_copy(model).eval()
-    require_words(classes, metadata or {}, checks.require_logits(plain, images[:1], None))
+    require_words(classes, metadata or {}, require_logits(plain, images[:1], None))
     x = _to_compare(images)
     with torch.no_grad():
         expected = plain(x).numpy()
@@ -308,13 +310,13 @@ def export_recipe(
     in_run = (path.parent / "recipe.json").exists() and path.suffix in (".safetensors", ".json")
     if path.resolve() == weights.resolve() or in_run:
         raise ValueError(f"--out {path} would destroy what it is made from; name another file")
-    dataset = networks.load_data(recipe.data)
-    model = networks.network(recipe.model, dataset, recipe.seed)
+    dataset = load_data(recipe.data)
+    model = networks.build(recipe.model, dataset, recipe.seed)
     train, _ = split_validation(dataset.train, recipe.data.validation, recipe.seed)
     # From all over the split: the images of a folder stand in the order of their classes.
     some = torch.linspace(0, len(train) - 1, min(_CALIBRATION, len(train))).long()
     images = to_float(train.images[some])
-    outputs = checks.require_logits(model, images[:1], dataset.num_classes)
+    outputs = require_logits(model, images[:1], dataset.num_classes)
     return export(
         model,
         path,

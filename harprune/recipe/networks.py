@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recipe's images and network, and the networks that runs and exports leave behind."""
+"""A recipe's network, and the networks that runs, exports and others leave behind."""
 
 import copy
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from harprune.deploy import artifact
 from harprune.deploy.module import Module
@@ -18,79 +14,11 @@ from harprune.models.registry import create_model, list_models
 from harprune.models.weights import load_weights
 from harprune.randomness import seeded
 from harprune.recipe import schema
-from harprune.recipe.schema import Recipe
-from harprune.robustness.identity import model_digest
 from harprune.training import checkpoint
-from harprune.training.data import load_dataset
-from harprune.training.folders import ImageFiles
-from harprune.training.splits import Dataset, Split, split_validation, to_float
+from harprune.training.splits import Dataset
 
 
-@dataclass(frozen=True)
-class Materials:
-    """The images and the network of a run.
-
-    `network()` gives a fresh plain network: randomly initialised from the run's seed, or with
-    the weights the recipe names (`given`).
-    """
-
-    train: Split
-    validation: Split
-    test: Split | None
-    num_classes: int | None
-    network: Callable[[], nn.Module]
-    given: bool
-
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of what a run is made from: images and, where it is given, the network.
-
-        Of images that stay in files, labels and names count, and the content of the first.
-        """
-        found = {
-            "set of training images": _digest(self.train),
-            "set of validation images": self.validation_digest,
-        }
-        if isinstance(self.train.images, ImageFiles):
-            found["list of training image files"] = self.train.images.digest()
-        return {**found, "dense network": model_digest(self.network())} if self.given else found
-
-    @cached_property
-    def validation_digest(self) -> str:
-        return _digest(self.validation)
-
-    @cached_property
-    def example(self) -> Tensor:
-        """One training image as a batch, float in [0, 1]."""
-        return to_float(self.train.images[torch.tensor([0])])
-
-
-def _digest(split: Split) -> str:
-    digest = hashlib.sha256(split.labels.numpy().tobytes())
-    if isinstance(split.images, Tensor):
-        digest.update(split.images.contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def materials(recipe: Recipe) -> Materials:
-    """Load the data of `recipe` and prepare its network."""
-    dataset = load_data(recipe.data)
-    train, validation = split_validation(dataset.train, recipe.data.validation, recipe.seed)
-    return Materials(
-        train=train,
-        validation=validation,
-        test=dataset.test,
-        num_classes=dataset.num_classes,
-        network=lambda: network(recipe.model, dataset, recipe.seed),
-        given=recipe.model.weights is not None,
-    )
-
-
-def load_data(section: schema.Data) -> Dataset:
-    """The data set of a recipe."""
-    return load_dataset(section.name, section.folder, image_size=section.image_size)
-
-
-def network(section: schema.Model, dataset: Dataset, seed: int) -> nn.Module:
+def build(section: schema.Model, dataset: Dataset, seed: int) -> nn.Module:
     """The plain network of a recipe, its initial weights a function of the seed."""
     if is_exported(section.name):
         raise ValueError(

@@ -7,7 +7,7 @@ import torch
 
 from harprune.kernels import native
 from harprune.recipe import pruning
-from harprune.recipe.networks import Materials
+from harprune.recipe.materials import Materials
 from harprune.recipe.schema import Recipe
 from harprune.sparsity.extraction import require_extractable
 from harprune.sparsity.layers import prunable_layers

@@ -72,7 +72,7 @@ Network = tuple[dict[str, Tensor], dict[str, Any]]
 """A network's file: its tensors, and what else is known of it."""
 
 
-class Run:
+class RunFolder:
     """An open run folder; `close` (or leaving its `with` block) releases it.
 
     Args:
@@ -87,7 +87,7 @@ class Run:
     """
 
     def __init__(self, folder: str | Path, recipe: Recipe, *, source: str = "", command: str = ""):
-        self.folder = Path(folder)
+        self.path = Path(folder)
         self.recipe = recipe
         self.leader = int(os.environ.get("RANK", "0")) == 0
         self._warned: dict[str, list[str]] = {}
@@ -95,10 +95,10 @@ class Run:
         self._changed: tuple[str, dict] | None = None
         if not self.leader:
             return
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is a file, not a run folder; choose another --out")
-        make_folder(self.folder)
-        self._lock = lock(self.folder)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file, not a run folder; choose another --out")
+        make_folder(self.path)
+        self._lock = lock(self.path)
         try:
             self._adopt(source, command)
             self._tidy()
@@ -106,7 +106,7 @@ class Run:
             self.close()
             raise
 
-    def __enter__(self) -> "Run":
+    def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *error) -> None:
@@ -118,15 +118,15 @@ class Run:
 
     def _adopt(self, source: str, command: str) -> None:
         resolved = self.recipe.model_dump(mode="json")
-        record = self.folder / "recipe.json"
-        if begun_in(self.folder):
+        record = self.path / "recipe.json"
+        if begun_in(self.path):
             if not record.exists():
                 raise ValueError(f"{record} is missing; restore it or choose another --out")
             found = list(differences(completed(read_record(record)), resolved))
             begun = [difference for difference in found if self._has_begun(difference)]
             if begun:
                 raise ValueError(
-                    f"{self.folder} holds a run of another recipe ({in_words(begun)}); "
+                    f"{self.path} holds a run of another recipe ({in_words(begun)}); "
                     f"choose another --out{self._attacked_otherwise(begun)}"
                 )
             self._require_whole()
@@ -135,15 +135,15 @@ class Run:
             return
         self._write_recipe(source, resolved)
         environment = json.dumps(environment_of(command, self.recipe.execution), indent=1)
-        write(self.folder / "environment.json", environment + "\n")
+        write(self.path / "environment.json", environment + "\n")
 
     def _write_recipe(self, source: str, resolved: dict) -> None:
         given = self.recipe.model_dump(mode="json", exclude_unset=True)
         # As it was written where it says all; not where the command said more.
         if not source or make_recipe(tomllib.loads(source)) != self.recipe:
             source = "\n".join(as_toml(given)) + "\n"
-        write(self.folder / "recipe.toml", source)
-        write(self.folder / "recipe.json", json.dumps(resolved, indent=1) + "\n")
+        write(self.path / "recipe.toml", source)
+        write(self.path / "recipe.json", json.dumps(resolved, indent=1) + "\n")
 
     def _has_begun(self, difference: Difference) -> bool:
         """Whether a key decided what was computed; those of stages yet to come may still change."""
@@ -160,16 +160,16 @@ class Run:
             return self.recipe.attack.dense and self.attack("dense").exists()
         section = key.partition(".")[0]
         if section == "attack":
-            return (self.folder / "attack").exists()
+            return (self.path / "attack").exists()
         stage = _READ_FIRST_BY.get(section, section)
-        return stage not in STAGES or begun_in(self.folder, since=stage)
+        return stage not in STAGES or begun_in(self.path, since=stage)
 
     def _require_whole(self) -> None:
         """Find now, not after hours, what is damaged and cannot be made anew."""
-        if (environment := self.folder / "environment.json").exists():
+        if (environment := self.path / "environment.json").exists():
             read_record(environment)
         networks = self._networks()
-        require_known(self.folder, _values(networks))
+        require_known(self.path, _values(networks))
         self._require_descent(networks)
 
     def _attacked_otherwise(self, found: Iterable[Difference]) -> str:
@@ -180,7 +180,7 @@ class Run:
                 return ""
             values = new if isinstance(new, list) else [new]
             said += [f"{_OF_EVALUATE[key]} {value}" for value in values]
-        folder = shlex.quote(str(self.folder))
+        folder = shlex.quote(str(self.path))
         command = f"harprune evaluate {folder} {' '.join(said)} --out FOLDER"
         return f", or attack its network by `{command}`"
 
@@ -196,16 +196,16 @@ class Run:
         for name, digest in inputs.items():
             if held.get(name, digest) != digest:
                 raise ValueError(
-                    f"{self.folder} holds a run that began with another {name}; choose another "
+                    f"{self.path} holds a run that began with another {name}; choose another "
                     f"--out{_WAYS_BACK.get(name, '')}"
                 )
         if held != dict(inputs):
-            write(self.folder / "inputs.json", json.dumps(dict(inputs), indent=1) + "\n")
+            write(self.path / "inputs.json", json.dumps(dict(inputs), indent=1) + "\n")
 
     def _inputs(self) -> dict[str, str]:
         """The digests of what the run began with; none where nothing was computed, or told."""
-        path = self.folder / "inputs.json"
-        return read_record(path) if path.exists() and begun_in(self.folder) else {}
+        path = self.path / "inputs.json"
+        return read_record(path) if path.exists() and begun_in(self.path) else {}
 
     @property
     def corrected(self) -> bool:
@@ -222,7 +222,7 @@ class Run:
             return
         if self._changed is not None:
             self._write_recipe(*self._changed)
-        path = self.folder / "environment.json"
+        path = self.path / "environment.json"
         held = read_record(path) if path.exists() else {}
         last = [held, *held.get("continued", [])][-1]
         if any(last.get(key) != self._going_on[key] for key in _DECISIVE):
@@ -233,7 +233,7 @@ class Run:
     def _tidy(self) -> None:
         """Remove what killed processes left: half-written files, progress of finished stages."""
         for place in _PLACES:
-            remove_litter(self.folder, place)
+            remove_litter(self.path, place)
         for stage in STAGES:
             if self.network(stage).exists():
                 self._forget(stage)
@@ -244,19 +244,19 @@ class Run:
 
     def network(self, stage: str) -> Path:
         """The file of the network that a finished training stage leaves."""
-        return self.folder / f"{STAGES[stage]}.safetensors"
+        return self.path / f"{STAGES[stage]}.safetensors"
 
     def progress(self, stage: str) -> Path:
         """Where an unfinished training stage goes on."""
-        return self.folder / f"{stage}.progress"
+        return self.path / f"{stage}.progress"
 
     def best(self, stage: str) -> Path:
         """The best epoch so far of an unfinished training stage."""
-        return self.folder / f"{stage}.best"
+        return self.path / f"{stage}.best"
 
     def attack(self, model: str) -> Path:
         """The folder of one model's evaluation."""
-        return self.folder / "attack" / model
+        return self.path / "attack" / model
 
     def warn(self, stage: str, text: str) -> None:
         """Keep what a reader of the report must know; written when the stage finishes."""
@@ -276,7 +276,7 @@ class Run:
         values |= self.origin(stage)
         networks[stage] = dict(tensors), values
         self._require_descent(networks)
-        write_derived(self.folder, _values(networks))
+        write_derived(self.path, _values(networks))
         checkpoint.save(self.network(stage), tensors, values)
         self._forget(stage)
 
@@ -287,11 +287,11 @@ class Run:
     def write_metrics(self, histories: Mapping[str, list[dict]]) -> None:
         """One line per finished epoch of each stage, in order."""
         if self.leader:
-            write_metrics(self.folder, histories)
+            write_metrics(self.path, histories)
 
     def restore_derived(self) -> None:
         """Make what derives from the networks anew where it is missing or not as they say."""
-        write_derived(self.folder, _values(self._networks()))
+        write_derived(self.path, _values(self._networks()))
 
     def _networks(self) -> dict[str, Network]:
         """What each finished stage left."""

@@ -15,9 +15,9 @@ from harprune.recipe import adversarial, training
 from harprune.recipe.schema import Distillation, Training
 from harprune.robustness.objectives import Free, Objective
 from harprune.run.console import Bar
-from harprune.run.folder import Run
-from harprune.run.opening import Workshop, load_network
-from harprune.run.progress import Course
+from harprune.run.folder import RunFolder
+from harprune.run.opening import Run, load_network
+from harprune.run.state import TrainingState
 from harprune.run.validation import (
     guesses,
     overfitting,
@@ -36,7 +36,7 @@ _EXPLODED = 10.0
 
 
 def learn_weights(
-    shop: Workshop,
+    run: Run,
     stage: str,
     model: nn.Module,
     layers: Mapping[str, Layer],
@@ -47,12 +47,12 @@ def learn_weights(
 
     `layers` are those of its weights, as they were found before compaction.
     """
-    section, nearby = getattr(shop.recipe, stage), None
-    if (awp := adversarial.perturbation(shop.recipe, section)) is not None:
+    section, nearby = getattr(run.recipe, stage), None
+    if (awp := adversarial.perturbation(run.recipe, section)) is not None:
         nearby = partial(awp.nearby, [layer.parameter for layer in layers.values()])
     groups = [{"params": list(model.parameters())}]
     return learn(
-        shop,
+        run,
         stage,
         model,
         groups,
@@ -63,7 +63,7 @@ def learn_weights(
 
 
 def learn(
-    shop: Workshop,
+    run: Run,
     stage: str,
     model: nn.Module,
     groups: list[dict],
@@ -77,30 +77,30 @@ def learn(
 
     Parameters that the user froze stay as they are. `nearby` is as in `fit`.
     """
-    section = getattr(shop.recipe, stage)
+    section = getattr(run.recipe, stage)
     groups = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
     average = None if averaging is None else Average(model, averaging)
     networks = (model,) if average is None else (model, average.module)
-    make_loss = _objectives(shop, stage, distillation, repeated=nearby is not None)
+    make_loss = _objectives(run, stage, distillation, repeated=nearby is not None)
     losses = {network: make_loss(network) for network in networks}
     objective, _ = losses[model]
     optimiser = training.optimiser(groups, section)
     batches = training.batches(
-        shop.materials.train, shop.recipe, section, shop.engine, shop.seed(stage)
+        run.materials.train, run.recipe, section, run.engine, run.seed(stage)
     )
     # Of noise that stays from batch to batch each process has its own rows, and one file holds one.
-    divisible = shop.engine.world_size == 1 or not isinstance(objective, Free)
-    course = Course(
-        shop.run, stage, model, optimiser, objective, method, len(batches), average, divisible
+    divisible = run.engine.world_size == 1 or not isinstance(objective, Free)
+    state = TrainingState(
+        run.folder, stage, model, optimiser, objective, method, len(batches), average, divisible
     )
-    twin = adversarial.twin(shop.recipe, course.network)
-    watch = _Watch(shop, section, course, twin, nearby, shop.run.histories())
+    twin = adversarial.twin(run.recipe, state.network)
+    watch = _Watch(run, section, state, twin, nearby, run.folder.histories())
     if method is not None:
         method.begin(section.epochs, len(batches))
-    if course.restore():
+    if state.restore():
         watch.write_metrics()
-        shop.console.say(f"{stage}: going on at step {course.step}")
-    with shop.console.bar(stage, section.epochs * len(batches)) as bar:
+        run.console.say(f"{stage}: going on at step {state.step}")
+    with run.console.bar(stage, section.epochs * len(batches)) as bar:
         try:
             fit(
                 model,
@@ -108,12 +108,12 @@ def learn(
                 loss=_loss(losses, method),
                 optimiser=optimiser,
                 schedule=make_schedule(
-                    section.schedule, epochs=section.epochs, offset=shop.recipe.parity.cosine_offset
+                    section.schedule, epochs=section.epochs, offset=run.recipe.parity.cosine_offset
                 ),
                 epochs=0 if watch.done else section.epochs,
-                fabric=shop.engine,
-                seed=shop.seed(stage),
-                start=course.step,
+                fabric=run.engine,
+                seed=run.seed(stage),
+                start=state.step,
                 replays=objective.replays,
                 average=average,
                 nearby=watch.point,
@@ -121,14 +121,14 @@ def learn(
                 after_epoch=partial(watch.epoch_ended, bar),
             )
         except Diverged as error:
-            raise _diverged(shop.run, stage, error) from None
-    shop.engine.barrier()  # until rank 0 has written the best epoch
-    best = course.take_best()
-    shop.console.say(f"{stage}: epoch {best + 1} of {section.epochs} selected")
-    for epochs in range(1, len(course.history) + 1):  # also those before an interruption
+            raise _diverged(run.folder, stage, error) from None
+    run.engine.barrier()  # until rank 0 has written the best epoch
+    best = state.take_best()
+    run.console.say(f"{stage}: epoch {best + 1} of {section.epochs} selected")
+    for epochs in range(1, len(state.history) + 1):  # also those before an interruption
         for doubt in watch.doubts(epochs):
-            shop.run.warn(stage, doubt)
-    return course.history
+            run.folder.warn(stage, doubt)
+    return state.history
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,9 @@ class _Watch:
     `twin` is that of the network which is validated; `others` are the epochs of other stages.
     """
 
-    shop: Workshop
+    run: Run
     section: Training
-    course: Course
+    state: TrainingState
     twin: Twin | None
     nearby: Callable | None
     others: Mapping[str, list[dict]]
@@ -149,75 +149,75 @@ class _Watch:
         """Where a step takes its gradients anew, if anywhere."""
         context = None if self.nearby is None else self.nearby(progress)
         if context is not None:
-            again = adversarial.passes_again(self.course.objective)
-            self.course.passes += self.section.batch_size * again
+            again = adversarial.passes_again(self.state.objective)
+            self.state.passes += self.section.batch_size * again
         return context
 
     def step_ended(self, bar: Bar, step: int, loss: Tensor) -> None:
-        course = self.course
-        if course.method is not None:
-            course.method.step_ended(course.model, step)
-        course.step_ended(step, loss, self.section.batch_size * course.objective.replays)
+        state = self.state
+        if state.method is not None:
+            state.method.step_ended(state.model, step)
+        state.step_ended(step, loss, self.section.batch_size * state.objective.replays)
         if bar.due:
-            bar.update(step + 1, _summary(_now(course, float(loss))))
+            bar.update(step + 1, _summary(_now(state, float(loss))))
 
     def epoch_ended(self, bar: Bar, epoch: int) -> bool:
         """Validate, let the method react, checkpoint, say how it went; whether that was all."""
-        course, method = self.course, self.course.method
-        clean, robust = validate(self.shop, course.network, self.twin)
+        state, method = self.state, self.state.method
+        clean, robust = validate(self.run, state.network, self.twin)
         record = {"epoch": epoch, "clean": clean, "robust": robust}
-        record["learning_rate"] = course.optimiser.param_groups[0]["lr"]
+        record["learning_rate"] = state.optimiser.param_groups[0]["lr"]
         eligible = True
         if method is not None:
             if method.watches:
-                method.judged(*overfitting(self.shop, course.model, self.twin))
-                course.passes += overfitting_passes(self.shop)
-            record |= method.metrics(course.model)
-            eligible = method.budget_met(course.model)
-            method.epoch_ended(course.model, epoch)
-        course.epoch_ended(record, eligible=eligible)
+                method.judged(*overfitting(self.run, state.model, self.twin))
+                state.passes += overfitting_passes(self.run)
+            record |= method.metrics(state.model)
+            eligible = method.budget_met(state.model)
+            method.epoch_ended(state.model, epoch)
+        state.epoch_ended(record, eligible=eligible)
         self.write_metrics()
-        said, left = _summary(course.history[-1]), bar.left((epoch + 1) * course.steps)
-        self.shop.console.say(f"{course.stage} {epoch + 1}/{self.section.epochs}: {said}{left}")
-        for doubt in self.doubts(len(course.history)):
-            self.shop.console.say(f"warning: {doubt}")
+        said, left = _summary(state.history[-1]), bar.left((epoch + 1) * state.steps)
+        self.run.console.say(f"{state.stage} {epoch + 1}/{self.section.epochs}: {said}{left}")
+        for doubt in self.doubts(len(state.history)):
+            self.run.console.say(f"warning: {doubt}")
         return self.done
 
     @property
     def done(self) -> bool:
         """Whether the method has found what it was to find."""
-        method = self.course.method
-        return method is not None and method.done(self.course.model)
+        method = self.state.method
+        return method is not None and method.done(self.state.model)
 
     def write_metrics(self) -> None:
-        self.shop.run.write_metrics({**self.others, self.course.stage: self.course.history})
+        self.run.folder.write_metrics({**self.others, self.state.stage: self.state.history})
 
     def doubts(self, epochs: int) -> Iterator[str]:
         """What speaks against the stage after its first `epochs`, with the way out."""
-        for doubt in _doubts(self.course.history[:epochs], self.section.epochs, self.shop.classes):
-            yield f"{doubt}; lower {self.course.stage}.learning_rate in a new run"
+        for doubt in _doubts(self.state.history[:epochs], self.section.epochs, self.run.classes):
+            yield f"{doubt}; lower {self.state.stage}.learning_rate in a new run"
 
 
 def _objectives(
-    shop: Workshop, stage: str, distillation: Distillation | None, *, repeated: bool
+    run: Run, stage: str, distillation: Distillation | None, *, repeated: bool
 ) -> Callable[[nn.Module], tuple[Objective, nn.Module | None]]:
     """Makes the stage's loss for a network, and the twin on the kernels that the loss is to run.
 
     The network itself where that is None: it is not masked, or there are no kernels for it.
     `repeated`: each batch has a second pass, which meets the same adversarial images.
     """
-    wanted = getattr(shop.recipe, stage).objective or shop.recipe.objective
+    wanted = getattr(run.recipe, stage).objective or run.recipe.objective
     looks_inside = distillation is None and wanted.name == "pwoa"  # where no twin has layers
-    teacher = load_network(shop, "pretrain").eval() if looks_inside or distillation else None
-    soft = _fixed(shop, teacher) if teacher is not None and distillation is not None else None
-    backend = shop.recipe.execution.backend
+    teacher = load_network(run, "pretrain").eval() if looks_inside or distillation else None
+    soft = _fixed(run, teacher) if teacher is not None and distillation is not None else None
+    backend = run.recipe.execution.backend
 
     def make(network: nn.Module) -> tuple[Objective, nn.Module | None]:
-        attacked = under_attack(shop, network)
+        attacked = under_attack(run, network)
         if distillation is None or soft is None:
-            objective = adversarial.objective(shop.recipe, wanted, attacked, teacher)
+            objective = adversarial.objective(run.recipe, wanted, attacked, teacher)
         else:
-            objective = adversarial.distilled(shop.recipe, wanted, attacked, distillation, soft)
+            objective = adversarial.distilled(run.recipe, wanted, attacked, distillation, soft)
         if repeated:
             objective = adversarial.attacked_once(objective)
         dense = stage == "pretrain" or looks_inside
@@ -239,22 +239,22 @@ def _loss(
     return loss
 
 
-def under_attack(shop: Workshop, model: nn.Module) -> Twin | None:
+def under_attack(run: Run, model: nn.Module) -> Twin | None:
     """What training attacks run on: the model's twin, in their precision, or the model itself."""
-    if not shop.recipe.execution.twin:
+    if not run.recipe.execution.twin:
         return None
-    low = shop.recipe.execution.attack_precision == "bf16"
-    return adversarial.twin(shop.recipe, model, dtype=torch.bfloat16 if low else None)
+    low = run.recipe.execution.attack_precision == "bf16"
+    return adversarial.twin(run.recipe, model, dtype=torch.bfloat16 if low else None)
 
 
-def _fixed(shop: Workshop, model: nn.Module) -> nn.Module:
+def _fixed(run: Run, model: nn.Module) -> nn.Module:
     """A network in eval mode as a fixed function: its twin, never in the precision of attacks."""
-    twin = adversarial.twin(shop.recipe, model) if shop.recipe.execution.twin else None
+    twin = adversarial.twin(run.recipe, model) if run.recipe.execution.twin else None
     return model if twin is None else twin.current()
 
 
-def _diverged(run: Run, stage: str, error: Diverged) -> ValueError:
-    last = run.progress(stage)
+def _diverged(folder: RunFolder, stage: str, error: Diverged) -> ValueError:
+    last = folder.progress(stage)
     good = (
         f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
     )
@@ -273,10 +273,10 @@ def _doubts(history: list[dict], epochs: int, classes: int) -> Iterator[str]:
         yield f"clean accuracy, {100 * best:.1f} % at best, is still what guessing gives"
 
 
-def _now(course: Course, loss: float) -> dict:
+def _now(state: TrainingState, loss: float) -> dict:
     """The state within an epoch: loss, density and gamma of now, accuracies of the last epoch."""
-    last = course.history[-1] if course.history else {}
-    metrics = {} if course.method is None else course.method.metrics(course.model)
+    last = state.history[-1] if state.history else {}
+    metrics = {} if state.method is None else state.method.metrics(state.model)
     return {**last, **metrics, "loss": loss}
 
 

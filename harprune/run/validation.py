@@ -9,7 +9,7 @@ from harprune.modes import eval_mode
 from harprune.randomness import seeded
 from harprune.recipe import adversarial
 from harprune.robustness.images import subset
-from harprune.run.opening import Workshop
+from harprune.run.opening import Run
 from harprune.sparsity.execution import Twin
 from harprune.training.splits import Split, to_float
 
@@ -18,48 +18,48 @@ _GUESSING = 1.2
 """Times the share of one class, up to which accuracy may be luck."""
 
 
-def validate(shop: Workshop, model: nn.Module, twin: Twin | None) -> tuple[float, float]:
+def validate(run: Run, model: nn.Module, twin: Twin | None) -> tuple[float, float]:
     """Clean and PGD accuracy on the validation images, in [0, 1]; the same images each time."""
-    clean, robust, _ = _judge(shop, model, twin, shop.materials.validation)
+    clean, robust, _ = _judge(run, model, twin, run.materials.validation)
     return clean, robust
 
 
-def overfitting(shop: Workshop, model: nn.Module, twin: Twin | None) -> tuple[float, float]:
+def overfitting(run: Run, model: nn.Module, twin: Twin | None) -> tuple[float, float]:
     """Robust accuracy on training minus validation images, and the robust validation loss."""
-    _, seen, _ = _judge(shop, model, twin, shop.materials.train)
-    _, unseen, loss = _judge(shop, model, twin, shop.materials.validation)
+    _, seen, _ = _judge(run, model, twin, run.materials.train)
+    _, unseen, loss = _judge(run, model, twin, run.materials.validation)
     return seen - unseen, loss
 
 
-def validation_passes(shop: Workshop) -> int:
+def validation_passes(run: Run) -> int:
     """Forward + backward passes of single images that `validate` takes."""
-    return _passes(shop, shop.materials.validation)
+    return _passes(run, run.materials.validation)
 
 
-def overfitting_passes(shop: Workshop) -> int:
+def overfitting_passes(run: Run) -> int:
     """Forward + backward passes of single images that `overfitting` takes."""
-    return _passes(shop, shop.materials.train) + _passes(shop, shop.materials.validation)
+    return _passes(run, run.materials.train) + _passes(run, run.materials.validation)
 
 
-def _passes(shop: Workshop, split: Split) -> int:
-    section = shop.recipe.validation
-    return section.steps * len(subset(split.labels, section.size, shop.recipe.seed))
+def _passes(run: Run, split: Split) -> int:
+    section = run.recipe.validation
+    return section.steps * len(subset(split.labels, section.size, run.recipe.seed))
 
 
 def _judge(
-    shop: Workshop, model: nn.Module, twin: Twin | None, split: Split
+    run: Run, model: nn.Module, twin: Twin | None, split: Split
 ) -> tuple[float, float, float]:
     """Clean accuracy, PGD accuracy and mean PGD loss on the same images of `split` each time."""
-    section = shop.recipe.validation
-    attack = adversarial.attack(f"pgd-{section.steps}", adversarial.threat(shop.recipe))
-    index = subset(split.labels, section.size, shop.recipe.seed)
+    section = run.recipe.validation
+    attack = adversarial.attack(f"pgd-{section.steps}", adversarial.threat(run.recipe))
+    index = subset(split.labels, section.size, run.recipe.seed)
     function = model if twin is None else twin.current()
     hits, loss = torch.zeros(2, dtype=torch.int64), 0.0
-    random = seeded(shop.recipe.seed, shop.engine.device)
+    random = seeded(run.recipe.seed, run.engine.device)
     with parametrize.cached(), eval_mode(function), random:
         for part in index.split(BATCH):
-            x = to_float(split.images[part]).to(shop.engine.device)
-            y = split.labels[part].to(shop.engine.device)
+            x = to_float(split.images[part]).to(run.engine.device)
+            y = split.labels[part].to(run.engine.device)
             hits[0] += _outcome(function, x, y)[0]
             correct, summed = _outcome(function, attack(function, x, y), y)
             hits[1] += correct

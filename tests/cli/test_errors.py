@@ -29,7 +29,7 @@ from harprune.recipe.text import read_recipe
 from harprune.reporting.records import read_run
 from harprune.robustness.attacks import APGD, FGSM, PGD, Margin
 from harprune.robustness.autoattack import AutoAttack
-from harprune.run.folder import Run
+from harprune.run.folder import RunFolder
 from harprune.training import checkpoint
 from harprune.training.splits import as_split
 from tests.tiny import contents
@@ -141,7 +141,7 @@ def test_a_wrong_recipe_is_one_line(command, here, setting, text, monkeypatch):
     def loaded(*_, **__):
         raise AssertionError("data were loaded")
 
-    monkeypatch.setattr("harprune.recipe.networks.load_dataset", loaded)
+    monkeypatch.setattr("harprune.recipe.materials.load_dataset", loaded)
     assert run_with(command, setting).refusal.startswith(text)
     assert not Path("new").exists()
 
@@ -503,11 +503,13 @@ def test_what_a_stage_to_come_does_may_still_be_changed(command, here, finished)
 def test_while_the_dense_network_is_trained_budget_and_method_may_still_change(command, here):
     run_with(command, out="run", until="pretrain")
     (here / "run" / "dense.safetensors").rename(here / "run" / "pretrain.progress")
-    with Run(here / "run", read_recipe("tiny.toml", ["budget.density=0.3", "method.name=hydra"])):
+    with RunFolder(
+        here / "run", read_recipe("tiny.toml", ["budget.density=0.3", "method.name=hydra"])
+    ):
         pass
     (here / "run" / "prune.progress").touch()
     with pytest.raises(ValueError, match=r"\(budget\.density: 0\.2 -> 0\.3\)"):
-        Run(here / "run", read_recipe("tiny.toml", ["budget.density=0.3"]))
+        RunFolder(here / "run", read_recipe("tiny.toml", ["budget.density=0.3"]))
 
 
 def test_the_dense_network_may_be_attacked_later_and_on_fewer_images(command, here, finished):
@@ -612,7 +614,7 @@ def test_another_attack_of_a_finished_run_is_an_evaluation(command, here, finish
 
 def test_a_second_process_is_refused(command, here, finished):
     before = contents(finished)
-    with Run("run", read_recipe("tiny.toml")):
+    with RunFolder("run", read_recipe("tiny.toml")):
         text = f"run is in use by process {os.getpid()}; wait for it or choose another --out"
         assert run_with(command, out="run").refusal == text
     assert contents(finished) == before
@@ -734,11 +736,11 @@ def stopped(command, here, monkeypatch) -> Path:
         if course.step == 4:
             raise KeyboardInterrupt
 
-    from harprune.run.progress import Course
+    from harprune.run.state import TrainingState
 
-    counted = Course.step_ended
+    counted = TrainingState.step_ended
     with monkeypatch.context() as patch:
-        patch.setattr(Course, "step_ended", lambda c, *a: (counted(c, *a), killed(c))[0])
+        patch.setattr(TrainingState, "step_ended", lambda c, *a: (counted(c, *a), killed(c))[0])
         assert run_with(command, out="run").code == 130
     assert {p.name for p in Path("run").glob("pretrain.*")} == {
         "pretrain.progress",
@@ -792,9 +794,9 @@ def test_a_diverged_stage_names_its_step_and_the_last_good_checkpoint(command, h
 
 
 def test_the_last_good_checkpoint_is_intact_after_divergence(command, here, monkeypatch):
-    from harprune.run.progress import Course
+    from harprune.run.state import TrainingState
 
-    counted = Course.step_ended
+    counted = TrainingState.step_ended
 
     def overflows(course, step, loss, images):
         if step == 5:  # after the first epoch of three steps was saved: its update was too much
@@ -802,7 +804,7 @@ def test_the_last_good_checkpoint_is_intact_after_divergence(command, here, monk
                 next(course.model.parameters()).mul_(torch.inf)
         counted(course, step, loss, images)
 
-    monkeypatch.setattr(Course, "step_ended", overflows)
+    monkeypatch.setattr(TrainingState, "step_ended", overflows)
     line = run_with(command).last_line
     assert line == (
         "pretrain stopped: the weights are not finite after step 5; the last good checkpoint is "

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from harprune.kernels import native
-from harprune.recipe.networks import Materials
+from harprune.recipe.materials import Materials
 from harprune.recipe.outlook import outlook
 from harprune.recipe.text import make_recipe
 from harprune.training.splits import from_arrays
@@ -32,7 +32,7 @@ def small() -> nn.Module:
 
 
 def lines(network, device: str = "cpu", **content) -> list[str]:
-    materials = Materials(IMAGES, IMAGES, None, 2, network, given=False)
+    materials = Materials(IMAGES, IMAGES, None, 2, network, trained=False, drawn=False)
     return list(outlook(make_recipe(content), materials, torch.device(device)))
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from harprune.run.progress import Course
+from harprune.run.state import TrainingState
 from harprune.training import checkpoint
 from tests.tiny import contents
 
@@ -76,14 +76,14 @@ def test_a_network_of_another_origin_is_refused(command, finished):
 def test_a_stage_half_done_goes_on_from_its_own_network_alone(command, finished, monkeypatch):
     shutil.rmtree(finished / "attack" / "finetuned")
     (finished / "finetuned.safetensors").unlink()
-    ended = Course.epoch_ended
+    ended = TrainingState.epoch_ended
 
     def killed(course, *arguments, **options):
         ended(course, *arguments, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Course, "epoch_ended", killed)
+        patch.setattr(TrainingState, "epoch_ended", killed)
         assert go_on(command).code == 130
     pruned, progress = finished / "pruned.safetensors", finished / "finetune.progress"
     tensors, values = checkpoint.load(pruned)

@@ -12,10 +12,11 @@ import pytest
 from harprune.methods.base import Method
 from harprune.methods.flying_bird import FlyingBird
 from harprune.methods.snip import SNIP
-from harprune.recipe import checks, networks
+from harprune.recipe import checks
+from harprune.recipe.materials import gather
 from harprune.recipe.text import make_recipe, read_recipe
 from harprune.reporting.records import read_run
-from harprune.run.opening import open_workshop
+from harprune.run.opening import open_run
 from harprune.run.stages import run_until
 from harprune.training import checkpoint
 
@@ -28,8 +29,8 @@ SHORT = (
 
 
 def attempt(folder, recipe):
-    with open_workshop(recipe, folder, command="test") as shop:
-        run_until(shop, "prune")
+    with open_run(recipe, folder, command="test") as run:
+        run_until(run, "prune")
 
 
 def ran(folder, *settings):
@@ -86,7 +87,7 @@ def test_a_sample_is_shown_once_in_eval_mode_and_attacked_where_asked(
     setting = f"method.adversarial={str(adversarial).lower()}"
     ran(here / "run", "method.name=snip", "method.batches=2", setting)
     ((first, second),) = shown
-    clean = networks.materials(read_recipe("tiny.toml")).train.images
+    clean = gather(read_recipe("tiny.toml")).train.images
     for x, y in (first, second):
         assert len(x) == len(y) == 20
         nearest = (clean[None] - x[:, None]).abs().flatten(2).amax(2).amin(1)
@@ -104,7 +105,7 @@ def test_a_sample_is_attacked_as_the_stage_attacks(here, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             ran(here / name, "method.name=snip", "method.adversarial=true", "prune.epochs=0",
                 f"objective.name={name}", "pretrain.epochs=0")  # fmt: skip
-    clean = networks.materials(read_recipe("tiny.toml")).train.images
+    clean = gather(read_recipe("tiny.toml")).train.images
     for (x, _), near in zip(shown, (False, True), strict=True):
         distance = (clean[None] - x[:, None]).abs().flatten(2).amax(2).amin(1)
         assert bool(distance.max() < 4 / 255) is near
@@ -137,7 +138,7 @@ def test_the_second_pass_of_s2ap_is_counted(here):
 
 
 def test_pwoa_learns_from_the_dense_network(here):
-    settings = ("pretrain.epochs=2", "pretrain.objective.name=natural", "objective.name=pwoa")
+    settings = ("pretrain.epochs=2", "pretrain.objective.name=natural", 'objective={name="pwoa"}')
     history = ran(here / "run", *settings, "method.name=admm", "prune.epochs=4")
     assert history[-1]["loss"] < history[0]["loss"]
     recipe = make_recipe({"objective": {"name": "pwoa"}})

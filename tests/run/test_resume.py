@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from harprune.recipe.text import make_recipe, read_recipe
-from harprune.run.folder import Run
-from harprune.run.opening import open_workshop
+from harprune.run.folder import RunFolder
+from harprune.run.opening import open_run
 from harprune.run.stages import run_until
 from harprune.training import checkpoint
 
@@ -191,15 +191,15 @@ class Fate:
 
 
 def attempt(folder: Path, recipe) -> None:
-    with open_workshop(recipe, folder, command="test") as shop:
-        run_until(shop)
+    with open_run(recipe, folder, command="test") as run:
+        run_until(run)
 
 
 EVERY_STEP = ("execution.checkpoint_minutes=1e-6", "execution.threads=1", "attack.batch_size=5")
 VARIANTS = {
     "harp, pgd-at, sgd": (),
     "harp, free, adamw": (
-        "objective.name=free", "prune.optimiser=adamw", "prune.learning_rate=0.01",
+        'objective={name="free"}', "prune.optimiser=adamw", "prune.learning_rate=0.01",
     ),
     "hydra, trades, sgd": ("method.name=hydra", "objective.name=trades"),
     "harp, mart, adamw, filters": (
@@ -208,7 +208,7 @@ VARIANTS = {
         "parity.batch_norm_affine=true",
     ),
     "magnitude, fgsm-rs, steps": (
-        "method.name=magnitude", "objective.name=fgsm-rs", "finetune.schedule=steps",
+        "method.name=magnitude", 'objective={name="fgsm-rs"}', "finetune.schedule=steps",
         "execution.twin=false", "finetune.distillation.temperature=2.0",
     ),
     "harp, averaged, distilled": (
@@ -246,14 +246,14 @@ def test_dying_at_any_rename_changes_nothing(variant, here, monkeypatch):
 
 
 def test_dying_before_the_last_metrics_loses_none(finished, here, monkeypatch):
-    recipe, write = read_recipe("tiny.toml"), Run.write_metrics
+    recipe, write = read_recipe("tiny.toml"), RunFolder.write_metrics
 
     def die_late(run, histories):
         if len(histories.get("finetune", [])) == recipe.finetune.epochs:
             raise Killed
         write(run, histories)
 
-    monkeypatch.setattr(Run, "write_metrics", die_late)
+    monkeypatch.setattr(RunFolder, "write_metrics", die_late)
     with pytest.raises(Killed):
         attempt(here / "again", recipe)
     monkeypatch.undo()
@@ -273,7 +273,7 @@ def test_a_run_that_is_opened_again_loses_the_litter_of_the_dead(finished):
     (finished / "sub").mkdir()
     for name in (*litter, *others):
         (finished / name).write_text("half")
-    with Run(finished, read_recipe(finished / "recipe.toml")):
+    with RunFolder(finished, read_recipe(finished / "recipe.toml")):
         pass
     assert not [name for name in litter if (finished / name).exists()]
     assert all((finished / name).exists() for name in others)
@@ -284,7 +284,7 @@ def test_a_run_continued_by_other_code_says_so(tmp_path, monkeypatch):
     commits = iter(["first", "second", "second", "third"])
     monkeypatch.setattr("harprune.run.environment._commit", lambda: next(commits))
     for commit in ("first", "second", "second", "third"):
-        with Run(tmp_path / "run", recipe) as run:
+        with RunFolder(tmp_path / "run", recipe) as run:
             run.progress("pretrain").touch()
             if commit != "third":  # which computes nothing
                 run.note_change()
@@ -295,14 +295,14 @@ def test_a_run_continued_by_other_code_says_so(tmp_path, monkeypatch):
 
 def test_a_key_that_came_with_a_later_version_does_not_make_another_recipe(tmp_path):
     recipe = make_recipe({}, source="a test")
-    with Run(tmp_path / "run", recipe) as run:
+    with RunFolder(tmp_path / "run", recipe) as run:
         run.progress("pretrain").touch()
     path = tmp_path / "run" / "recipe.json"
     held = json.loads(path.read_text())
     del held["execution"]["backend"]
     path.write_text(json.dumps(held))
-    with Run(tmp_path / "run", recipe):
+    with RunFolder(tmp_path / "run", recipe):
         pass
     other = make_recipe({"execution": {"backend": "dense"}}, source="a test")
     with pytest.raises(ValueError, match=r"execution.backend: 'auto' -> 'dense'"):
-        Run(tmp_path / "run", other)
+        RunFolder(tmp_path / "run", other)

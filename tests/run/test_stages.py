@@ -13,7 +13,7 @@ from harprune.robustness.threat import Linf
 from harprune.run import learning, stages
 from harprune.run.console import roughly
 from harprune.run.evaluate import expected_passes
-from harprune.run.opening import load_network, open_workshop
+from harprune.run.opening import load_network, open_run
 from harprune.run.stages import run_until
 from harprune.sparsity.audit import audit
 from harprune.sparsity.layers import prunable_layers
@@ -23,9 +23,9 @@ from harprune.training.splits import to_float
 
 def state(folder, *settings, last="finetune"):
     """Tensors and values of the last stage of a run of the tiny recipe with `settings`."""
-    with open_workshop(read_recipe("tiny.toml", settings), folder) as shop:
-        run_until(shop, last)
-        return checkpoint.load(shop.run.network(last))
+    with open_run(read_recipe("tiny.toml", settings), folder) as run:
+        run_until(run, last)
+        return checkpoint.load(run.folder.network(last))
 
 
 def same(one: dict, other: dict) -> bool:
@@ -100,11 +100,11 @@ def test_long_times_are_said_in_words(seconds, said):
 
 def test_the_teacher_is_the_dense_network_in_eval_mode(finished, here):
     for settings in ((), ("execution.twin=false",), ("execution.attack_precision=bf16",)):
-        with open_workshop(read_recipe("tiny.toml", settings), here / f"run{settings}") as shop:
-            stages.pretrain(shop)
+        with open_run(read_recipe("tiny.toml", settings), here / f"run{settings}") as run:
+            stages.pretrain(run)
             x = torch.rand(7, 1, 8, 8)
-            wanted = load_network(shop, "pretrain").eval()(x)
-            fixed = learning._fixed(shop, load_network(shop, "pretrain").eval())
+            wanted = load_network(run, "pretrain").eval()(x)
+            fixed = learning._fixed(run, load_network(run, "pretrain").eval())
             assert torch.allclose(fixed(x), wanted, atol=1e-5)
 
 
@@ -138,19 +138,19 @@ def test_the_warm_up_of_awp_is_plain_finetuning(finished, here):
 
 def test_a_network_is_connected_if_any_image_reaches_its_logits(finished, here):
     """One validation image meets dead units alone: the run goes on."""
-    with open_workshop(read_recipe("tiny.toml"), here / "run2") as shop:
+    with open_run(read_recipe("tiny.toml"), here / "run2") as run:
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.ReLU(), nn.Linear(1, 4))
-        x = to_float(shop.materials.validation.images).flatten(1)
+        x = to_float(run.materials.validation.images).flatten(1)
         with torch.no_grad():
             model[1].weight.fill_(1.0)
             model[1].bias.copy_(-x.sum(1)[0] - 1e-3)  # dead for the first
             model[3].weight.fill_(1.0)
         assert (model[1](x) > 0).any() and not (model[1](x[:1]) > 0).any()
-        stages._alarm(shop, model, audit(prunable_layers(model)))
+        stages._alarm(run, model, audit(prunable_layers(model)))
         with torch.no_grad():
             model[1].bias.fill_(-1e6)
         with pytest.raises(ValueError, match="layer collapse"):
-            stages._alarm(shop, model, audit(prunable_layers(model)))
+            stages._alarm(run, model, audit(prunable_layers(model)))
 
 
 def test_a_method_may_report_what_it_likes():
@@ -160,8 +160,8 @@ def test_a_method_may_report_what_it_likes():
 
 
 def said(here, folder, *settings, last="prune"):
-    with open_workshop(read_recipe("tiny.toml", settings), here / folder) as shop:
-        stages.run_until(shop, last)
+    with open_run(read_recipe("tiny.toml", settings), here / folder) as run:
+        stages.run_until(run, last)
     return (here / folder / "log.txt").read_text()
 
 

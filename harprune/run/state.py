@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The course of one training stage: what it remembers between steps, and all a resume needs."""
+"""The state of a training stage: what it remembers between steps, and all a resume needs."""
 
 import time
 from dataclasses import dataclass, field
@@ -10,14 +10,14 @@ from torch.optim import Optimizer
 
 from harprune.methods.base import Method
 from harprune.robustness.objectives import Free, Objective
-from harprune.run.folder import Run
+from harprune.run.folder import RunFolder
 from harprune.training import checkpoint
 from harprune.training.averaging import Average
 from harprune.training.loop import Diverged
 
 
 @dataclass
-class Course:
+class TrainingState:
     """Progress of `stage`: step reached, metrics per epoch, best epoch so far.
 
     An epoch has `steps` batches. Where there is an `average`, it is the network that counts: epochs
@@ -29,7 +29,7 @@ class Course:
     step.
     """
 
-    run: Run
+    folder: RunFolder
     stage: str
     model: nn.Module
     optimiser: Optimizer
@@ -48,7 +48,7 @@ class Course:
     _saved: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self._origin = self.run.origin(self.stage)
+        self._origin = self.folder.origin(self.stage)
 
     @property
     def network(self) -> nn.Module:
@@ -57,7 +57,7 @@ class Course:
 
     def restore(self) -> bool:
         """Go on where the progress file stands; False when there is none."""
-        path = self.run.progress(self.stage)
+        path = self.folder.progress(self.stage)
         if not path.exists():
             return False
         tensors, values = checkpoint.load(path)
@@ -85,7 +85,7 @@ class Course:
         self._require_finite()
         self._sum_losses()
         self._saved = time.monotonic()
-        if not self.run.leader:
+        if not self.folder.leader:
             return
         state, plain = checkpoint.pack_optimiser(self.optimiser)
         tensors = checkpoint.pack("model", self.model.state_dict())
@@ -99,16 +99,16 @@ class Course:
         }
         values |= {"optimiser": plain, "method": self.method.state_dict() if self.method else {}}
         values |= self._origin
-        self.run.note_change()
-        checkpoint.save(self.run.progress(self.stage), tensors, values)
+        self.folder.note_change()
+        checkpoint.save(self.folder.progress(self.stage), tensors, values)
 
     def _require_best(self, best: list | None) -> None:
         """Fail now, not after the last epoch, where the best one cannot be read any more."""
-        path = self.run.best(self.stage)
+        path, progress = self.folder.best(self.stage), self.folder.progress(self.stage)
         if best is not None and not path.exists():
             raise ValueError(
-                f"{path} is missing, to which {self.run.progress(self.stage)} refers; restore it, "
-                "or delete the other as well and the stage starts again"
+                f"{path} is missing, to which {progress} refers; restore it, or delete the other "
+                "as well and the stage starts again"
             )
         if best is not None:
             checkpoint.load(path)
@@ -126,7 +126,7 @@ class Course:
         # What follows the last step of an epoch must not be skipped: `epoch_ended` saves it.
         within = self.divisible and self.step % self.steps != 0
         age = time.monotonic() - self._saved
-        if within and age > 60 * self.run.recipe.execution.checkpoint_minutes:
+        if within and age > 60 * self.folder.recipe.execution.checkpoint_minutes:
             self.save()
 
     def _sum_losses(self) -> None:
@@ -152,15 +152,15 @@ class Course:
         self._require_finite()
         if self.best is None or score > self.best[:3]:
             self.best = [*score, record["epoch"]]
-            if self.run.leader:
+            if self.folder.leader:
                 tensors = checkpoint.pack("model", self.network.state_dict())
-                checkpoint.save(self.run.best(self.stage), tensors, {"epoch": record["epoch"]})
+                checkpoint.save(self.folder.best(self.stage), tensors, {"epoch": record["epoch"]})
         self.save()
 
     @torch.no_grad()
     def take_best(self) -> int:
         """Load the best epoch into the model and mark it in the history; its number."""
-        tensors, values = checkpoint.load(self.run.best(self.stage))
+        tensors, values = checkpoint.load(self.folder.best(self.stage))
         self.model.load_state_dict(checkpoint.unpack("model", tensors))
         self.history[values["epoch"]]["selected"] = True
         return values["epoch"]
