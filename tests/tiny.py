@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harprune.cli import main
+from harprune.cli.main import main
 
 DATA_SET = """
 import random

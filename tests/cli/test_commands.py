@@ -66,7 +66,7 @@ def test_help_fills_its_lines(command, monkeypatch):
 
 
 def test_torchs_idle_threads_leave_their_cores():
-    asked = "import os, harprune.cli; print(os.environ['OMP_WAIT_POLICY'])"
+    asked = "import os, harprune.cli.main; print(os.environ['OMP_WAIT_POLICY'])"
     for given, wanted in ((None, "passive"), ("active", "active")):
         environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
         environment |= {"OMP_WAIT_POLICY": given} if given else {}
@@ -79,7 +79,7 @@ def test_torchs_idle_threads_leave_their_cores():
 def test_help_needs_no_torch():
     code = (
         "import sys; sys.argv = ['harprune', 'run', '--help']\n"
-        "from harprune.cli import main\n"
+        "from harprune.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
@@ -504,7 +504,7 @@ def test_prune_takes_given_weights_and_leaves_a_recipe(command, finished):
 def test_an_interrupted_run_says_how_to_go_on_and_goes_on(command, here, finished):
     # Started in the background of a shell, a process would ignore the signal.
     heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    program = [sys.executable, "-c", f"{heeding}; from harprune.cli import main; main()"]
+    program = [sys.executable, "-c", f"{heeding}; from harprune.cli.main import main; main()"]
     arguments = ["run", "tiny.toml", "--out", "long", "--set", "pretrain.epochs=5000"]
     with subprocess.Popen([*program, *arguments], stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:

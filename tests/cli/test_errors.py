@@ -34,7 +34,7 @@ from harprune.training import checkpoint
 from harprune.training.splits import as_split
 from tests.tiny import contents
 
-PROGRAM = [sys.executable, "-c", "from harprune.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from harprune.cli.main import main; main()"]
 
 
 PRUNE = ["prune", "--model", "small_cnn", "--weights", "tiny.toml", "--data", "digits",
@@ -881,7 +881,7 @@ def test_a_disk_that_fills_up_ends_a_run_in_one_line(command, here, finished):
     before = contents(finished)
     limited = (
         "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (6000, r.RLIM_INFINITY))\n"
-        "from harprune.cli import main; main()"
+        "from harprune.cli.main import main; main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", limited, "run", "tiny.toml", "--out", "run"],

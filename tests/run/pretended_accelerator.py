@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from harprune import cli
+from harprune.cli import main as entry
 from harprune.recipe import training
 from harprune.training import loop
 
@@ -166,7 +166,7 @@ def main() -> int:
     counts: list[tuple[object, int]] = []
     training.fabric, loop._step = fabric, counted(loop._step, counts)
     with Everywhere():
-        code = cli._guarded()
+        code = entry.guarded()
     steps = [b[1] - a[1] for a, b in pairwise(counts) if a[0] is b[0]]
     print(json.dumps(steps))
     return code

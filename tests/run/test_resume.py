@@ -23,7 +23,7 @@ from harprune.run.opening import open_run
 from harprune.run.stages import run_until
 from harprune.training import checkpoint
 
-ENTRY = "from harprune.cli import main; main()"
+ENTRY = "from harprune.cli.main import main; main()"
 
 DIGITS = """
 name = "killed"
