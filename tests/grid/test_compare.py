@@ -33,6 +33,7 @@ budget.allocation = "lamp"
 """
 
 
+RECIPES = Path(__file__).parents[2] / "recipes" / "compare"
 SNIP = 'method.name = "snip"\npretrain.epochs = 0\n[methods.harp]'
 
 
@@ -349,3 +350,15 @@ def test_a_faulty_grid_is_refused_before_anything_runs(grid, command, here, old,
     grid.write_text(GRID.replace(old, new))
     assert said in command("compare", "grid.toml", "--out", "out").refusal
     assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_grid_of_the_repository_compares_at_the_same_cost(path, tmp_path):
+    cells = cells_of(path, tmp_path)
+    dense = next(cell.recipe.pretrain.epochs for cell in cells if cell.until == "pretrain")
+    spent = {
+        cell.recipe.prune.epochs + cell.recipe.finetune.epochs + (dense if cell.needs else 0)
+        for cell in cells
+        if cell.until == "report"
+    }
+    assert len(spent) == 1 and spent.pop() > dense
