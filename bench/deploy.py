@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.attack import network
 from bench.measuring import write_rows
 from harprune.delivery import latency
-from harprune.delivery.latency import OWN, RUNTIMES
+from harprune.delivery.runtimes import OWN, RUNTIMES
 from harprune.deploy.network import Network
 from harprune.deploy.shrink import shrink
 from harprune.files import write

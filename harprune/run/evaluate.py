@@ -28,7 +28,6 @@ from harprune.run.console import Console
 from harprune.run.folder import remove_litter
 from harprune.run.lock import lock
 from harprune.sparsity import execution as executions
-from harprune.sparsity.execution import require_backend
 from harprune.training.splits import Floats, Images, Split, as_split, require_labels, to_float
 
 
@@ -76,7 +75,7 @@ def evaluate(
             "execution = 'sparse' runs the twin, and twin = False leaves it out; give execution = "
             "'auto', or leave out twin = False"
         )
-    require_backend(execution)
+    executions.require_backend(execution)
     threat = given_threat(threat)
     attacks = (attacks,) if isinstance(attacks, str) else attacks
     if not isinstance(attacks, Sequence):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench import deploy
-from harprune.delivery import latency
+from harprune.delivery import latency, runtimes
 from harprune.kernels import native
 from harprune.reporting.tables import ABSENT
 from harprune.run.console import Bar
@@ -104,13 +104,13 @@ def test_what_differs_or_is_unknown_is_not_timed(command, finished, monkeypatch)
         assert refusal.startswith(
             f"{other} is neither an .hpn file nor a run folder; `harprune exp"
         )
-    own = latency.RUNTIMES["torch"]
+    own = runtimes.RUNTIMES["torch"]
 
     def wrong(files, threads):
         made = own(files, threads)
-        return latency.Candidate(lambda images: made.run(images) + np.float32(1.0), made.file)
+        return runtimes.Candidate(lambda images: made.run(images) + np.float32(1.0), made.file)
 
-    monkeypatch.setitem(latency.RUNTIMES, "torch", wrong)
+    monkeypatch.setitem(runtimes.RUNTIMES, "torch", wrong)
     fault = command("bench", "deploy", finished, "--runtime", "torch").last_line
     assert fault.startswith("torch: its logits differ by")
 
@@ -119,8 +119,8 @@ def test_a_runtime_that_is_not_there_is_left_out_with_a_word(command, finished, 
     def absent(files, threads):
         raise ModuleNotFoundError("No module named 'openvino'")
 
-    some = {"openvino": absent, "harprune": latency.RUNTIMES["harprune"]}
-    monkeypatch.setattr(latency, "RUNTIMES", some)
+    some = {"openvino": absent, "harprune": runtimes.RUNTIMES["harprune"]}
+    monkeypatch.setattr(runtimes, "RUNTIMES", some)
     few = ["--rounds", 1, "--batch", 1, "--no-processes"]
     said = command("bench", "deploy", finished, *few)
     assert said.code == 0 and len(said.out.splitlines()) == 3
