@@ -145,14 +145,7 @@ checkpoint_minutes = 1e-6
 
 PYTHON = (sys.executable, "-W", "error")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-HARPRUNE = (
-    "-c",
-    "from harprune.cli.main import main; main()",
-    "run",
-    "recipe.toml",
-    "--out",
-    "run",
-)
+HARPRUNE = ("-m", "harprune", "run", "recipe.toml", "--out", "run")
 
 
 def call(place: Path, *command: str) -> str:
