@@ -47,8 +47,8 @@ from harprune.kernels.runtime import Executable
 from harprune.methods.base import Budget
 from harprune.methods.oneshot import Magnitude
 from harprune.models import create_model
-from harprune.pipeline import hardening, supply
-from harprune.pipeline.pruning import ALLOCATIONS
+from harprune.recipe import adversarial, networks
+from harprune.recipe.pruning import ALLOCATIONS
 from harprune.robustness.autoattack import AutoAttack
 from harprune.robustness.images import subset
 from harprune.robustness.threat import Linf, parse_epsilon
@@ -147,7 +147,7 @@ def pgd_variants(model: nn.Module, batch: int, rounds: int) -> list[dict]:
     functions = functions_of(model)
     require_same(functions, model, x, y)
     functions["model"] = model
-    attack = hardening.attack("pgd-10", Linf(8 / 255))
+    attack = adversarial.attack("pgd-10", Linf(8 / 255))
 
     def attacked(function: nn.Module) -> Callable[[], Tensor]:
         return lambda: attack(function, x, y)
@@ -357,7 +357,7 @@ def autoattack_rows(options: argparse.Namespace) -> Iterator[dict]:
         model = network(options.network, options.width, AUTOATTACK_DENSITY, "erk")
     else:
         model = create_model(options.network, 10, width=options.width).eval()
-        supply.load_network_weights(model, options.weights)
+        networks.load_network_weights(model, options.weights)
     x, y = images(options.autoattack, options.data)
     trained = options.weights is not None and y is not None
     with torch.no_grad():

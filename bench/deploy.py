@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.attack import network
 from bench.measuring import write_rows
+from harprune.delivery import latency
+from harprune.delivery.runtimes import OWN, RUNTIMES
 from harprune.deploy.network import Network
 from harprune.deploy.shrink import shrink
 from harprune.files import write
-from harprune.pipeline import latency
-from harprune.pipeline.latency import OWN, RUNTIMES
 from harprune.reporting.plots import BLUE, GREY, ORANGE, PURPLE, picture, require_picture
 from harprune.reporting.tables import format_density
 from harprune.sparsity.audit import audit, connected

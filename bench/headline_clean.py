@@ -10,8 +10,8 @@ computed again. Needs CIFAR-10 (`harprune data cifar10`).
 from pathlib import Path
 
 from harprune.outcomes import Evaluation, paired
-from harprune.pipeline.api import evaluate_recipe
-from harprune.pipeline.recipe_text import make_recipe
+from harprune.recipe.text import make_recipe
+from harprune.run.evaluate import evaluate_recipe
 
 NETWORKS = Path("results/headline")
 DENSE = "resnet18-dense"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: seconds and rows, from `harprune.pipeline.timing`, and two checks.
+"""What the benchmarks share: seconds and rows, from `harprune.delivery.timing`, and two checks.
 
 A fast variant that computes something else must not win: `overlap` says how far two results agree,
 and `kernel_calls` what really ran.
@@ -11,8 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from harprune.kernels import native
-from harprune.pipeline.timing import (
+from harprune.delivery.timing import (
     circumstances,
     interleaved,
     seconds,
@@ -21,6 +20,7 @@ from harprune.pipeline.timing import (
     table,
     write_rows,
 )
+from harprune.kernels import native
 
 __all__ = [
     "circumstances",

@@ -44,10 +44,10 @@ from harprune.kernels import Backend, native
 from harprune.methods.base import Budget
 from harprune.methods.harp import HARP
 from harprune.models import create_model
-from harprune.pipeline import machinery
-from harprune.pipeline.hardening import OnTwin
-from harprune.pipeline.pruning import ALLOCATIONS
-from harprune.pipeline.recipe import Finetune, Prune
+from harprune.recipe import training
+from harprune.recipe.adversarial import OnTwin
+from harprune.recipe.pruning import ALLOCATIONS
+from harprune.recipe.schema import Finetune, Prune
 from harprune.robustness.attacks import PGD
 from harprune.robustness.objectives import PGDAT
 from harprune.robustness.threat import Linf
@@ -234,7 +234,7 @@ def ours(
         compared = {n: layer.parameter for n, layer in prunable_layers(model).items()}
     function = twin(model, dtype=variant.attack_dtype, execution=variant.execution)
     trained = training_twin(model, execution=variant.execution) or model
-    optimiser = machinery.optimiser(groups, SECTIONS[variant.stage])
+    optimiser = training.optimiser(groups, SECTIONS[variant.stage])
 
     def take(steps: int) -> float:
         losses, attack = [], OnTwin(PGD(Linf(EPSILON), steps, STEP), function)
@@ -279,7 +279,7 @@ def literal(subject: Subject, stage: str, x: Tensor, y: Tensor) -> Step:
     else:
         groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
         compared = {n: layer.layer.weight for n, layer in layers.items()}
-    optimiser = machinery.optimiser(groups, SECTIONS[stage])
+    optimiser = training.optimiser(groups, SECTIONS[stage])
 
     def take(steps: int) -> float:
         torch.manual_seed(step_seed(0, 0))

@@ -10,13 +10,13 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "prune": "harprune.pipeline.api",
-    "evaluate": "harprune.pipeline.api",
-    "export": "harprune.pipeline.export",
-    "Format": "harprune.pipeline.export",
+    "prune": "harprune.run.prune",
+    "evaluate": "harprune.run.evaluate",
+    "export": "harprune.delivery.export",
+    "Format": "harprune.delivery.export",
     "Values": "harprune.deploy.artifact",
-    "Pruned": "harprune.pipeline.api",
-    "read_recipe": "harprune.pipeline.recipe_text",
+    "Pruned": "harprune.run.prune",
+    "read_recipe": "harprune.recipe.text",
     "create_model": "harprune.models",
     "list_models": "harprune.models",
     "load_weights": "harprune.models",

@@ -7,7 +7,7 @@ import sys
 def main() -> None:
     """Run the command line; where only networks run, say what it needs and exit with 2."""
     try:
-        from harprune.cli import main as run
+        from harprune.cli.main import main as run
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("harprune"):
             raise  # a fault of this package, which no installation mends

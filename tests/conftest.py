@@ -9,6 +9,8 @@ import hypothesis
 import pytest
 import torch
 
+pytest_plugins = ("tests.tiny",)
+
 # Drawn examples must not differ between two runs, nor fail because a shared machine was slow.
 hypothesis.settings.register_profile("harprune", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("harprune")

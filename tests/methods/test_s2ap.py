@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from harprune.methods.base import Budget
 from harprune.methods.hydra import HYDRA
 from harprune.methods.s2ap import S2AP
-from harprune.pipeline import checks, hardening, pruning
-from harprune.pipeline.recipe_text import make_recipe
+from harprune.recipe import adversarial, checks, pruning
+from harprune.recipe.text import make_recipe
 from harprune.robustness.attacks import PGD
 from harprune.robustness.objectives import PGDAT
 from harprune.robustness.threat import Linf
@@ -108,7 +108,7 @@ def test_both_passes_meet_the_same_adversarial_images_found_once():
         attacks.append(x)
         return PGD(Linf(0.1), 1)(model, x, y)
 
-    objective = hardening.attacked_once(PGDAT(attack))
+    objective = adversarial.attacked_once(PGDAT(attack))
     model = scored()
 
     def loss(model, x, y):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from harprune.models import create_model, load_weights
-from harprune.pipeline import supply
-from harprune.pipeline.checks import check
-from harprune.pipeline.recipe_text import make_recipe
+from harprune.recipe import networks
+from harprune.recipe.checks import check
+from harprune.recipe.text import make_recipe
 
 LAYERS = ("conv1", "linear", "layer2.0.shortcut.0")
 
@@ -100,7 +100,7 @@ def test_a_recipe_names_the_density(tmp_path):
     recipe = make_recipe(content, [], source="test")
     check(recipe)
     load_weights(wanted := narrow(), weights, density=0.1)
-    supply.load_network_weights(model := narrow(), weights, recipe.model.weights_density)
+    networks.load_network_weights(model := narrow(), weights, recipe.model.weights_density)
     assert all(torch.equal(t, wanted.state_dict()[n]) for n, t in model.state_dict().items())
     del content["model"]["weights"]
     with pytest.raises(ValueError, match=r"model\.weights_density = 0\.1 is about the scores"):
