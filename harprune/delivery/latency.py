@@ -101,7 +101,9 @@ def rows(
                     def told(name: str, batch: int = batch) -> None:
                         bar.update(next(done), f"batch {batch}, {name}")
 
-                    yield from _batch(made, network, batch, rounds, threads, processes, told)
+                    yield from _batch(
+                        made, network, batch, rounds, threads, processes, told, console
+                    )
     finally:
         torch.set_num_threads(before)
 
@@ -114,6 +116,7 @@ def _batch(
     threads: int,
     processes: bool,
     told: Callable[[str], None],
+    console: Console,
 ) -> Iterator[dict]:
     random = np.random.default_rng(0)
     images = random.random((batch, *network.input_shape), np.float32)
@@ -134,7 +137,7 @@ def _batch(
         found = summary(own, taken[reference])
         start = peak = None
         if processes:
-            start, peak = started(name, made[name].file, images.shape, threads)
+            start, peak = started(name, made[name].file, images.shape, threads, console)
             told(name)
         yield {
             "runtime": name,

@@ -191,11 +191,11 @@ _LOADS = {
 
 
 def started(
-    name: str, file: Path, shape: Sequence[int], threads: int
+    name: str, file: Path, shape: Sequence[int], threads: int, console: Console
 ) -> tuple[float | None, int | None]:
     """Seconds from importing a runtime to its first answer, in a process that does nothing else.
 
-    And the process's peak memory; None where unknown.
+    And the peak memory of that process; None where unknown or, as the console says, it failed.
     """
     if name not in _LOADS or not Path("/proc/self/status").exists():
         return None, None
@@ -208,6 +208,8 @@ def started(
         cwd=Path(__file__).parents[2],  # where this package is found, installed or not
     )
     if done.returncode != 0:
+        why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        console.say(f"{name}: a process of its own ended without an answer ({why})")
         return None, None
     seconds_, peak = done.stdout.split()[-2:]
     return float(seconds_), int(peak)

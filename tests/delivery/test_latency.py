@@ -12,7 +12,7 @@ from bench import deploy
 from harprune.delivery import latency, runtimes
 from harprune.kernels import native
 from harprune.reporting.tables import ABSENT
-from harprune.run.console import Bar
+from harprune.run.console import Bar, Console
 
 
 def test_a_file_is_timed_beside_other_runtimes(command, finished):
@@ -49,6 +49,16 @@ def test_a_run_is_timed_as_it_would_be_exported(command, finished):
         assert name == "harprune" and speed == 1.0 and 0.0 < start < 30.0
         assert size == pytest.approx(0.0034, abs=0.001)
         assert 17.0 < peak < 134.0  # Python, NumPy and little else
+
+
+def test_a_process_that_fails_says_why(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(runtimes._LOADS, "torch", "raise OSError('no room for the program')")
+    found = runtimes.started("torch", tmp_path / "absent", (1, 3, 8, 8), 1, Console())
+    assert found == (None, None)
+    assert "torch: a process of its own ended without an answer" in capsys.readouterr().err
+    monkeypatch.setitem(runtimes._LOADS, "torch", "run = lambda images: None")
+    seconds, peak = runtimes.started("torch", tmp_path / "absent", (1, 3, 8, 8), 1, Console())
+    assert seconds >= 0 and peak > 0
 
 
 @pytest.mark.parametrize("number, said", [
