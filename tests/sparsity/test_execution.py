@@ -16,7 +16,8 @@ from harprune.sparsity.density import GivenDensity
 from harprune.sparsity.execution import training_twin, twin
 from harprune.sparsity.layers import prunable_layers
 
-SMALL = [n for n in list_models() if not n.startswith(("wrn", "resnet34", "resnet50", "vgg"))]
+LARGE = ("wrn", "dm_wrn", "resnet34", "resnet50", "vgg")
+SMALL = [n for n in list_models() if not n.startswith(LARGE)]
 
 
 def stirred(model):
