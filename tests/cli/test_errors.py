@@ -886,7 +886,7 @@ def test_a_failing_flush_leaves_the_old_file(tmp_path, monkeypatch):
 def test_too_little_memory_ends_a_command_in_one_line(command, here, monkeypatch, empty):
     kind = {torch.empty: torch.uint8, np.empty: np.uint8}[empty]
     # More than a process can address, so that no machine lends it.
-    monkeypatch.setattr("harprune.pipeline.checks.check", lambda _: empty(2**48, dtype=kind))
+    monkeypatch.setattr("harprune.recipe.checks.check", lambda *_, **__: empty(2**48, dtype=kind))
     refusal = run_with(command).refusal
     assert "allocate" in refusal and "; choose a smaller network, or lower the batch_s" in refusal
 
