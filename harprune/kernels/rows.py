@@ -359,11 +359,12 @@ class _Program:
 def _in_quads(step: RowStep, pattern: Pattern, kernels: Kernels) -> bool:
     """Whether four filters of a layer that keeps all its weights walk one list.
 
-    Where a tile has no room for whole rows of four, more lines of one are faster.
+    A piece of a row takes a vector of sums more than it has. Where a tile has room for pieces of
+    one vector alone, that is half of all work, and more lines of one filter are faster.
     """
     if pattern.index is not None or step.convolution.groups > 1:
         return False
-    if not reads_whole(step, QUAD, kernels):
+    if kernels.tile < 4 * QUAD and not reads_whole(step, QUAD, kernels):
         return False
     if step.transposed:  # the phases of a stride see different taps
         return step.window.stride == (1, 1) and pattern.shape[1] % QUAD == 0

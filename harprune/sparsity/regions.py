@@ -146,9 +146,12 @@ class _Translation:
             return False
         if _zeros_around(node, self._modules) is not None:
             # They are no step: the one convolution that reads them sees them as its own padding.
-            reader = next(iter(node.users))
-            alone = len(node.users) == 1 and _is_convolution(reader, self._modules, self._role)
-            return alone and self.supports(reader)
+            readers = list(node.users)
+            return (
+                len(readers) == 1
+                and _is_convolution(readers[0], self._modules, self._role)
+                and self.supports(readers[0])
+            )
         shape, sources = _shape(node), node.all_input_nodes
         shapes = [s for s in map(_shape, sources) if s is not None]
         # A tensor of the model has no axis of images, though it may look so for one image.

@@ -104,6 +104,56 @@ def test_names_of_trades_wide_resnet(tmp_path):
     assert states_equal(model, source)
 
 
+def named_by_deepmind(name, width):
+    """Tensors of a checkpoint as RobustBench publishes it: names and shapes from its definition."""
+    w, state = width, {"mean": torch.full((3, 1, 1), 0.5), "std": torch.full((3, 1, 1), 0.2)}
+
+    def norm(name, channels):
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{name}.{part}"] = torch.rand(channels)
+        state[f"{name}.num_batches_tracked"] = torch.tensor(7)
+
+    def block(name, before, after, size, first, second, shortcut):
+        norm(f"{name}.batchnorm_0", before)
+        norm(f"{name}.batchnorm_1", after)
+        state[f"{name}.{first}.weight"] = torch.rand(after, before, 3, 3)
+        state[f"{name}.{second}.weight"] = torch.rand(after, after, 3, 3)
+        if shortcut:
+            state[f"{name}.shortcut.weight"] = torch.rand(after, before, size, size)
+
+    if name == "dm_wrn28_10":
+        state["init_conv.weight"], last = torch.rand(16, 3, 3, 3), 4 * w
+        for stage, (before, after) in enumerate([(16, w), (w, 2 * w), (2 * w, 4 * w)]):
+            for i in range(4):
+                names = (f"layer.{stage}.block.{i}", after if i else before, after, 1)
+                block(*names, "conv_0", "conv_1", before != after and i == 0)
+    else:
+        state["conv_2d.weight"], last = torch.rand(w, 3, 3, 3), 8 * w
+        for stage, (before, after) in enumerate(
+            [(w, w), (w, 2 * w), (2 * w, 4 * w), (4 * w, last)]
+        ):
+            for i in range(2):
+                names = (f"layer_{stage}.{i}", after if i else before, after, 3)
+                block(*names, "conv_2d_1", "conv_2d_2", before != after and i == 0)
+    norm("batchnorm", last)
+    state["logits.weight"], state["logits.bias"] = torch.rand(10, last), torch.rand(10)
+    return state
+
+
+@pytest.mark.parametrize("name", ["dm_wrn28_10", "dm_preact_resnet18"])
+def test_names_of_deepminds_networks(name, tmp_path):
+    torch.manual_seed(0)
+    state = named_by_deepmind(name, width=4)
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="carries its own normalisation"):
+        load_weights(create_model(name, 10, width=4), tmp_path / "weights.pt")
+    model = create_model(name, 10, width=4, mean=[0.5] * 3, std=[0.2] * 3)
+    assert load_weights(model, tmp_path / "weights.pt").complete
+    loaded = model.network.state_dict()
+    assert loaded.keys() == state.keys() - {"mean", "std"}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items())
+
+
 def test_old_checkpoints_without_counters(tmp_path):
     source = narrow(seed=1)
     state = {n: v for n, v in source.state_dict().items() if not n.endswith("num_batches_tracked")}
